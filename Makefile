@@ -1,0 +1,68 @@
+# HLFS: `make help` lists what there is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# Debian's own interpreter, whatever else is first in PATH.
+PYTHON := /usr/bin/python3
+VENV_PYTHON := .venv/bin/python
+PYTHON_SOURCES := hlfsfs mountd tests contrib $(wildcard bench)
+CORE_SOURCES = $(shell find hlfsfs/core -name '*.cpp' -o -name '*.hpp')
+JOBS := $(shell nproc)
+# Several people or jobs may build in one checkout: they take turns.
+LOCKED := flock build/.lock
+
+.PHONY: help setup build demo test check bench hunt clean packages native core-tests-address core-tests-thread
+
+help:  ## List the targets
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: build build/guest/stamp  ## Install packages, make .venv, build the native core, fetch the test guest's kernel
+
+build: packages .venv/stamp native  ## Build the native core again where needed
+
+demo: setup  ## Show it: a virtual machine boots from a volume, writes to it, and the data is there after a remount
+	@$(VENV_PYTHON) -m contrib.demo
+
+test: setup core-tests-address core-tests-thread  ## Run all tests: the core's own under sanitizers, then the rest
+	$(VENV_PYTHON) -m pytest
+
+check: setup  ## Lint, formatting, types and layering
+	.venv/bin/ruff check $(PYTHON_SOURCES)
+	.venv/bin/ruff format --check $(PYTHON_SOURCES)
+	.venv/bin/mypy $(PYTHON_SOURCES)
+	clang-format --dry-run -Werror $(CORE_SOURCES)
+	$(VENV_PYTHON) -m pytest --quiet tests/test_layering.py
+
+bench: setup  ## Measure against the raw disk and qemu-storage-daemon
+	@[ -d bench ] || { echo "make bench: there is no bench/ in this checkout yet" >&2; exit 1; }
+	$(VENV_PYTHON) -m bench
+
+hunt: setup  ## Search for faults at random, for longer than `make test` does
+	$(VENV_PYTHON) -m pytest -m hunt --timeout=0
+
+clean:  ## Remove everything that was built
+	rm -rf build dist .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache hlfsfs/_core*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+packages:
+	@contrib/setup/packages.sh build check test
+
+build/.lock:
+	@mkdir -p build && touch $@
+
+.venv/stamp: pyproject.toml contrib/setup/venv.sh | packages build/.lock
+	$(LOCKED) contrib/setup/venv.sh $(PYTHON)
+	@touch $@
+
+native: .venv/stamp | packages build/.lock
+	@$(LOCKED) contrib/setup/native.sh $(JOBS)
+
+build/guest/stamp: contrib/setup/guest-kernel.sh | packages build/.lock
+	$(LOCKED) contrib/setup/guest-kernel.sh build/guest
+	@touch $@
+
+core-tests-address core-tests-thread: core-tests-%: | packages build/.lock
+	@$(LOCKED) contrib/setup/core-tests.sh $* $(JOBS)

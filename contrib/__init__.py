@@ -1,0 +1,1 @@
+"""What surrounds HLFS: set-up, demo, examples."""

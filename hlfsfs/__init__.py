@@ -1,0 +1,1 @@
+"""HLFS: a log-structured store of virtual-machine disks, shown as files."""

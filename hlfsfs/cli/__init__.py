@@ -1,0 +1,1 @@
+"""The `hlfs` command and the mount(8) helper."""

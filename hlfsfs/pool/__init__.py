@@ -1,0 +1,1 @@
+"""The namespace: pools, volumes and their permissions; knows nothing of FUSE."""

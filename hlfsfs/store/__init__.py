@@ -1,0 +1,1 @@
+"""Where bytes live: stores behind one written contract."""

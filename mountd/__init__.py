@@ -1,0 +1,1 @@
+"""The daemon: mount definitions and one supervised server per mount."""

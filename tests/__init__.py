@@ -1,0 +1,1 @@
+"""Tests, from single modules up to the real kernel and tools."""
