@@ -12,7 +12,7 @@ kernel_package() {
 download() {
     local package
     package=$(kernel_package)
-    [ -n "$package" ] && apt-get -o APT::Sandbox::User=root --quiet=2 download "$package" && echo "$package"
+    [ -n "$package" ] && apt-get -o APT::Sandbox::User=root --quiet=2 download "$package"
 }
 
 rm -rf ./*.deb kernel
