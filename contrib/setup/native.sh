@@ -6,7 +6,7 @@ python="$PWD/.venv/bin/python"
 if [ ! -f build/native/build.ninja ]; then
     cmake -S . -B build/native -G Ninja --log-level=WARNING -DPython_EXECUTABLE="$python" >/dev/null
 fi
-cmake --build build/native --parallel "$1" -- --quiet
+cmake --build build/native --parallel "$1" -- --quiet | sed "/^ninja: no work to do/d"
 suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 built=build/native/_core$suffix installed=hlfsfs/_core$suffix
 if ! cmp --silent "$built" "$installed"; then
