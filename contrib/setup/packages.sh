@@ -34,4 +34,5 @@ done
 
 echo "Installing ${#missing[@]} Debian packages: ${missing[*]}"
 as_root env DEBIAN_FRONTEND=noninteractive apt-get update --quiet=2
-as_root env DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends "${missing[@]}" </dev/null
+as_root env DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --option=Dpkg::Use-Pty=0 \
+    --yes --no-install-recommends "${missing[@]}" </dev/null
