@@ -1,0 +1,158 @@
+"""Logs of a local store: `.hlfs/logs/<log uuid>/`, one file a segment and one for both checkpoint slots."""
+
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from uuid import UUID
+
+from hlfsfs.errors import CheckpointDamaged, LogDamaged, NoSuchName, printable
+from hlfsfs.store.base import CHECKPOINT_SLOT_BYTES
+from hlfsfs.store.disk import Rename
+from hlfsfs.store.local_base import LocalPart, reading
+
+_SEGMENT = re.compile(rb"([0-9a-f]{8,16})\.seg")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
+
+
+class LocalLogs(LocalPart):
+    """The part of a local store the engine works on."""
+
+    def log_path(self, log_uuid: UUID) -> bytes:
+        return os.path.join(self.meta, b"logs", str(log_uuid).encode())
+
+    def segment_path(self, log_uuid: UUID, segno: int) -> bytes:
+        return os.path.join(self.log_path(log_uuid), b"%08x.seg" % segno)
+
+    def _checkpoint_path(self, log_uuid: UUID) -> bytes:
+        return os.path.join(self.log_path(log_uuid), b"checkpoint")
+
+    def create_log(self, log_uuid: UUID) -> None:
+        """Makes the log aside, syncs it, renames it into place: a crash leaves all of it or nothing under its name."""
+        with self.changing(f"log {log_uuid}"):
+            aside = self.temporary(b"log")
+            self.disk.mkdir(aside)
+            try:
+                self._write_aside(os.path.join(aside, b"checkpoint"), bytes(2 * CHECKPOINT_SLOT_BYTES), 0o600)
+                self.disk.fsync_dir(aside)
+            except OSError:
+                with suppress(OSError):
+                    self.remove_flat(aside)
+                raise
+            self.move_in(aside, self.log_path(log_uuid))
+
+    def delete_log(self, log_uuid: UUID) -> None:
+        """Renames the log aside, durable, then deletes it: a crash leaves it whole, or gone but for a sweep."""
+        with self.changing(f"log {log_uuid}"):
+            try:
+                aside = self.move_aside(self.log_path(log_uuid), b"log")
+            except FileNotFoundError:
+                return
+            self.remove_flat(aside)
+
+    def list_logs(self) -> list[UUID]:
+        with reading(f"{self.uri}: logs"):
+            names = [os.fsdecode(entry.name) for entry in self.disk.list_dir(os.path.join(self.meta, b"logs"))]
+        return [UUID(name) for name in names if _UUID.fullmatch(name)]
+
+    def log_allocated_bytes(self, log_uuid: UUID) -> int:
+        with self._log(log_uuid):
+            entries = self.disk.list_dir(self.log_path(log_uuid))
+            return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+
+    def list_segments(self, log_uuid: UUID) -> list[int]:
+        with self._log(log_uuid):
+            names = [entry.name for entry in self.disk.list_dir(self.log_path(log_uuid))]
+        return sorted(int(match[1], 16) for match in map(_SEGMENT.fullmatch, names) if match)
+
+    def prepare_segment(self, log_uuid: UUID, segno: int, header: bytes, allocate_bytes: int) -> int:
+        """Allocates and writes aside, syncs, renames into place, syncs the log's directory, in this order.
+
+        A crash leaves no segment of this number, or one with its header and all its space.
+        """
+        aside = self.temporary(b"segment")
+        with self._log(log_uuid), self.changing(f"log {log_uuid}: segment {segno}"):
+            fd = self.disk.create(aside)
+            try:
+                self.disk.allocate(fd, allocate_bytes)
+                self.disk.write(fd, header, 0)
+                self.disk.fsync(fd)
+                self.disk.rename(aside, self.segment_path(log_uuid, segno), Rename.NOREPLACE)
+                self.disk.fsync_dir(self.log_path(log_uuid))
+                _use_direct_io(fd)
+            except OSError:
+                self.disk.close(fd)
+                with suppress(OSError):
+                    self.disk.unlink(aside)
+                raise
+            return fd
+
+    def open_segment(self, log_uuid: UUID, segno: int, *, writable: bool = False) -> int:
+        with self._log(log_uuid):
+            fd = self.disk.open(self.segment_path(log_uuid, segno), os.O_RDWR if writable else os.O_RDONLY)
+            try:
+                _use_direct_io(fd)
+            except OSError:
+                self.disk.close(fd)
+                raise
+            return fd
+
+    def segment_stat(self, log_uuid: UUID, segno: int) -> tuple[int, int]:
+        with self._log(log_uuid):
+            found = self.disk.stat(self.segment_path(log_uuid, segno))
+            return found.st_size, found.st_blocks * 512
+
+    def remove_segment(self, log_uuid: UUID, segno: int) -> None:
+        """Unlinks, then syncs the directory: a crash leaves the segment or not."""
+        with self.changing(f"log {log_uuid}: segment {segno}"), suppress(FileNotFoundError):
+            self.disk.unlink(self.segment_path(log_uuid, segno))
+            self.disk.fsync_dir(self.log_path(log_uuid))
+
+    def read_checkpoint_slots(self, log_uuid: UUID) -> tuple[bytes, bytes]:
+        with self._checkpoint(log_uuid):
+            data = self.disk.read_file(self._checkpoint_path(log_uuid), 2 * CHECKPOINT_SLOT_BYTES)
+        if len(data) != 2 * CHECKPOINT_SLOT_BYTES:
+            raise CheckpointDamaged(f"log {log_uuid}", f"its checkpoint file is short ({len(data)} bytes)")
+        return data[:CHECKPOINT_SLOT_BYTES], data[CHECKPOINT_SLOT_BYTES:]
+
+    def write_checkpoint_slot(self, log_uuid: UUID, index: int, data: bytes) -> None:
+        """Overwrites one slot through an O_DSYNC descriptor: a crash tears this slot and never the other."""
+        if index not in (0, 1) or len(data) > CHECKPOINT_SLOT_BYTES:
+            raise ValueError(f"no checkpoint slot {index} of {len(data)} bytes")
+        path = self._checkpoint_path(log_uuid)
+        with (
+            self._checkpoint(log_uuid),
+            self.changing(f"log {log_uuid}: checkpoint"),
+            self.disk.opened(path, os.O_WRONLY | os.O_DSYNC) as fd,
+        ):
+            self.disk.write(fd, data.ljust(CHECKPOINT_SLOT_BYTES, b"\0"), index * CHECKPOINT_SLOT_BYTES)
+
+    @contextmanager
+    def _log(self, log_uuid: UUID) -> Iterator[None]:
+        """Tells a missing log or segment as damage: the caller knew that it exists."""
+        try:
+            with reading(f"log {log_uuid}"):
+                yield
+        except NoSuchName as exc:
+            cause = exc.__cause__
+            missing = (cause.filename2 or cause.filename) if isinstance(cause, OSError) else b"a file"
+            raise LogDamaged(f"log {log_uuid}", f"{printable(os.path.basename(missing))} is missing") from exc
+
+    @contextmanager
+    def _checkpoint(self, log_uuid: UUID) -> Iterator[None]:
+        try:
+            with reading(f"log {log_uuid}: checkpoint"):
+                yield
+        except NoSuchName as exc:
+            raise CheckpointDamaged(f"log {log_uuid}", "its checkpoint file is missing") from exc
+
+
+def _use_direct_io(fd: int) -> None:
+    """Turns O_DIRECT on where the filesystem has it (tmpfs of old kernels does not)."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            raise
