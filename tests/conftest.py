@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +10,14 @@ import pytest
 
 # A slow shared machine must not turn a found example into a time-out; failures print how to run them again.
 hypothesis.settings.register_profile(
-    "default",
+    "hlfs",
     deadline=None,
     print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
-hypothesis.settings.register_profile("hunt", hypothesis.settings.get_profile("default"), max_examples=2000)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+# For `make hunt`, by --hypothesis-profile.
+hypothesis.settings.register_profile("hunt", hypothesis.settings.get_profile("hlfs"), max_examples=2000)
+hypothesis.settings.load_profile("hlfs")
 
 
 def hlfs_mountpoints() -> set[str]:
