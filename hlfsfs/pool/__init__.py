@@ -1,1 +1,16 @@
 """The namespace: pools, volumes and their permissions; knows nothing of FUSE."""
+
+from hlfsfs.pool.attributes import ROOT_ID, UNKNOWN_ID, AttributeChanges, Attributes, Defaults, EntryAttributes
+from hlfsfs.pool.namespace import Namespace
+from hlfsfs.pool.sweep import SweepReport
+
+__all__ = [
+    "ROOT_ID",
+    "UNKNOWN_ID",
+    "AttributeChanges",
+    "Attributes",
+    "Defaults",
+    "EntryAttributes",
+    "Namespace",
+    "SweepReport",
+]

@@ -1,0 +1,271 @@
+"""Changes of names and records: create, mkdir, unlink, rmdir, rename, new owners and attributes.
+
+Each method holds `Shared.changing` throughout, makes its change durable, then publishes it in the tree. The order of
+the durable steps is what the sweep of the next mount relies on:
+
+- A volume's record is there before its log and its name, and says `unlinked-open` whenever the volume may be without a
+  name. So a volume in state `live` always had a name, and one that has none was damaged: the sweep never deletes it.
+- A record goes after the log, so a log without a record is damage as well and never deleted.
+"""
+
+import copy
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
+from uuid import uuid4
+
+from hlfsfs.errors import (
+    HlfsError,
+    NameDamaged,
+    NameExists,
+    NoSuchName,
+    NoSuchPool,
+    NotAPool,
+    NotAVolume,
+    PoolNotEmpty,
+    ReadOnly,
+    RecordDamaged,
+    StaleId,
+    StoreFailed,
+)
+from hlfsfs.pool.attributes import Defaults, Ownership
+from hlfsfs.pool.names import check_new_name
+from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
+from hlfsfs.store.records import MAX_ID, MIN_ID, LogRef, PoolRecord, VolumeRecord
+
+if TYPE_CHECKING:
+    from hlfsfs.pool.volumes import Volumes
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R", VolumeRecord, PoolRecord)
+
+
+def path_in(parent: PoolNode, name: bytes) -> bytes:
+    """Path of a name in a pool, relative to the store's root."""
+    return b"/".join(part for part in (parent.path, name) if part)
+
+
+def new_id() -> int:
+    """A stable id at random; that it is free is for the store to say."""
+    return MIN_ID + secrets.randbelow(MAX_ID - MIN_ID)
+
+
+class Changes:
+    """All that changes the namespace, but for renames."""
+
+    def __init__(self, shared: Shared, volumes: "Volumes", defaults: Defaults) -> None:
+        self._shared = shared
+        self._volumes = volumes
+        self._defaults = defaults
+
+    # --- making -----------------------------------------------------------------------------------------------
+
+    def create(self, parent: PoolNode, name: bytes, asked: Ownership) -> VolumeNode:
+        """Makes an empty volume.
+
+        Durable steps: record (unlinked-open), log, name, record (live). A crash before the name leaves a record the
+        sweep deletes with its log; one after it leaves a volume that the sweep makes live.
+        """
+        with self._shared.changing:
+            self._check_free(parent, name)
+            owner = self._defaults.for_new("volume", asked, ownership(parent.record))
+            record = VolumeRecord(
+                uuid=uuid4(),
+                id=new_id(),
+                mode=owner.mode,
+                uid=owner.uid,
+                gid=owner.gid,
+                state="unlinked-open",
+                logs=[LogRef(no=0, uuid=uuid4())],
+            )
+            self._shared.store.create_volume(record)
+            live = self._name_volume(record, path_in(parent, name))
+            node = VolumeNode(record.id, record=live)
+            with self._shared.lock:
+                self._shared.tree.attach(node, parent, name)
+            return node
+
+    def _name_volume(self, record: VolumeRecord, path: bytes) -> VolumeRecord:
+        try:
+            self._shared.engine.create_log(record)
+            self._shared.store.link_name(path, record.id)
+        except StoreFailed:
+            raise  # what was done is unknown: the next sweep looks
+        except HlfsError:
+            self._shared.engine.drop(record.id)
+            self._shared.store.delete_log(record.log_uuid)
+            self._shared.store.remove_volume(record.id)
+            raise
+        live = with_changes(record, state="live")
+        try:
+            self._shared.store.write_volume(live)
+        except HlfsError as exc:
+            log.warning("volume %016x gets its final state at the next mount: %s", record.id, exc)
+        return live
+
+    def make_pool(self, parent: PoolNode, name: bytes, asked: Ownership) -> PoolNode:
+        """Makes an empty pool.
+
+        Durable steps: record, then the directory with its marker. A crash in between leaves a record without a
+        directory, which the sweep removes.
+        """
+        with self._shared.changing:
+            self._check_free(parent, name)
+            owner = self._defaults.for_new("pool", asked, ownership(parent.record))
+            record = PoolRecord(
+                uuid=uuid4(), id=new_id(), mode=owner.mode, uid=owner.uid, gid=owner.gid, ctime_ns=time.time_ns()
+            )
+            self._shared.store.create_pool(record)
+            try:
+                self._shared.store.make_pool(path_in(parent, name), record.id)
+            except StoreFailed:
+                raise
+            except HlfsError:
+                self._shared.store.remove_pool_record(record.id)
+                raise
+            node = PoolNode(record.id, record=record)
+            with self._shared.lock:
+                self._shared.tree.attach(node, parent, name)
+            return node
+
+    def _check_free(self, parent: PoolNode, name: bytes) -> None:
+        self.check_target(parent, name)
+        with self._shared.lock:
+            if name in parent.require_children():
+                raise NameExists(self._shared.what(parent, name))
+
+    def check_target(self, parent: PoolNode, name: bytes) -> None:
+        """Raises what speaks against giving this name at all."""
+        with self._shared.lock:
+            if self._shared.tree.by_id.get(parent.id) is not parent:
+                raise StaleId(parent.id)
+            in_root = parent is self._shared.tree.root
+        self.check_writable(parent)
+        check_new_name(name, in_store_root=in_root)
+
+    def check_writable(self, node: Node) -> None:
+        """Raises ReadOnly when the store is."""
+        if self._shared.store.read_only:
+            raise ReadOnly(self._shared.what(node))
+
+    def child(self, parent: PoolNode, name: bytes) -> Node:
+        """Raises NoSuchName."""
+        with self._shared.lock:
+            if name not in parent.require_children():
+                raise NoSuchName(self._shared.what(parent, name))
+            return parent.children[name]
+
+    # --- removing ---------------------------------------------------------------------------------------------
+
+    def unlink(self, parent: PoolNode, name: bytes) -> None:
+        """Removes a volume's name, and the volume once nobody has it open.
+
+        Durable steps: record (unlinked-open), name; later log, record. A crash before the name is gone leaves a volume
+        the sweep makes live again; one after it leaves what the sweep deletes.
+        """
+        with self._shared.changing:
+            self.check_writable(parent)
+            node = self.child(parent, name)
+            if not isinstance(node, VolumeNode):
+                raise NotAVolume(self._shared.what(node))
+            self.doom(node)
+            try:
+                self._shared.store.unlink_name(node.path)
+            except HlfsError:
+                self.revive(node)
+                raise
+            with self._shared.lock:
+                self._shared.tree.detach(node)
+        self.let_go(node)
+
+    def doom(self, node: VolumeNode) -> None:
+        """Marks a volume that is about to lose its name, durable. Raises what hides the record.
+
+        A name that names no volume may go without: nothing else can be deleted with it.
+        """
+        if not isinstance(node.damage, NameDamaged):
+            self.replace_record(node, with_changes(node.require_record(), state="unlinked-open"))
+
+    def revive(self, node: VolumeNode) -> None:
+        """Takes `doom` back after a failure; if that fails as well, the next mount does it."""
+        if node.record is None:
+            return
+        try:
+            self.replace_record(node, with_changes(node.record, state="live"))
+        except HlfsError as exc:
+            log.warning("volume %016x gets its state back at the next mount: %s", node.id, exc)
+
+    def let_go(self, node: VolumeNode) -> None:
+        """Deals with a volume that has just lost its name; outside of all locks."""
+        if node.record is None:
+            with self._shared.lock:
+                self._shared.tree.by_id.pop(node.id, None)
+            return
+        self._volumes.mirror_owner(node)
+        self._volumes.drop_if_unused(node)
+
+    def remove_pool(self, parent: PoolNode, name: bytes) -> None:
+        """Removes an empty pool.
+
+        Durable steps: directory, record. A crash in between leaves a record which the sweep removes.
+        """
+        with self._shared.changing:
+            self.check_writable(parent)
+            node = self.child(parent, name)
+            if not isinstance(node, PoolNode):
+                raise NotAPool(self._shared.what(node))
+            if node.children:
+                raise PoolNotEmpty(self._shared.what(node))
+            self._shared.store.remove_pool(node.path)
+            with self._shared.lock:
+                self._shared.tree.detach(node)
+                self._shared.tree.by_id.pop(node.id, None)
+            self._shared.store.remove_pool_record(node.id)
+
+    # --- records ----------------------------------------------------------------------------------------------
+
+    def update_record(self, node: Node, fields: Mapping[str, object]) -> None:
+        """Replaces the node's record by one with other values of some fields; a crash leaves the old or the new one."""
+        with self._shared.changing:
+            self.check_writable(node)
+            if isinstance(node, VolumeNode):
+                self.replace_record(node, with_changes(node.require_record(), **fields))
+            elif isinstance(node, PoolNode):
+                self.replace_record(node, with_changes(node.record, **fields, ctime_ns=time.time_ns()))
+
+    def replace_record(self, node: Node, record: VolumeRecord | PoolRecord) -> None:
+        """Writes and publishes a node's record. Raises UnknownFeature where this program may not write it."""
+        record.require_writable(self._shared.what(node))
+        if isinstance(node, VolumeNode) and isinstance(record, VolumeRecord):
+            self._shared.store.write_volume(record)
+            with self._shared.lock:
+                node.record = record
+        elif isinstance(node, PoolNode) and isinstance(record, PoolRecord):
+            self._write_pool(node, record)
+            with self._shared.lock:
+                node.record, node.damage = record, None
+
+    def _write_pool(self, node: PoolNode, record: PoolRecord) -> None:
+        """Writes a pool's record; one that is lost or damaged is made again, as it holds nothing but ownership."""
+        if node.damage is not None and not isinstance(node.damage, (RecordDamaged, NoSuchPool)):
+            raise node.damage
+        if isinstance(node.damage, NoSuchPool):
+            self._shared.store.create_pool(with_changes(record, uuid=uuid4()))
+        else:
+            self._shared.store.write_pool(record)
+
+
+def ownership(record: PoolRecord) -> Ownership:
+    """Mode and owner in a record."""
+    return Ownership(record.mode, record.uid, record.gid)
+
+
+def with_changes(record: R, **changes: object) -> R:
+    """A copy of a record with some fields changed."""
+    changed = copy.deepcopy(record)
+    for key, value in changes.items():
+        setattr(changed, key, value)
+    return changed

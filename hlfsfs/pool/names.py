@@ -1,0 +1,29 @@
+"""Which names a volume or pool may have."""
+
+from hlfsfs.errors import NameTooLong, RefusedName
+
+SNAPSHOTS = b".snapshots"
+META = b".hlfs"
+NAME_LIMIT_BYTES = 255
+
+
+def check_length(name: bytes) -> None:
+    """Raises NameTooLong for what no directory could hold."""
+    if len(name) > NAME_LIMIT_BYTES:
+        raise NameTooLong(name)
+
+
+def check_new_name(name: bytes, *, in_store_root: bool) -> None:
+    """Checks a name that is about to be given.
+
+    Raises:
+        RefusedName: HLFS keeps the name for itself, or it is not one component of a path.
+        NameTooLong: it has more than 255 bytes.
+    """
+    if name == SNAPSHOTS:
+        raise RefusedName(name, "is where a pool's snapshots are")
+    if name == META and in_store_root:
+        raise RefusedName(name, "holds the store's own files")
+    if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
+        raise RefusedName(name, "is no file name")
+    check_length(name)

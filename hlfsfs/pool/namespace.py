@@ -1,0 +1,238 @@
+"""The namespace: everything one can do with the names of pools and volumes, and with what they name.
+
+Synchronous and thread-safe; raises HlfsError only. Names are bytes. Nodes are told by id: a volume's or pool's stable
+id, but 1 for the pool the namespace is rooted at. No method needs an earlier look-up in the same process.
+
+Threads: see `tree.Shared` for the two locks. Neither is held while a volume does I/O.
+"""
+
+import os
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from hlfsfs.errors import HlfsError, NotAPool, NotAVolume
+from hlfsfs.pool.attributes import ROOT_ID, AttributeChanges, Attributes, Defaults, EntryAttributes, Ownership
+from hlfsfs.pool.changes import Changes
+from hlfsfs.pool.names import check_length
+from hlfsfs.pool.properties import Properties
+from hlfsfs.pool.renames import Place, Renames
+from hlfsfs.pool.sweep import Sweep, SweepReport
+from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode, require_sound
+from hlfsfs.pool.volumes import Volumes
+from hlfsfs.store import Store, StoreSpace
+
+if TYPE_CHECKING:
+    from hlfsfs.engine import Engine, Volume
+
+
+class Namespace:
+    """The names of one store, from one pool down.
+
+    Call `sweep` before anything else, and `close` before the engine's.
+    """
+
+    def __init__(
+        self, store: Store, engine: "Engine", root_path: bytes = b"", defaults: Defaults | None = None
+    ) -> None:
+        """Reads all names and records; changes nothing.
+
+        Args:
+            store: opened and locked.
+            engine: of that store.
+            root_path: the pool to start from, relative to the store's root.
+            defaults: mode and owner of new files, whoever makes them.
+
+        Raises:
+            NoSuchName, NotAPool: the root path.
+            RecordDamaged: the root pool's record; damage elsewhere hides only what it damages.
+        """
+        self._shared = Shared(store, engine)
+        self._volumes = Volumes(self._shared)
+        self._changes = Changes(self._shared, self._volumes, defaults or Defaults())
+        self._renames = Renames(self._shared, self._changes)
+        root = self._shared.tree.find(self._shared.tree.root, root_path)
+        if not isinstance(root, PoolNode):
+            raise NotAPool(self._shared.what(root))
+        self._root = root
+        self._properties = Properties(self._shared, self._volumes, self._changes, root)
+
+    def sweep(self, held: Collection[int] = ()) -> SweepReport:
+        """Settles what a crash left half-way, and deletes volumes that lost their name.
+
+        Args:
+            held: ids of volumes without a name which still have open handles, after a restart of the server only.
+        """
+        return Sweep(self._shared, self._volumes, self._changes, held).run()
+
+    def close(self) -> None:
+        """Deletes the volumes that were kept only because they were open. The engine is closed by its owner."""
+        with self._shared.lock:
+            opened = [node for node in self._shared.tree.volumes() if node.handles]
+        for node in opened:
+            self._volumes.drop_if_unused(node, ignore_handles=True)
+
+    # --- finding ----------------------------------------------------------------------------------------------
+
+    def _node(self, node_id: int) -> Node:
+        with self._shared.lock:
+            return self._root if node_id == ROOT_ID else self._shared.tree.node(node_id)
+
+    def _pool(self, node_id: int) -> PoolNode:
+        node = self._node(node_id)
+        if not isinstance(node, PoolNode):
+            raise NotAPool(self._shared.what(node))
+        return node
+
+    def _volume(self, node_id: int) -> VolumeNode:
+        node = self._node(node_id)
+        if not isinstance(node, VolumeNode):
+            raise NotAVolume(self._shared.what(node))
+        return node
+
+    def resolve(self, path: bytes) -> int:
+        """Id of what a path below the namespace's root names. Raises NoSuchName, NotAPool, Damaged."""
+        with self._shared.lock:
+            return self._properties.shown_id(require_sound(self._shared.tree.find(self._root, path)))
+
+    def lookup(self, parent_id: int, name: bytes) -> Attributes:
+        """Attributes of a name in a pool, recovering its volume if need be.
+
+        Raises:
+            NoSuchName, NotAPool, StaleId, NameTooLong: nothing is there.
+            Damaged: the name, or what it names.
+        """
+        check_length(name)
+        parent = self._pool(parent_id)
+        if name in (b".", b".."):
+            above = None if name == b"." or parent is self._root else parent.parent
+            return self._properties.attributes(above or parent)
+        return self._properties.attributes(require_sound(self._changes.child(parent, name)))
+
+    def readdir(self, node_id: int) -> list[tuple[bytes, EntryAttributes]]:
+        """All names in a pool, sorted; damaged ones too (look-up tells). Raises StaleId, NotAPool."""
+        pool = self._pool(node_id)
+        with self._shared.lock:
+            children = pool.require_children()
+            return [(name, self._properties.entry(node)) for name, node in sorted(children.items())]
+
+    def statfs(self) -> StoreSpace:
+        """Space of the store."""
+        return self._shared.store.statfs()
+
+    # --- attributes -------------------------------------------------------------------------------------------
+
+    def getattr(self, node_id: int) -> Attributes:
+        """Attributes of a pool or volume. Raises StaleId, Damaged."""
+        return self._properties.attributes(self._node(node_id))
+
+    def setattr(self, node_id: int, changes: AttributeChanges) -> Attributes:
+        """Changes mode, owner, size and times, in this order; a failure keeps what was done before it.
+
+        Mode and owner are durable on return. Size and times of a volume are once it is flushed, as its data is.
+
+        Raises:
+            StaleId, Damaged: it is gone, or damaged.
+            NotPermitted: a mode no volume may have.
+            NotAVolume: the size of a pool.
+            SizeTooBig, NoSpace, ReadOnly: as a write.
+        """
+        node = self._node(node_id)
+        self._properties.change(node, changes)
+        return self._properties.attributes(node)
+
+    def stats(self, node_id: int) -> dict[str, Any]:
+        """What `hlfs stat` shows, JSON-ready: of a volume `Volume.stats` and its identity; of a pool what it holds."""
+        return self._properties.stats(self._node(node_id))
+
+    # --- changing names ---------------------------------------------------------------------------------------
+
+    def create(self, parent_id: int, name: bytes, mode: int, uid: int, gid: int) -> Attributes:
+        """Makes an empty volume; durable. It is not open yet.
+
+        Raises:
+            NameExists, RefusedName, NameTooLong: the name.
+            NotPermitted: the mode.
+            StaleId, NotAPool: the parent.
+            ReadOnly, NoSpace: the store.
+        """
+        return self._properties.attributes(self._changes.create(self._pool(parent_id), name, Ownership(mode, uid, gid)))
+
+    def mkdir(self, parent_id: int, name: bytes, mode: int, uid: int, gid: int) -> Attributes:
+        """Makes an empty pool; durable. Raises as `create`."""
+        return self._properties.attributes(
+            self._changes.make_pool(self._pool(parent_id), name, Ownership(mode, uid, gid))
+        )
+
+    def unlink(self, parent_id: int, name: bytes) -> None:
+        """Removes a volume's name, durable, and the volume with it once it is not open.
+
+        Raises:
+            NoSuchName, NotAVolume, StaleId, NotAPool: the name.
+            Damaged: its record, so that nobody knows what to delete.
+            ReadOnly: the store.
+        """
+        self._changes.unlink(self._pool(parent_id), name)
+
+    def rmdir(self, parent_id: int, name: bytes) -> None:
+        """Removes an empty pool; durable. Raises NoSuchName, NotAPool, PoolNotEmpty, StaleId, ReadOnly."""
+        self._changes.remove_pool(self._pool(parent_id), name)
+
+    def rename(self, old_parent_id: int, old: bytes, new_parent_id: int, new: bytes, flags: int = 0) -> None:
+        """Renames, also across pools; durable. `flags` are renameat2(2)'s. Raises as `Renames.rename`."""
+        places = Place(self._pool(old_parent_id), old), Place(self._pool(new_parent_id), new)
+        self._renames.rename(*places, flags)
+
+    # --- opening ----------------------------------------------------------------------------------------------
+
+    def open(self, node_id: int, flags: int) -> "Volume":
+        """Opens a volume; its handle is its id. O_TRUNC in `flags` empties it.
+
+        Raises:
+            StaleId, NotAVolume, Damaged: it cannot be opened.
+            ReadOnly: for writing.
+        """
+        node = self._volume(node_id)
+        volume = self._volumes.open(node, for_writing=bool(flags & (os.O_ACCMODE | os.O_TRUNC)))
+        if flags & os.O_TRUNC:
+            try:
+                volume.resize(0)
+            except HlfsError:
+                self._volumes.release(node)
+                raise
+        return volume
+
+    def release(self, node_id: int) -> None:
+        """Gives a handle back; the last one of a volume without a name deletes it. Unknown ids are fine."""
+        with self._shared.lock:
+            node = self._shared.tree.by_id.get(node_id)
+        if isinstance(node, VolumeNode):
+            self._volumes.release(node)
+
+    def volume(self, node_id: int) -> "Volume":
+        """The attached volume of an open handle, also of one opened before a restart. Raises as `open`."""
+        with self._volumes.using(self._volume(node_id)) as volume:
+            return volume
+
+    def forget(self, node_ids: Collection[int]) -> None:
+        """The caller knows these ids no more: closes those of the volumes that are not open. Unknown ids are fine."""
+        with self._shared.lock:
+            nodes = [self._shared.tree.by_id.get(node_id) for node_id in node_ids]
+        self._volumes.forget(node for node in nodes if isinstance(node, VolumeNode))
+
+    # --- extended attributes ----------------------------------------------------------------------------------
+
+    def getxattr(self, node_id: int, name: bytes) -> bytes:
+        """Value of an attribute. Raises NoAttribute, NotSupported, RefusedName, StaleId, Damaged."""
+        return self._properties.getxattr(self._node(node_id), name)
+
+    def setxattr(self, node_id: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        """Sets an attribute; durable. Raises as `xattrs.with_attribute`, and StaleId, Damaged, ReadOnly."""
+        self._properties.setxattr(self._node(node_id), name, value, flags)
+
+    def removexattr(self, node_id: int, name: bytes) -> None:
+        """Removes an attribute; durable. Raises NoAttribute, NotPermitted, StaleId, Damaged, ReadOnly."""
+        self._properties.removexattr(self._node(node_id), name)
+
+    def listxattr(self, node_id: int, *, privileged: bool = True) -> list[bytes]:
+        """Names of the attributes that are kept; `trusted.*` for the privileged only. Raises StaleId, Damaged."""
+        return self._properties.listxattr(self._node(node_id), privileged=privileged)

@@ -1,0 +1,177 @@
+"""What a node is like: its attributes, extended attributes and statistics, read and changed."""
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from hlfsfs.errors import NoAttribute, NotAVolume
+from hlfsfs.pool import xattrs
+from hlfsfs.pool.attributes import ROOT_ID, AttributeChanges, Attributes, EntryAttributes, check_volume_mode
+from hlfsfs.pool.changes import Changes
+from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
+from hlfsfs.pool.volumes import Volumes
+from hlfsfs.store.records import PoolRecord, VolumeRecord
+
+if TYPE_CHECKING:
+    from hlfsfs.engine import Volume
+
+
+class Properties:
+    """Reads from record, volume and store what stat(2) and getxattr(2) tell, and changes it there."""
+
+    def __init__(self, shared: Shared, volumes: Volumes, changes: Changes, root: PoolNode) -> None:
+        self._shared = shared
+        self._volumes = volumes
+        self._changes = changes
+        self._root = root
+
+    def shown_id(self, node: Node) -> int:
+        """The id by which users of the namespace know a node."""
+        return ROOT_ID if node is self._root else node.id
+
+    def entry(self, node: Node) -> EntryAttributes:
+        """What a listing tells; the caller holds `Shared.lock`."""
+        if isinstance(node, PoolNode):
+            return EntryAttributes(self.shown_id(node), "pool", node.record.mode, node.record.uid, node.record.gid)
+        record = node.record if isinstance(node, VolumeNode) else None
+        owner = (record.mode, record.uid, record.gid) if record else (0, 0, 0)
+        return EntryAttributes(node.id, "volume", *owner)
+
+    def attributes(self, node: Node) -> Attributes:
+        """What stat(2) tells; recovers a volume that is not attached."""
+        if isinstance(node, VolumeNode):
+            with self._volumes.using(node) as volume:
+                return self._volume_attributes(node, volume)
+        assert isinstance(node, PoolNode)
+        return self._pool_attributes(node)
+
+    def _volume_attributes(self, node: VolumeNode, volume: "Volume") -> Attributes:
+        found = volume.attr()
+        with self._shared.lock:
+            record, nlink = node.require_record(), node.nlink
+        return Attributes(
+            id=node.id,
+            kind="volume",
+            mode=record.mode,
+            uid=record.uid,
+            gid=record.gid,
+            nlink=nlink,
+            size_bytes=found.size_bytes,
+            allocated_bytes=found.allocated_bytes,
+            atime_ns=found.atime_ns,
+            mtime_ns=found.mtime_ns,
+            ctime_ns=found.ctime_ns,
+        )
+
+    def _pool_attributes(self, node: PoolNode) -> Attributes:
+        with self._shared.lock:
+            record, path = node.record, node.path
+            pools = sum(isinstance(child, PoolNode) for child in node.children.values())
+        times = self._shared.store.pool_times(path)
+        return Attributes(
+            id=self.shown_id(node),
+            kind="pool",
+            mode=record.mode,
+            uid=record.uid,
+            gid=record.gid,
+            nlink=2 + pools,
+            size_bytes=0,
+            allocated_bytes=0,
+            atime_ns=times.atime_ns,
+            mtime_ns=times.mtime_ns,
+            ctime_ns=max(times.ctime_ns, record.ctime_ns),
+        )
+
+    def change(self, node: Node, changes: AttributeChanges) -> None:
+        """See `Namespace.setattr`."""
+        if isinstance(node, VolumeNode):
+            self._change_volume(node, changes)
+        elif isinstance(node, PoolNode):
+            self._change_pool(node, changes)
+
+    def _change_volume(self, node: VolumeNode, changes: AttributeChanges) -> None:
+        if changes.mode is not None:
+            check_volume_mode(changes.mode)
+        with self._volumes.using(node) as volume:
+            self._volumes.check_writable(node, volume)
+            if changes.ownership:
+                self._changes.update_record(node, changes.ownership)
+                self._volumes.mirror_owner(node, volume)
+            if changes.size_bytes is not None:
+                volume.resize(changes.size_bytes)
+            if changes.ownership or changes.mtime_ns is not None:
+                volume.set_times(changes.mtime_ns, time.time_ns())
+
+    def _change_pool(self, node: PoolNode, changes: AttributeChanges) -> None:
+        if changes.size_bytes is not None:
+            raise NotAVolume(self._shared.what(node))
+        with self._shared.changing:
+            self._changes.check_writable(node)
+            if changes.ownership:
+                self._changes.update_record(node, changes.ownership)
+            if changes.atime_ns is not None or changes.mtime_ns is not None:
+                now = self._shared.store.pool_times(node.path)
+                atime_ns = now.atime_ns if changes.atime_ns is None else changes.atime_ns
+                mtime_ns = now.mtime_ns if changes.mtime_ns is None else changes.mtime_ns
+                self._shared.store.set_pool_times(node.path, atime_ns, mtime_ns)
+
+    # --- extended attributes ----------------------------------------------------------------------------------
+
+    def getxattr(self, node: Node, name: bytes) -> bytes:
+        """See `Namespace.getxattr`."""
+        text = xattrs.parse_name(name)
+        if text == xattrs.STATS:
+            return json.dumps(self.stats(node)).encode()
+        kept = self._record(node).xattrs
+        if text not in kept:
+            raise NoAttribute(self._shared.what(node), text)
+        return kept[text]
+
+    def setxattr(self, node: Node, name: bytes, value: bytes, flags: int) -> None:
+        """See `Namespace.setxattr`."""
+        text = xattrs.parse_name(name)
+        with self._shared.changing:
+            kept = self._record(node).xattrs
+            changed = xattrs.with_attribute(kept, text, value, flags, self._shared.what(node))
+            self._changes.update_record(node, {"xattrs": changed})
+
+    def removexattr(self, node: Node, name: bytes) -> None:
+        """See `Namespace.removexattr`."""
+        text = xattrs.parse_name(name)
+        with self._shared.changing:
+            changed = xattrs.without_attribute(self._record(node).xattrs, text, self._shared.what(node))
+            self._changes.update_record(node, {"xattrs": changed})
+
+    def listxattr(self, node: Node, *, privileged: bool) -> list[bytes]:
+        """See `Namespace.listxattr`."""
+        return xattrs.listed(self._record(node).xattrs, privileged=privileged)
+
+    def _record(self, node: Node) -> VolumeRecord | PoolRecord:
+        with self._shared.lock:
+            if isinstance(node, VolumeNode):
+                return node.require_record()
+            assert isinstance(node, PoolNode)
+            return node.record
+
+    # --- statistics -------------------------------------------------------------------------------------------
+
+    def stats(self, node: Node) -> dict[str, Any]:
+        """See `Namespace.stats`."""
+        record = self._record(node)
+        named = {"name": self._shared.what(node), "id": f"{record.id:016x}", "uuid": str(record.uuid)}
+        if isinstance(node, VolumeNode):
+            with self._volumes.using(node) as volume:
+                return {"kind": "volume", **named, **volume.stats()}
+        assert isinstance(node, PoolNode)
+        with self._shared.lock:
+            pools = sum(isinstance(child, PoolNode) for child in node.children.values())
+            volumes = len(node.children) - pools
+        space = self._shared.store.statfs()
+        return {
+            "kind": "pool",
+            **named,
+            "volumes": volumes,
+            "pools": pools,
+            "store_total_bytes": space.total_bytes,
+            "store_available_bytes": space.available_bytes,
+        }

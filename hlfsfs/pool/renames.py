@@ -1,0 +1,135 @@
+"""Renames, in every form rename(2) and renameat2(2) have."""
+
+from dataclasses import dataclass
+
+from hlfsfs.errors import (
+    HlfsError,
+    NameExists,
+    NoSuchName,
+    NotAPool,
+    NotAVolume,
+    NotSupported,
+    PoolNotEmpty,
+    RefusedName,
+)
+from hlfsfs.pool.changes import Changes, path_in, with_changes
+from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
+from hlfsfs.store import Rename
+
+
+@dataclass(frozen=True)
+class Place:
+    """A name in a pool."""
+
+    parent: PoolNode
+    name: bytes
+
+    @property
+    def path(self) -> bytes:
+        return path_in(self.parent, self.name)
+
+
+class Renames:
+    """Renaming; holds `Shared.changing` as all changes do."""
+
+    def __init__(self, shared: Shared, changes: Changes) -> None:
+        self._shared = shared
+        self._changes = changes
+
+    def rename(self, old: Place, new: Place, flags: int) -> None:
+        """Renames a volume or pool, over whatever has the new name unless the flags forbid it.
+
+        A crash leaves both names as before or both as after. What is replaced is deleted as by unlink and rmdir.
+
+        Raises:
+            NoSuchName, NameExists, NotAPool, NotAVolume, PoolNotEmpty: as rename(2) says.
+            RefusedName: the new name, or a pool that would move into itself.
+            NotSupported: other flags.
+        """
+        try:
+            how = Rename(flags)
+        except ValueError as exc:
+            raise NotSupported(f"rename: flags {flags:#x} are not supported") from exc
+        with self._shared.changing:
+            self._changes.check_target(new.parent, new.name)
+            node = self._changes.child(old.parent, old.name)
+            target = new.parent.children.get(new.name)
+            self._check_loops(node, target, old, new)
+            if target is node:
+                if how is Rename.NOREPLACE:
+                    raise NameExists(self._shared.what(node))
+                return
+            victim = self._rename(node, target, old, new, how)
+        if victim is not None:
+            self._changes.let_go(victim)
+
+    def _rename(self, node: Node, target: Node | None, old: Place, new: Place, how: Rename) -> VolumeNode | None:
+        """Does it; returns a volume that lost its name by it."""
+        if how is Rename.EXCHANGE:
+            self._exchange(node, target, old, new)
+        elif target is None:
+            self._shared.store.rename_name(old.path, new.path, Rename.NOREPLACE)
+            self._publish(node, new)
+        elif how is Rename.NOREPLACE:
+            raise NameExists(self._shared.what(target))
+        elif isinstance(node, PoolNode):
+            self._replace_pool(node, target, old, new)
+        elif isinstance(target, VolumeNode):
+            return self._replace_volume(node, target, old, new)
+        else:
+            raise NotAVolume(self._shared.what(target))
+        return None
+
+    def _check_loops(self, node: Node, target: Node | None, old: Place, new: Place) -> None:
+        """Refuses to move a pool into itself, either way round."""
+        for moved, goal in ((node, new.parent), (target, old.parent)):
+            above: Node | None = goal
+            while moved is not None and above is not None:
+                if above is moved and moved is node:
+                    raise RefusedName(new.name, "would put a pool into itself")
+                if above is moved:
+                    raise PoolNotEmpty(self._shared.what(moved))
+                above = above.parent
+
+    def _exchange(self, node: Node, target: Node | None, old: Place, new: Place) -> None:
+        if target is None:
+            raise NoSuchName(self._shared.what(new.parent, new.name))
+        self._changes.check_target(old.parent, old.name)
+        self._shared.store.rename_name(old.path, new.path, Rename.EXCHANGE)
+        with self._shared.lock:
+            self._shared.tree.attach(node, new.parent, new.name)
+            self._shared.tree.attach(target, old.parent, old.name)
+
+    def _replace_volume(self, node: Node, target: VolumeNode, old: Place, new: Place) -> VolumeNode:
+        """Durable steps: the victim's record (unlinked-open), the rename; later the victim's log and record."""
+        self._changes.doom(target)
+        try:
+            self._shared.store.rename_name(old.path, new.path, Rename.REPLACE)
+        except HlfsError:
+            self._changes.revive(target)
+            raise
+        self._publish(node, new)
+        return target
+
+    def _replace_pool(self, node: PoolNode, target: Node, old: Place, new: Place) -> None:
+        """Durable steps: the victim's record (replaced, and where it was), exchange, removal of the victim.
+
+        A crash before the exchange leaves a pool the sweep makes live again, as it is where its record says; one after
+        it leaves an empty pool under the old name which the sweep removes.
+        """
+        if not isinstance(target, PoolNode):
+            raise NotAPool(self._shared.what(target))
+        if target.children or self._shared.store.list_pool(new.path):
+            raise PoolNotEmpty(self._shared.what(target))
+        before = target.record
+        self._changes.replace_record(target, with_changes(before, state="replaced", replaced_at=new.path))
+        try:
+            self._exchange(node, target, old, new)
+        except HlfsError:
+            self._changes.replace_record(target, before)
+            raise
+        self._changes.remove_pool(old.parent, old.name)
+
+    def _publish(self, node: Node, new: Place) -> None:
+        with self._shared.lock:
+            self._shared.tree.attach(node, new.parent, new.name)

@@ -1,0 +1,123 @@
+"""Who uses which volume: attaching lazily, counting handles, dropping what has neither name nor user.
+
+All methods are thread-safe. `Shared.lock` guards the counts; no volume I/O happens under it.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from hlfsfs.errors import HlfsError, ReadOnly
+from hlfsfs.pool.tree import Shared, VolumeNode
+
+if TYPE_CHECKING:
+    from hlfsfs.engine import Volume
+
+log = logging.getLogger(__name__)
+
+
+class Volumes:
+    """The volumes of a namespace, between their names and the engine."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+
+    @contextmanager
+    def using(self, node: VolumeNode) -> Iterator["Volume"]:
+        """The attached volume, which is neither detached nor dropped during the block.
+
+        Raises:
+            StaleId: it is gone.
+            Damaged: its record, checkpoint or log.
+        """
+        with self._shared.lock:
+            while node.closing:
+                self._shared.settled.wait()
+            record = node.require_record()
+            node.users += 1
+        try:
+            volume = self._shared.engine.attach(record)
+            self.mirror_owner(node, volume)
+            yield volume
+        finally:
+            with self._shared.lock:
+                node.users -= 1
+            self.drop_if_unused(node)
+
+    def mirror_owner(self, node: VolumeNode, volume: "Volume | None" = None) -> None:
+        """Tells an attached volume what its GETATTR answers for mode, owner and link count."""
+        volume = volume or self._shared.engine.attached(node.id)
+        with self._shared.lock:
+            record = node.record
+            if volume is not None and record is not None:
+                volume.set_owner(record.mode, record.uid, record.gid, node.nlink)
+
+    def open(self, node: VolumeNode, *, for_writing: bool) -> "Volume":
+        """Counts one more handle. Raises ReadOnly for writing where the volume or the store is read-only."""
+        with self.using(node) as volume:
+            if for_writing:
+                self.check_writable(node, volume)
+            with self._shared.lock:
+                node.handles += 1
+            return volume
+
+    def check_writable(self, node: VolumeNode, volume: "Volume") -> None:
+        """Raises ReadOnly."""
+        what = self._shared.what(node)
+        if self._shared.store.read_only:
+            raise ReadOnly(what)
+        if volume.read_only or node.require_record().ro_compat:
+            raise ReadOnly(what, "opened read-only because of damage or of features of a newer hlfs; see hlfs check")
+
+    def release(self, node: VolumeNode) -> None:
+        """Gives a handle back; one from before a restart of the server may be unknown here."""
+        with self._shared.lock:
+            node.handles = max(0, node.handles - 1)
+        self.drop_if_unused(node)
+
+    def forget(self, nodes: Iterable[VolumeNode]) -> None:
+        """Detaches those of the volumes that nobody uses."""
+        for node in nodes:
+            if self.drop_if_unused(node) or self._shared.engine.attached(node.id) is None:
+                continue
+            with self._shared.lock:
+                if node.handles or node.users or node.closing or node.gone:
+                    continue
+                node.closing = True
+            try:
+                self._shared.engine.detach(node.id)
+            finally:
+                self._settle(node)
+
+    def drop_if_unused(self, node: VolumeNode, *, ignore_handles: bool = False) -> bool:
+        """Deletes a volume for good when it has no name, no handle and no user; tells whether it did.
+
+        The log goes first and the record last, each durable: after a crash in between the record is still
+        unlinked-open, and the next mount's sweep goes on from there.
+        """
+        with self._shared.lock:
+            record = node.record
+            if record is None or record.state != "unlinked-open" or node.parent is not None:
+                return False
+            in_use = node.users or node.closing or (node.handles and not ignore_handles)
+            if in_use or node.gone or self._shared.store.read_only:
+                return False
+            node.closing = True
+        try:
+            self._shared.engine.drop(node.id)
+            self._shared.store.delete_log(record.log_uuid)
+            self._shared.store.remove_volume(node.id)
+        except HlfsError as exc:
+            log.warning("deleting volume %016x stopped, the next mount goes on: %s", node.id, exc)
+        finally:
+            with self._shared.lock:
+                node.gone = True
+                self._shared.tree.by_id.pop(node.id, None)
+            self._settle(node)
+        return True
+
+    def _settle(self, node: VolumeNode) -> None:
+        with self._shared.lock:
+            node.closing = False
+            self._shared.settled.notify_all()

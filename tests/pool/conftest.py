@@ -1,0 +1,83 @@
+"""A store with a namespace on it, which tests can close, crash and open again."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from hlfsfs.pool import Attributes, Defaults, Namespace
+from hlfsfs.store.disk import Disk
+from hlfsfs.store.local import LocalStore, open_local
+from tests.pool.fake_engine import FakeEngine, Media
+
+
+class World:
+    """One store on disk and, while it is open, its engine and namespace."""
+
+    def __init__(self, root: Path, *, disk: Disk | None = None, media: Media | None = None) -> None:
+        self.root = root
+        self.disk = disk or Disk()
+        self.media = media or Media()
+        self.open()
+
+    def open(self, *, root_path: bytes = b"", read_only: bool = False, defaults: Defaults | None = None) -> None:
+        """Opens the store as a mount would, sweep included."""
+        self.store: LocalStore = open_local(
+            os.fsencode(self.root), create=not read_only, read_only=read_only, disk=self.disk
+        )
+        self.store.lock()
+        self.engine = FakeEngine(self.store, self.media)
+        self.names = Namespace(self.store, cast(Any, self.engine), root_path, defaults)
+        self.report = self.names.sweep()
+
+    def close(self) -> None:
+        self.names.close()
+        self.engine.close()
+        self.store.close()
+
+    def crash(self) -> None:
+        """Ends as kill -9 does; what was synced to the directory stays."""
+        self.engine.crash()
+        self.store.close()
+
+    def reopen(self, *, crash: bool = False, **options: object) -> None:
+        if crash:
+            self.crash()
+        else:
+            self.close()
+        self.open(**options)  # type: ignore[arg-type]
+
+    # Short forms for tests that do not care about owners.
+
+    def volume(self, name: bytes, parent: int = 1, data: bytes = b"") -> Attributes:
+        made = self.names.create(parent, name, 0o644, 0, 0)
+        if data:
+            self.write(made.id, data)
+        return made
+
+    def pool(self, name: bytes, parent: int = 1) -> Attributes:
+        return self.names.mkdir(parent, name, 0o755, 0, 0)
+
+    def write(self, volume_id: int, data: bytes) -> None:
+        """Writes durably."""
+        self.names.open(volume_id, os.O_RDWR).write(0, data, dsync=True)
+        self.names.release(volume_id)
+
+    def read(self, volume_id: int) -> bytes:
+        data = bytes(self.names.open(volume_id, os.O_RDONLY).read(0, 1 << 20))
+        self.names.release(volume_id)
+        return data
+
+    def listing(self, pool_id: int = 1) -> list[bytes]:
+        return [name for name, _ in self.names.readdir(pool_id)]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    root = tmp_path / "store"
+    root.mkdir()
+    made = World(root)
+    yield made
+    made.store.close()

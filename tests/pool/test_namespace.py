@@ -1,0 +1,599 @@
+"""Names: making, finding, removing, renaming, and what a restart makes of it."""
+
+import errno
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from hlfsfs import errors
+from hlfsfs.pool import UNKNOWN_ID, AttributeChanges, Defaults
+from tests.pool.conftest import World
+
+NOREPLACE, EXCHANGE = 1, 2
+
+
+# --- making and finding ----------------------------------------------------------------------------------------
+
+
+def test_new_volume_is_empty_and_found(world: World) -> None:
+    made = world.names.create(1, b"vm.raw", 0o640, 7, 8)
+    assert (made.kind, made.mode, made.uid, made.gid, made.size_bytes, made.nlink) == ("volume", 0o640, 7, 8, 0, 1)
+    assert world.names.lookup(1, b"vm.raw") == made
+    assert world.names.getattr(made.id) == made
+    assert (world.root / "vm.raw").read_text() == f"volume {made.id:016x}\n"
+
+
+def test_pools_nest(world: World) -> None:
+    outer = world.pool(b"a")
+    inner = world.pool(b"b", outer.id)
+    made = world.volume(b"c", inner.id)
+    assert world.names.resolve(b"a/b/c") == made.id
+    assert world.names.lookup(outer.id, b"b").id == inner.id
+    assert world.names.lookup(inner.id, b"..").id == outer.id
+    assert world.names.lookup(outer.id, b"..").id == 1
+    assert world.names.lookup(1, b"..").id == 1
+    assert world.names.getattr(outer.id).nlink == 3
+
+
+def test_ids_mean_the_same_after_a_restart_without_any_lookup(world: World) -> None:
+    pool = world.pool(b"p")
+    made = world.volume(b"a", pool.id, b"data")
+    world.reopen()
+    assert world.names.getattr(made.id).size_bytes == 4
+    assert world.listing(pool.id) == [b"a"]
+    assert world.read(made.id) == b"data"
+
+
+def test_listing_touches_no_volume(world: World) -> None:
+    made = world.volume(b"a")
+    world.reopen()
+    assert world.names.readdir(1)[0][1].id == made.id
+    assert world.engine.attached(made.id) is None
+
+
+@pytest.mark.parametrize("name", [b".snapshots", b".", b"..", b"", b"a/b", b"a\0"])
+@pytest.mark.parametrize("make", ["create", "mkdir"])
+def test_refused_names(world: World, name: bytes, make: str) -> None:
+    pool = world.pool(b"p")
+    for parent in (1, pool.id):
+        with pytest.raises(errors.RefusedName) as caught:
+            getattr(world.names, make)(parent, name, 0o644, 0, 0)
+        assert caught.value.errno == errno.EINVAL
+
+
+def test_metadata_directory_is_refused_in_the_root_only(world: World) -> None:
+    with pytest.raises(errors.RefusedName):
+        world.volume(b".hlfs")
+    pool = world.pool(b"p")
+    world.volume(b".hlfs", pool.id)
+    with pytest.raises(errors.RefusedName):
+        world.names.rename(pool.id, b".hlfs", 1, b".hlfs")
+    with pytest.raises(errors.NoSuchName):
+        world.names.lookup(1, b".hlfs")
+
+
+def test_longest_name(world: World) -> None:
+    made = world.volume(b"x" * 255)
+    assert world.names.lookup(1, b"x" * 255).id == made.id
+    for use in (world.volume, world.pool, lambda name: world.names.lookup(1, name)):
+        with pytest.raises(errors.NameTooLong):
+            use(b"x" * 256)
+
+
+def test_taken_name_is_refused_by_both_kinds(world: World) -> None:
+    world.volume(b"v")
+    world.pool(b"p")
+    before = sorted(os.listdir(world.root / ".hlfs/volumes")), sorted(os.listdir(world.root / ".hlfs/logs"))
+    for name in (b"v", b"p"):
+        for make in (world.volume, world.pool):
+            with pytest.raises(errors.NameExists):
+                make(name)
+    assert (sorted(os.listdir(world.root / ".hlfs/volumes")), sorted(os.listdir(world.root / ".hlfs/logs"))) == before
+
+
+def test_foreign_file_keeps_its_name_and_nothing_leaks(world: World) -> None:
+    (world.root / "theirs").symlink_to("elsewhere")
+    with pytest.raises(errors.NoSuchName):
+        world.names.lookup(1, b"theirs")
+    for make in (world.volume, world.pool):
+        with pytest.raises(errors.NameExists):
+            make(b"theirs")
+    assert os.readlink(world.root / "theirs") == "elsewhere"
+    for directory in ("volumes", "pools", "logs", "tmp"):
+        assert os.listdir(world.root / ".hlfs" / directory) == []
+
+
+def test_parent_must_be_a_pool_that_exists(world: World) -> None:
+    made = world.volume(b"v")
+    with pytest.raises(errors.NotAPool):
+        world.volume(b"x", made.id)
+    with pytest.raises(errors.StaleId):
+        world.volume(b"x", 12345)
+    with pytest.raises(errors.NotAPool):
+        world.names.readdir(made.id)
+
+
+# --- removing --------------------------------------------------------------------------------------------------
+
+
+def test_unlink_leaves_nothing(world: World) -> None:
+    made = world.volume(b"v", data=b"x")
+    world.names.unlink(1, b"v")
+    with pytest.raises(errors.NoSuchName):
+        world.names.lookup(1, b"v")
+    with pytest.raises(errors.StaleId):
+        world.names.getattr(made.id)
+    for directory in ("volumes", "logs", "tmp"):
+        assert os.listdir(world.root / ".hlfs" / directory) == []
+
+
+def test_unlinked_volume_lives_until_the_last_close(world: World) -> None:
+    made = world.volume(b"v", data=b"data")
+    world.names.open(made.id, os.O_RDWR)
+    volume = world.names.open(made.id, os.O_RDONLY)
+    world.names.unlink(1, b"v")
+    assert volume.owner is not None
+    assert volume.owner[3] == 0
+    assert world.names.getattr(made.id).nlink == 0
+    world.names.setattr(made.id, AttributeChanges(mode=0o600))
+    world.names.release(made.id)
+    assert world.names.volume(made.id).read(0, 4) == b"data"
+    replacement = world.volume(b"v")
+    assert replacement.id != made.id
+    world.names.release(made.id)
+    with pytest.raises(errors.StaleId):
+        world.names.getattr(made.id)
+    assert os.listdir(world.root / ".hlfs/volumes") == [f"{replacement.id:016x}"]
+
+
+def test_unlinked_open_volume_goes_at_the_next_mount(world: World) -> None:
+    made = world.volume(b"v")
+    world.names.open(made.id, os.O_RDWR)
+    world.names.unlink(1, b"v")
+    world.reopen(crash=True)
+    assert world.report.deleted == [made.id]
+    assert os.listdir(world.root / ".hlfs/logs") == []
+
+
+def test_held_volume_survives_the_sweep_of_a_restarted_server(world: World) -> None:
+    made = world.volume(b"v", data=b"kept")
+    world.names.open(made.id, os.O_RDWR)
+    world.names.unlink(1, b"v")
+    volumes = os.listdir(world.root / ".hlfs/volumes")
+    world.names.sweep(held=[made.id])
+    assert os.listdir(world.root / ".hlfs/volumes") == volumes
+    assert world.names.volume(made.id).read(0, 4) == b"kept"
+
+
+def test_close_drops_what_is_only_open(world: World) -> None:
+    made = world.volume(b"v")
+    world.names.open(made.id, os.O_RDWR)
+    world.names.unlink(1, b"v")
+    world.close()
+    assert os.listdir(world.root / ".hlfs/volumes") == []
+    world.open()
+    assert world.report.deleted == []
+
+
+def test_rmdir(world: World) -> None:
+    pool = world.pool(b"p")
+    world.volume(b"v", pool.id)
+    with pytest.raises(errors.PoolNotEmpty):
+        world.names.rmdir(1, b"p")
+    with pytest.raises(errors.NotAVolume):
+        world.names.unlink(1, b"p")
+    with pytest.raises(errors.NotAPool):
+        world.names.rmdir(pool.id, b"v")
+    world.names.unlink(pool.id, b"v")
+    world.names.rmdir(1, b"p")
+    with pytest.raises(errors.StaleId):
+        world.names.getattr(pool.id)
+    with pytest.raises(errors.StaleId):
+        world.volume(b"v", pool.id)
+    assert os.listdir(world.root / ".hlfs/pools") == []
+
+
+# --- renaming --------------------------------------------------------------------------------------------------
+
+
+def test_rename_across_pools_keeps_the_volume(world: World) -> None:
+    pool = world.pool(b"p")
+    made = world.volume(b"a", data=b"data")
+    world.names.rename(1, b"a", pool.id, b"b")
+    assert (world.listing(), world.listing(pool.id)) == ([b"p"], [b"b"])
+    world.reopen(crash=True)
+    assert world.names.lookup(pool.id, b"b").id == made.id
+    assert world.read(made.id) == b"data"
+
+
+def test_rename_over_deletes_the_victim(world: World) -> None:
+    winner, victim = world.volume(b"a", data=b"new"), world.volume(b"b", data=b"old")
+    world.names.rename(1, b"a", 1, b"b")
+    assert world.listing() == [b"b"]
+    assert world.names.lookup(1, b"b").id == winner.id
+    with pytest.raises(errors.StaleId):
+        world.names.getattr(victim.id)
+    assert len(os.listdir(world.root / ".hlfs/logs")) == 1
+
+
+def test_rename_over_an_open_volume_then_kill(world: World) -> None:
+    winner, victim = world.volume(b"a", data=b"new"), world.volume(b"b", data=b"old")
+    world.names.open(victim.id, os.O_RDWR)
+    world.names.rename(1, b"a", 1, b"b")
+    assert world.names.volume(victim.id).read(0, 3) == b"old"
+    world.reopen(crash=True)
+    assert world.report.deleted == [victim.id]
+    assert world.read(world.names.resolve(b"b")) == b"new"
+    assert winner.id == world.names.resolve(b"b")
+
+
+def test_rename_without_replacing(world: World) -> None:
+    world.volume(b"a")
+    world.volume(b"b")
+    for target in (b"a", b"b"):
+        with pytest.raises(errors.NameExists):
+            world.names.rename(1, b"a", 1, target, NOREPLACE)
+    world.names.rename(1, b"a", 1, b"c", NOREPLACE)
+    assert world.listing() == [b"b", b"c"]
+
+
+def test_rename_onto_itself_does_nothing(world: World) -> None:
+    made = world.volume(b"a", data=b"x")
+    world.names.rename(1, b"a", 1, b"a")
+    assert world.read(made.id) == b"x"
+
+
+def test_exchange_of_any_kinds(world: World) -> None:
+    pool = world.pool(b"p")
+    inner = world.volume(b"i", pool.id)
+    made = world.volume(b"v")
+    world.names.rename(1, b"p", 1, b"v", EXCHANGE)
+    assert (world.names.resolve(b"p"), world.names.resolve(b"v")) == (made.id, pool.id)
+    world.reopen(crash=True)
+    assert (world.names.resolve(b"p"), world.names.resolve(b"v/i")) == (made.id, inner.id)
+    with pytest.raises(errors.NoSuchName):
+        world.names.rename(1, b"p", 1, b"none", EXCHANGE)
+
+
+def test_rename_between_kinds_is_refused(world: World) -> None:
+    world.pool(b"p")
+    world.volume(b"v")
+    with pytest.raises(errors.NotAVolume):
+        world.names.rename(1, b"v", 1, b"p")
+    with pytest.raises(errors.NotAPool):
+        world.names.rename(1, b"p", 1, b"v")
+    with pytest.raises(errors.NotSupported):
+        world.names.rename(1, b"v", 1, b"w", 4)
+    with pytest.raises(errors.NoSuchName):
+        world.names.rename(1, b"none", 1, b"w")
+
+
+def test_pool_replaces_an_empty_pool_only(world: World) -> None:
+    winner, victim = world.pool(b"a"), world.pool(b"b")
+    made = world.volume(b"v", victim.id)
+    with pytest.raises(errors.PoolNotEmpty):
+        world.names.rename(1, b"a", 1, b"b")
+    world.names.unlink(victim.id, b"v")
+    (world.root / "b/README").write_text("theirs")
+    with pytest.raises(errors.PoolNotEmpty):
+        world.names.rename(1, b"a", 1, b"b")
+    (world.root / "b/README").unlink()
+    world.names.rename(1, b"a", 1, b"b")
+    assert world.listing() == [b"b"]
+    assert world.names.resolve(b"b") == winner.id
+    assert os.listdir(world.root / ".hlfs/pools") == [f"{winner.id:016x}"]
+    assert made.id != winner.id
+
+
+@pytest.mark.parametrize("flags", [0, NOREPLACE, EXCHANGE])
+def test_pool_cannot_move_into_itself(world: World, flags: int) -> None:
+    outer = world.pool(b"a")
+    inner = world.pool(b"b", outer.id)
+    if flags == EXCHANGE:
+        world.pool(b"c", inner.id)
+    with pytest.raises(errors.RefusedName):
+        world.names.rename(1, b"a", inner.id, b"c", flags)
+    with pytest.raises((errors.PoolNotEmpty, errors.NameExists)):
+        world.names.rename(outer.id, b"b", 1, b"a", flags)
+    assert world.names.resolve(b"a/b") == inner.id
+
+
+def test_moved_pool_takes_its_paths_along(world: World) -> None:
+    first, second = world.pool(b"a"), world.pool(b"b")
+    made = world.volume(b"v", first.id)
+    world.names.rename(1, b"a", second.id, b"c")
+    world.names.rename(first.id, b"v", 1, b"w")
+    assert (world.root / "w").read_text() == f"volume {made.id:016x}\n"
+    assert world.listing(first.id) == []
+
+
+# --- a part of a store, read-only, defaults --------------------------------------------------------------------
+
+
+def test_namespace_of_one_pool(world: World) -> None:
+    pool = world.pool(b"p")
+    inner = world.pool(b"q", pool.id)
+    made = world.volume(b"v", inner.id)
+    outside = world.volume(b"outside")
+    world.reopen(root_path=b"p")
+    assert world.names.getattr(1).id == 1
+    assert world.listing() == [b"q"]
+    assert world.names.lookup(1, b"q").id == inner.id
+    assert world.names.lookup(inner.id, b"..").id == 1
+    assert world.names.lookup(1, b"..").id == 1
+    world.names.rename(inner.id, b"v", 1, b"w")
+    assert world.names.resolve(b"w") == made.id
+    with pytest.raises(errors.RefusedName):
+        world.volume(b".snapshots")
+    world.volume(b".hlfs")
+    world.reopen()
+    assert world.names.resolve(b"outside") == outside.id
+    assert world.names.resolve(b"p/w") == made.id
+
+
+@pytest.mark.parametrize(("path", "error"), [(b"none", errors.NoSuchName), (b"v", errors.NotAPool)])
+def test_root_must_be_a_pool(world: World, path: bytes, error: type[Exception]) -> None:
+    world.volume(b"v")
+    world.close()
+    with pytest.raises(error):
+        world.open(root_path=path)
+
+
+def test_read_only_namespace_changes_nothing(world: World) -> None:
+    pool = world.pool(b"p")
+    made = world.volume(b"v", data=b"data")
+    gone = world.volume(b"gone")
+    world.names.open(gone.id, os.O_RDWR)
+    world.names.unlink(1, b"gone")
+    world.crash()
+    before = tree_of(world.root)
+    world.open(read_only=True)
+    assert world.read(made.id) == b"data"
+    assert world.listing() == [b"p", b"v"]
+    for change in (
+        lambda: world.volume(b"x"),
+        lambda: world.pool(b"x"),
+        lambda: world.names.unlink(1, b"v"),
+        lambda: world.names.rmdir(1, b"p"),
+        lambda: world.names.rename(1, b"v", 1, b"w"),
+        lambda: world.names.setattr(made.id, AttributeChanges(size_bytes=0)),
+        lambda: world.names.setattr(made.id, AttributeChanges(mode=0)),
+        lambda: world.names.setattr(pool.id, AttributeChanges(mtime_ns=0)),
+        lambda: world.names.open(made.id, os.O_WRONLY),
+        lambda: world.names.open(made.id, os.O_RDONLY | os.O_TRUNC),
+        lambda: world.names.setxattr(made.id, b"user.a", b""),
+    ):
+        with pytest.raises(errors.ReadOnly):
+            change()
+    assert tree_of(world.root) == before
+
+
+def tree_of(root: Path) -> dict[str, bytes]:
+    return {os.fspath(path): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_defaults_override_the_maker(world: World) -> None:
+    world.reopen(defaults=Defaults(uid=10, gid=20, mode=0o640))
+    volume, pool = world.names.create(1, b"v", 0o777, 1, 2), world.names.mkdir(1, b"p", 0o700, 1, 2)
+    assert (volume.mode, volume.uid, volume.gid) == (0o640, 10, 20)
+    assert (pool.mode, pool.uid, pool.gid) == (0o750, 10, 20)
+
+
+def test_group_is_inherited_from_a_setgid_pool(world: World) -> None:
+    pool = world.names.mkdir(1, b"p", 0o2775, 0, 50)
+    assert world.names.create(pool.id, b"v", 0o664, 1, 2).gid == 50
+    inner = world.names.mkdir(pool.id, b"q", 0o755, 1, 2)
+    assert (inner.gid, inner.mode) == (50, 0o2755)
+
+
+# --- using -----------------------------------------------------------------------------------------------------
+
+
+def test_truncating_open(world: World) -> None:
+    made = world.volume(b"v", data=b"data")
+    world.names.open(made.id, os.O_WRONLY | os.O_TRUNC)
+    assert world.names.getattr(made.id).size_bytes == 0
+
+
+def test_forget_closes_idle_volumes_only(world: World) -> None:
+    idle, busy = world.volume(b"idle", data=b"1"), world.volume(b"busy", data=b"2")
+    world.names.open(busy.id, os.O_RDONLY)
+    world.names.forget([idle.id, busy.id, 1, 99])
+    assert world.engine.attached(idle.id) is None
+    assert world.engine.attached(busy.id) is not None
+    assert world.read(idle.id) == b"1"
+
+
+def test_release_of_a_handle_from_before_a_restart(world: World) -> None:
+    made = world.volume(b"v")
+    world.names.release(made.id)
+    world.names.release(99)
+    assert world.names.getattr(made.id).nlink == 1
+
+
+def test_readonly_volume_is_not_opened_for_writing(world: World) -> None:
+    made = world.volume(b"v")
+    world.names.open(made.id, os.O_RDONLY).read_only = True
+    with pytest.raises(errors.ReadOnly):
+        world.names.open(made.id, os.O_RDWR)
+
+
+def test_lookups_never_wait_for_a_slow_volume(world: World) -> None:
+    slow, fast = world.volume(b"slow"), world.volume(b"fast")
+    world.names.forget([slow.id])
+    entered, go_on = threading.Event(), threading.Event()
+    attach = world.engine.attach
+
+    def slow_attach(record):  # type: ignore[no-untyped-def]
+        if record.id == slow.id:
+            entered.set()
+            assert go_on.wait(60)
+        return attach(record)
+
+    world.engine.attach = slow_attach  # type: ignore[method-assign]
+    thread = threading.Thread(target=world.names.lookup, args=(1, b"slow"))
+    thread.start()
+    assert entered.wait(60)
+    assert world.names.lookup(1, b"fast").id == fast.id
+    world.names.rename(1, b"fast", 1, b"faster")
+    world.names.unlink(1, b"slow")
+    assert len(os.listdir(world.root / ".hlfs/volumes")) == 2
+    go_on.set()
+    thread.join(60)
+    assert len(os.listdir(world.root / ".hlfs/volumes")) == 1
+
+
+def test_many_threads_on_few_names(world: World) -> None:
+    names = [b"a", b"b", b"c"]
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for step in range(40):
+                name, other = names[(seed + step) % 3], names[(seed * step) % 3]
+                for use in (
+                    lambda: world.names.create(1, name, 0o644, 0, 0),  # noqa: B023 - called at once
+                    lambda: world.write(world.names.lookup(1, other).id, b"x"),  # noqa: B023
+                    lambda: world.names.rename(1, name, 1, other),  # noqa: B023
+                    lambda: world.names.forget([node.id for _, node in world.names.readdir(1)]),
+                    lambda: world.names.unlink(1, other),  # noqa: B023
+                ):
+                    with suppress(errors.NoSuchName, errors.NameExists, errors.StaleId):
+                        use()
+        except BaseException as exc:  # noqa: BLE001 - reported below
+            failures.append(exc)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert failures == []
+    left = world.listing()
+    assert len(os.listdir(world.root / ".hlfs/volumes")) == len(left) == len(os.listdir(world.root / ".hlfs/logs"))
+    world.reopen()
+    assert world.listing() == left
+    assert world.report.damage == []
+
+
+# --- damage ----------------------------------------------------------------------------------------------------
+
+
+def test_damaged_log_hides_one_volume_which_can_be_deleted(world: World) -> None:
+    made, other = world.volume(b"bad"), world.volume(b"good", data=b"x")
+    world.media.broken.add(world.store.read_volume(made.id).log_uuid)
+    world.reopen()
+    with pytest.raises(errors.LogDamaged):
+        world.names.lookup(1, b"bad")
+    assert world.read(other.id) == b"x"
+    world.names.unlink(1, b"bad")
+    assert world.listing() == [b"good"]
+
+
+def test_damaged_record_hides_one_volume_and_keeps_its_log(world: World) -> None:
+    made, other = world.volume(b"bad"), world.volume(b"good", data=b"x")
+    logs = sorted(os.listdir(world.root / ".hlfs/logs"))
+    (world.root / f".hlfs/volumes/{made.id:016x}").write_bytes(b"garbage")
+    world.reopen()
+    assert world.listing() == [b"bad", b"good"]
+    for use in (world.names.lookup, world.names.unlink):
+        with pytest.raises(errors.RecordDamaged):
+            use(1, b"bad")
+    with pytest.raises(errors.RecordDamaged):
+        world.names.rename(1, b"good", 1, b"bad")
+    assert world.read(other.id) == b"x"
+    assert sorted(os.listdir(world.root / ".hlfs/logs")) == logs
+
+
+def test_lost_record_keeps_the_log_and_the_name_can_go(world: World) -> None:
+    made = world.volume(b"bad")
+    world.crash()
+    (world.root / f".hlfs/volumes/{made.id:016x}").unlink()
+    world.open()
+    assert [type(damage) for damage in world.report.damage] == [errors.NameDamaged]
+    with pytest.raises(errors.NameDamaged):
+        world.names.lookup(1, b"bad")
+    world.names.unlink(1, b"bad")
+    assert world.listing() == []
+    world.reopen()
+    assert [type(damage) for damage in world.report.damage] == [errors.LogDamaged]
+    assert len(os.listdir(world.root / ".hlfs/logs")) == 1
+
+
+def test_lost_name_keeps_the_volume_and_can_be_given_back(world: World) -> None:
+    made = world.volume(b"v", data=b"data")
+    world.crash()
+    (world.root / "v").unlink()
+    world.open()
+    assert [type(damage) for damage in world.report.damage] == [errors.RecordDamaged]
+    assert f"volume {made.id:016x}" in str(world.report.damage[0])
+    world.crash()
+    (world.root / "v").write_text(f"volume {made.id:016x}\n")
+    world.open()
+    assert world.report.damage == []
+    assert world.read(world.names.resolve(b"v")) == b"data"
+
+
+def test_unreadable_name_stops_deletions(world: World) -> None:
+    made = world.volume(b"gone")
+    world.names.open(made.id, os.O_RDWR)
+    world.names.unlink(1, b"gone")
+    world.crash()
+    (world.root / "strange").write_bytes(b"\0" * 24)
+    world.open()
+    assert world.report.deleted == []
+    assert len(os.listdir(world.root / ".hlfs/logs")) == 1
+    assert dict(world.names.readdir(1))[b"strange"].id == UNKNOWN_ID
+    with pytest.raises(errors.NameDamaged):
+        world.names.lookup(1, b"strange")
+    world.names.unlink(1, b"strange")
+    world.reopen()
+    assert world.report.deleted == [made.id]
+
+
+def test_second_name_of_a_volume_is_damage(world: World) -> None:
+    made = world.volume(b"a", data=b"x")
+    (world.root / "b").write_bytes((world.root / "a").read_bytes())
+    world.reopen()
+    with pytest.raises(errors.NameDamaged, match="another name"):
+        world.names.lookup(1, b"b")
+    world.names.unlink(1, b"b")
+    assert world.read(made.id) == b"x"
+
+
+def test_pool_with_a_damaged_record_lets_only_root_in_until_it_is_owned_again(world: World) -> None:
+    pool = world.names.mkdir(1, b"p", 0o777, 5, 6)
+    made = world.volume(b"v", pool.id, b"x")
+    for break_it in (lambda path: path.write_bytes(b"?"), Path.unlink):
+        world.crash()
+        break_it(world.root / f".hlfs/pools/{pool.id:016x}")
+        world.open()
+        assert len(world.report.damage) <= 1
+        found = world.names.lookup(1, b"p")
+        assert (found.mode, found.uid, found.gid) == (0o700, 0, 0)
+        assert world.read(made.id) == b"x"
+        world.names.setattr(pool.id, AttributeChanges(mode=0o755, uid=5))
+        world.reopen()
+        found = world.names.lookup(1, b"p")
+        assert (found.mode, found.uid, world.report.damage) == (0o755, 5, [])
+
+
+def test_unknown_features_make_a_volume_read_only_or_hide_it(world: World) -> None:
+    made = world.volume(b"v", data=b"x")
+    record = world.store.read_volume(made.id)
+    record.ro_compat = ["index"]
+    world.store.write_volume(record)
+    world.reopen()
+    assert world.read(made.id) == b"x"
+    with pytest.raises(errors.ReadOnly):
+        world.names.open(made.id, os.O_RDWR)
+    with pytest.raises(errors.UnknownFeature):
+        world.names.unlink(1, b"v")
+    record.incompat = ["tree"]
+    world.store.write_volume(record)
+    world.reopen()
+    with pytest.raises(errors.UnknownFeature):
+        world.names.lookup(1, b"v")
