@@ -355,3 +355,52 @@ class CheckpointDamaged(Damaged):
 
 class LogDamaged(Damaged):
     """A volume's log, below the point that was durable."""
+
+
+# --- mounting --------------------------------------------------------------------------------------------------
+
+
+class UnknownOption(UsageError):
+    """A mount option that is neither HLFS's nor one of mount(8)'s."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__(f"unknown mount option {printable(word)!r}; hlfs mount --help lists them")
+        self.word = word
+
+
+class BadOption(UsageError):
+    """A known mount option with a value that is none."""
+
+    def __init__(self, word: str, why: str) -> None:
+        super().__init__(f"mount option {printable(word)!r}: {why}")
+        self.word = word
+
+
+class MountFailed(HlfsError):
+    """Mounting or unmounting failed for a reason on this host's side."""
+
+    exit_code = 32
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{printable(what)}: {why}")
+        self.what = what
+
+
+class NotMounted(MountFailed):
+    """Nothing of HLFS is mounted there."""
+
+    errno = _errno.EINVAL
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, "not a mountpoint of HLFS; findmnt -t fuse.hlfs lists them")
+
+
+class MountBusy(MountFailed):
+    """A mount that somebody uses cannot go. `holders` are lines that name the processes, empty when none is visible."""
+
+    errno = _errno.EBUSY
+
+    def __init__(self, what: str, holders: list[str]) -> None:
+        used_by = f"in use by {', '.join(holders)}" if holders else "in use, by nothing this user can see"
+        super().__init__(what, f"{used_by}; end that and try again")
+        self.holders = holders

@@ -353,6 +353,11 @@ void Relay::handle_reply(std::span<std::byte> reply) noexcept {
         handle_opened(request, reply);
         return;
     }
+    if (opcode == FUSE_READDIRPLUS && error == 0 && !strip_listed_nodes(reply)) {
+        mailbox_.log("the control plane's listing of a directory is malformed");
+        device_.finish(request, -EIO);
+        return;
+    }
     device_.pass(request, reply.data(), reply.size());
     if (opcode == FUSE_INIT && error == 0) {
         mailbox_.post_initialized();

@@ -50,6 +50,22 @@ bool edit_init_reply(const InitOffer& offer, std::span<std::byte> reply) noexcep
     return true;
 }
 
+bool strip_listed_nodes(std::span<std::byte> reply) noexcept {
+    std::span<std::byte> rest = reply.subspan(wire::kOutHeaderBytes);
+    while (rest.size() >= FUSE_NAME_OFFSET_DIRENTPLUS) {
+        const std::byte* dirent = rest.data() + offsetof(fuse_direntplus, dirent);
+        const auto name_bytes = wire::load<std::uint32_t>(dirent + offsetof(fuse_dirent, namelen));
+        const std::size_t entry_bytes = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + std::size_t{name_bytes});
+        if (entry_bytes > rest.size()) {
+            return false;
+        }
+        wire::store(rest.data() + offsetof(fuse_direntplus, entry_out) + offsetof(fuse_entry_out, nodeid),
+                    std::uint64_t{0});
+        rest = rest.subspan(entry_bytes);
+    }
+    return rest.empty();
+}
+
 bool opened_for_writing(std::uint32_t flags) noexcept {
     return (flags & O_ACCMODE) != O_RDONLY;
 }

@@ -24,6 +24,11 @@ bool edit_init_reply(const InitOffer& offer, std::span<std::byte> reply) noexcep
 // readers use the page cache unless a writer is there or the kernel is too old to keep the two coherent.
 std::uint32_t fopen_flags(std::uint32_t flags, bool writer_is_open, std::uint32_t protocol_minor) noexcept;
 
+// Takes the node ids out of a READDIRPLUS reply (header included): the kernel then learns names and types from it and
+// no attributes, of which a listing knows no true sizes. False: the reply is malformed; the entries before the fault
+// are done.
+bool strip_listed_nodes(std::span<std::byte> reply) noexcept;
+
 bool opened_for_writing(std::uint32_t flags) noexcept;
 
 // ENOSYS makes the kernel switch an opcode off for the whole mount; only where it then falls back may it pass.

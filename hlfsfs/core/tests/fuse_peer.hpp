@@ -279,7 +279,13 @@ class MemoryVolume final : public DataVolume {
             done.complete(0);
         });
     }
-    void resize(std::uint64_t, Completion& done) noexcept override { done.complete(-EOPNOTSUPP); }
+    void resize(std::uint64_t n, Completion& done) noexcept override {
+        {
+            const std::lock_guard lock(mutex_);
+            data_.resize(n);
+        }
+        done.complete(0);
+    }
     void seek(std::uint64_t offset, int whence, Completion& done) noexcept override {
         perform([this, offset, whence, &done] {
             std::int64_t end = 0;

@@ -327,6 +327,45 @@ TEST_CASE("what an old kernel does not offer is not asked of it", "[channel]") {
     CHECK(out.flags2 == 0);
 }
 
+TEST_CASE("a listing teaches the kernel names and types only", "[channel]") {
+    Mount mount;
+    Bytes body;
+    const std::vector<std::string> names{"a", "exactly8", "a longer name, with padding"};
+    for (const std::string& name : names) {
+        fuse_direntplus entry{};
+        entry.entry_out.nodeid = kNode;
+        entry.entry_out.attr.size = 17;
+        entry.dirent.ino = kNode + name.size();
+        entry.dirent.namelen = static_cast<std::uint32_t>(name.size());
+        const std::size_t start = body.size();
+        append(body, entry);
+        body.resize(start + FUSE_NAME_OFFSET_DIRENTPLUS);
+        append(body, name);
+        body.resize(start + FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + name.size()));
+    }
+    std::uint64_t unique = mount.kernel.ask(FUSE_READDIRPLUS, 1, fuse_read_in{});
+    REQUIRE(mount.control.next().has_value());
+    mount.control.answer(unique, 0, body);
+    const Reply reply = mount.kernel.reply().value();
+    REQUIRE(reply.body.size() == body.size());
+    std::size_t at = 0;
+    for (const std::string& name : names) {
+        const auto entry = wire::load<fuse_direntplus>(reply.body.data() + at);
+        CHECK(entry.entry_out.nodeid == 0);
+        CHECK(entry.dirent.ino == kNode + name.size());
+        at += FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + name.size());
+    }
+    body.resize(body.size() - 8);
+    unique = mount.kernel.ask(FUSE_READDIRPLUS, 1, fuse_read_in{});
+    REQUIRE(mount.control.next().has_value());
+    mount.control.answer(unique, 0, body);
+    CHECK(mount.kernel.reply()->error == -EIO);
+    unique = mount.kernel.ask(FUSE_READDIRPLUS, 1, fuse_read_in{});
+    REQUIRE(mount.control.next().has_value());
+    mount.control.answer(unique, 0);
+    CHECK(mount.kernel.reply()->body.empty());
+}
+
 TEST_CASE("opens are direct or cached by what they will do", "[channel]") {
     Mount mount;
     const auto volume = attach(mount);

@@ -1,0 +1,329 @@
+"""The control plane: pyfuse3's requests, translated to calls on the namespace. Decides nothing by itself.
+
+Threads: handlers are tasks of the one trio loop; every call that may wait runs in a worker thread, a bounded number at
+a time. Node ids and handles are stable ids, so there is no table of inodes or of open files.
+"""
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable, Sequence
+from typing import NoReturn, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT, RequestContext, XAttrNameT
+
+from hlfsfs.errors import to_errno
+from hlfsfs.pool.attributes import AttributeChanges, Attributes
+from hlfsfs.pool.attributes import EntryAttributes as PoolEntry
+from hlfsfs.pool.namespace import Namespace
+
+log = logging.getLogger(__name__)
+
+# Nothing changes behind the kernel's back: names and attributes change only through this mount, and what a write,
+# punch or resize changes the kernel asks for again by itself. Only the allocated size may be this old.
+ENTRY_TIMEOUT_S = 60
+ATTR_TIMEOUT_S = 60
+
+WORKERS = 16
+BLOCK_BYTES = 4096
+NAME_MAX_BYTES = 255
+
+# Positions in a listing: `.`, `..`, names without an id of their own, then the ids themselves.
+_DOT_OFFSET = 1
+_DOTDOT_OFFSET = 2
+_FIRST_UNKNOWN_OFFSET = 3
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Listing = list[tuple[int, bytes, PoolEntry]]
+
+
+class ControlOperations(pyfuse3.Operations):
+    """Everything but data; see `DataOperations` for a mount without the native data plane."""
+
+    enable_writeback_cache = False
+    enable_acl = False
+    supports_dot_lookup = True
+
+    def __init__(self, namespace: Namespace, on_init: Callable[[], None] = lambda: None) -> None:
+        """`on_init` is called in the trio loop when the kernel's first message is being answered."""
+        super().__init__()
+        self.namespace = namespace
+        self._on_init = on_init
+        self._limiter = trio.CapacityLimiter(WORKERS)
+        # A listing under way, by directory; only a cache: it is made again where it is missing.
+        self._listings: dict[int, Listing] = {}
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a blocking call in a worker thread; its failure becomes the errno the kernel gets."""
+        try:
+            return await trio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=self._limiter)
+        except Exception as exc:
+            raise _fuse_error(exc) from exc
+
+    def init(self) -> None:
+        self._on_init()
+
+    # --- finding ----------------------------------------------------------------------------------------------
+
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
+        return entry_of(await self.call(self.namespace.lookup, parent_inode, name))
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        try:
+            await self.call(self.namespace.forget, [inode for inode, _ in inode_list])
+        except pyfuse3.FUSEError:
+            log.warning("a volume the kernel forgot could not be closed", exc_info=True)
+
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
+        return entry_of(await self.call(self.namespace.getattr, inode))
+
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        await self.call(self.namespace.readdir, inode)
+        return FileHandleT(inode)
+
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        if start_id == 0 or fh not in self._listings:
+            self._listings[fh] = await self.call(self._list, fh)
+        for offset, name, entry in self._listings[fh]:
+            if offset <= start_id:
+                continue
+            if not pyfuse3.readdir_reply(token, FileNameT(name), await self.listed(name, entry), offset):
+                break
+
+    def _list(self, node_id: int) -> Listing:
+        """Names in an order that outlasts changes of the directory: by stable id."""
+        above = self.namespace.lookup(node_id, b"..")
+        here = self.namespace.getattr(node_id)
+        listing = [(_DOT_OFFSET, b".", _as_listed(here)), (_DOTDOT_OFFSET, b"..", _as_listed(above))]
+        unknown = _FIRST_UNKNOWN_OFFSET
+        for name, entry in self.namespace.readdir(node_id):
+            if entry.id >= 1 << 32:
+                listing.append((entry.id, name, entry))
+            else:
+                listing.append((unknown, name, entry))
+                unknown += 1
+        return sorted(listing, key=lambda item: item[0])
+
+    async def listed(self, name: bytes, entry: PoolEntry) -> pyfuse3.EntryAttributes:
+        """Name, id and type only: the channel takes the rest out of the reply, as it says nothing about sizes."""
+        return _listed_entry(entry)
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        self._listings.pop(fh, None)
+
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        """Nothing to do: every change of a name is durable when it returns."""
+
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        space = await self.call(self.namespace.statfs)
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = BLOCK_BYTES
+        data.f_blocks = space.total_bytes // BLOCK_BYTES
+        data.f_bfree = space.free_bytes // BLOCK_BYTES
+        data.f_bavail = space.available_bytes // BLOCK_BYTES
+        data.f_files = space.total_files
+        data.f_ffree = data.f_favail = space.free_files
+        data.f_namemax = NAME_MAX_BYTES
+        return data
+
+    async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
+        """Not asked: permissions are always checked by the kernel (default_permissions)."""
+        return True
+
+    # --- changing ---------------------------------------------------------------------------------------------
+
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return entry_of(await self.call(self.namespace.setattr, inode, changes_of(attr, fields)))
+
+    async def mkdir(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        made = await self.call(self.namespace.mkdir, parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid)
+        return entry_of(made)
+
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        def create_and_open() -> Attributes:
+            made = self.namespace.create(parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid)
+            self.namespace.open(made.id, flags)
+            return made
+
+        made = await self.call(create_and_open)
+        return pyfuse3.FileInfo(fh=FileHandleT(made.id)), entry_of(made)
+
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        if not stat.S_ISREG(mode):
+            raise pyfuse3.FUSEError(errno.EPERM)
+        made = await self.call(self.namespace.create, parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid)
+        return entry_of(made)
+
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        await self.call(self.namespace.unlink, parent_inode, name)
+
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        await self.call(self.namespace.rmdir, parent_inode, name)
+
+    async def rename(  # noqa: PLR0917
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        await self.call(self.namespace.rename, parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        _refuse(errno.EPERM)
+
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        _refuse(errno.EPERM)
+
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        _refuse(errno.EINVAL)
+
+    # --- handles ----------------------------------------------------------------------------------------------
+
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
+        await self.call(self.namespace.open, inode, flags)
+        return pyfuse3.FileInfo(fh=FileHandleT(inode))
+
+    async def release(self, fh: FileHandleT) -> None:
+        await self.call(self.namespace.release, fh)
+
+    # --- extended attributes ----------------------------------------------------------------------------------
+
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        return await self.call(self.namespace.getxattr, inode, name)
+
+    async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
+        await self.call(self.namespace.setxattr, inode, name, value)
+
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
+        await self.call(self.namespace.removexattr, inode, name)
+
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        names = await self.call(self.namespace.listxattr, inode, privileged=ctx.uid == 0)
+        return [XAttrNameT(name) for name in names]
+
+
+class DataOperations(ControlOperations):
+    """The same with data, for `dataplane=off`: the reference the native plane is compared with.
+
+    pyfuse3 does not tell which writes are O_DSYNC, and the kernel sends no FSYNC after asynchronous direct ones: a
+    volume that was ever opened with O_DSYNC has all its writes durable. RWF_DSYNC without it goes unseen.
+    """
+
+    def __init__(self, namespace: Namespace, on_init: Callable[[], None] = lambda: None) -> None:
+        super().__init__(namespace, on_init)
+        self._durable: set[int] = set()
+
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
+        if flags & os.O_DSYNC:
+            self._durable.add(inode)
+        return await super().open(inode, flags, ctx)
+
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        made = await super().create(parent_inode, name, mode, flags, ctx)
+        if flags & os.O_DSYNC:
+            self._durable.add(made[0].fh)
+        return made
+
+    async def listed(self, name: bytes, entry: PoolEntry) -> pyfuse3.EntryAttributes:
+        """In full, as the kernel takes it for a look-up's answer. What cannot be had is not to be remembered."""
+        try:
+            return entry_of(await self.call(self.namespace.getattr, entry.id))
+        except pyfuse3.FUSEError:
+            return _listed_entry(entry)
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return await self.call(lambda: self.namespace.volume(fh).read(off, size))
+
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        dsync = fh in self._durable
+        return await self.call(lambda: self.namespace.volume(fh).write(off, buf, dsync=dsync))
+
+    async def flush(self, fh: FileHandleT) -> None:
+        await self.call(lambda: self.namespace.volume(fh).flush())
+
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        await self.call(lambda: self.namespace.volume(fh).flush())
+
+
+def changes_of(attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields) -> AttributeChanges:
+    """What a SETATTR asks for. A change of the ctime alone is nothing that could be asked for."""
+    return AttributeChanges(
+        mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
+        uid=attr.st_uid if fields.update_uid else None,
+        gid=attr.st_gid if fields.update_gid else None,
+        size_bytes=attr.st_size if fields.update_size else None,
+        atime_ns=attr.st_atime_ns if fields.update_atime else None,
+        mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+    )
+
+
+def entry_of(attributes: Attributes) -> pyfuse3.EntryAttributes:
+    """Attributes as the kernel keeps them."""
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = InodeT(attributes.id)
+    entry.st_mode = ModeT(_type_bits(attributes.kind) | attributes.mode)
+    entry.st_nlink = attributes.nlink
+    entry.st_uid = attributes.uid
+    entry.st_gid = attributes.gid
+    entry.st_size = attributes.size_bytes
+    entry.st_blocks = -(-attributes.allocated_bytes // 512)
+    entry.st_blksize = BLOCK_BYTES
+    entry.st_atime_ns = attributes.atime_ns
+    entry.st_mtime_ns = attributes.mtime_ns
+    entry.st_ctime_ns = attributes.ctime_ns
+    entry.entry_timeout = ENTRY_TIMEOUT_S
+    entry.attr_timeout = ATTR_TIMEOUT_S
+    return entry
+
+
+def _listed_entry(listed: PoolEntry) -> pyfuse3.EntryAttributes:
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = InodeT(listed.id)
+    entry.st_mode = ModeT(_type_bits(listed.kind) | listed.mode)
+    entry.entry_timeout = entry.attr_timeout = 0
+    return entry
+
+
+def _as_listed(attributes: Attributes) -> PoolEntry:
+    return PoolEntry(attributes.id, attributes.kind, attributes.mode, attributes.uid, attributes.gid)
+
+
+def _type_bits(kind: str) -> int:
+    return stat.S_IFDIR if kind == "pool" else stat.S_IFREG
+
+
+def _fuse_error(exc: Exception) -> pyfuse3.FUSEError:
+    """ENOSYS would switch the operation off for the whole mount."""
+    number = to_errno(exc)
+    return pyfuse3.FUSEError(errno.EIO if number == errno.ENOSYS else number)
+
+
+def _refuse(number: int) -> NoReturn:
+    raise pyfuse3.FUSEError(number)

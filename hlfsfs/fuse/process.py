@@ -1,0 +1,29 @@
+"""Making a process fit to serve a filesystem: what it may use, and what the kernel may ask of it."""
+
+import ctypes
+import logging
+import os
+import resource
+from contextlib import suppress
+
+log = logging.getLogger(__name__)
+
+PR_SET_IO_FLUSHER = 57
+OPEN_FILES = 65536
+
+
+def prepare_process() -> None:
+    """Best effort; what is not permitted is left out.
+
+    Its memory allocations must not wait for writing to disks that live in this very mount, it must not be the one
+    killed for want of memory while virtual machines wait for it, and it needs more descriptors than a shell's.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_IO_FLUSHER, ctypes.c_ulong(1), 0, 0, 0) != 0:
+        log.debug("PR_SET_IO_FLUSHER: %s", os.strerror(ctypes.get_errno()))
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("-1000")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,166 @@
+"""The process behind a mount: brings store, engine and namespace up, serves the kernel, and leaves everything durable.
+
+Threads: one trio loop for the control plane, its worker threads, the channel's threads (which need no Python) and the
+engine's. The server never touches its own mount.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pyfuse3
+import trio
+
+from hlfsfs.engine import Engine, EngineOptions
+from hlfsfs.errors import HlfsError, MountBusy, MountFailed
+from hlfsfs.fuse.holders import holders
+from hlfsfs.fuse.mount import mount, raise_read_ahead, unmount
+from hlfsfs.fuse.mountinfo import absolute, find_mount
+from hlfsfs.fuse.operations import ControlOperations, DataOperations
+from hlfsfs.fuse.options import MountOptions
+from hlfsfs.fuse.plane import NativePlane
+from hlfsfs.fuse.process import prepare_process
+from hlfsfs.pool.attributes import Defaults
+from hlfsfs.pool.namespace import Namespace
+from hlfsfs.store import locate, open_store, parse_uri
+
+log = logging.getLogger(__name__)
+
+# pyfuse3 keeps this many tasks waiting: each that starts anew allocates a megabyte.
+MIN_TASKS = 16
+MAX_TASKS = 64
+
+
+def serve(source: str, mountpoint: str, options: MountOptions, ready: Callable[[], None]) -> None:
+    """Mounts `source` at `mountpoint` and serves it until it is unmounted; then everything is durable.
+
+    Args:
+        source: URI of a store, or of a pool in one.
+        mountpoint: an existing directory.
+        options: of the mount.
+        ready: called once the mount answers.
+
+    Raises:
+        HlfsError: nothing was mounted, or the end was not clean; the store is unlocked either way.
+    """
+    check_mountpoint(source, mountpoint)
+    prepare_process()
+    with ExitStack() as stack:
+        store = open_store(source, create=not options.read_only, read_only=options.read_only)
+        stack.callback(store.close)
+        engine = Engine(store, engine_options(options))
+        stack.callback(engine.close)
+        defaults = Defaults(uid=options.uid, gid=options.gid, mode=options.mode)
+        namespace = Namespace(store, engine, locate(source)[1], defaults)
+        stack.callback(namespace.close)
+        namespace.sweep()
+        session = Session(engine, namespace, mountpoint, options)
+        session.run(str(parse_uri(source)), ready)
+    log.info("%s: unmounted, everything is durable", mountpoint)
+
+
+def check_mountpoint(source: str, mountpoint: str) -> None:
+    """Raises MountFailed for a mountpoint that cannot do, before the store is touched."""
+    found = find_mount(mountpoint)
+    if found is not None and found.fstype.startswith("fuse"):
+        raise MountFailed(mountpoint, f"{found.source} is mounted there already; unmount it first")
+    if not os.path.isdir(mountpoint):
+        why = "not a directory" if os.path.lexists(mountpoint) else "no such directory; make it first"
+        raise MountFailed(mountpoint, why)
+    inside, root = absolute(mountpoint), os.path.realpath(parse_uri(locate(source)[0]).path)
+    if _holds(root, inside) or _holds(inside, root):
+        raise MountFailed(mountpoint, "lies within the store, or the store within it; mount it elsewhere")
+
+
+def _holds(outer: bytes, inner: bytes) -> bool:
+    return os.path.commonpath([outer, inner]) == outer
+
+
+class Session:
+    """One mount from mount(2) to its end."""
+
+    def __init__(self, engine: Engine, namespace: Namespace, mountpoint: str, options: MountOptions) -> None:
+        self._engine = engine
+        self._namespace = namespace
+        self._mountpoint = mountpoint
+        self._options = options
+        self._mounted_as: int | None = None
+        self._answers = trio.Event()
+
+    def run(self, source: str, ready: Callable[[], None]) -> None:
+        """Mounts, serves, and returns when the mount is gone. Raises HlfsError if it could not be mounted."""
+        fuse_fd = mount(source, self._mountpoint, self._options)
+        found = find_mount(self._mountpoint)
+        self._mounted_as = found.mount_id if found else None
+        plane: NativePlane | None = None
+        try:
+            if self._options.dataplane:
+                plane = NativePlane(self._engine.core, fuse_fd, self._options.threads)
+                operations = ControlOperations(self._namespace)
+                pyfuse3.init(operations, f"/dev/fd/{plane.control_fd}", set())
+            else:
+                # Called just before the INIT reply is written, in the same step of the loop.
+                operations = DataOperations(self._namespace, on_init=self._answers.set)
+                pyfuse3.init(operations, f"/dev/fd/{fuse_fd}", set())
+            trio.run(self._serve, plane, ready)
+        finally:
+            self._end(plane, fuse_fd)
+
+    def _end(self, plane: NativePlane | None, fuse_fd: int) -> None:
+        """Whatever happened: no mount without a server stays, and nothing is under way when the volumes close."""
+        self._unmount_leftover()
+        if plane is not None:
+            plane.stop()
+            os.close(fuse_fd)
+        pyfuse3.close(unmount=False)
+
+    def _unmount_leftover(self) -> None:
+        found = find_mount(self._mountpoint)
+        if found is None or found.mount_id != self._mounted_as:
+            return
+        log.error("%s: the connection ended without unmounting", self._mountpoint)
+        try:
+            unmount(self._mountpoint, lazy=True)
+        except HlfsError as exc:
+            log.error("%s", exc)
+
+    async def _serve(self, plane: NativePlane | None, ready: Callable[[], None]) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._unmount_on_signal)
+            nursery.start_soon(self._tell_ready, ready)
+            if plane is not None:
+                plane.start()
+                nursery.start_soon(plane.run, self._namespace, self._answers.set, pyfuse3.terminate)
+            await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+            nursery.cancel_scope.cancel()
+
+    async def _tell_ready(self, ready: Callable[[], None]) -> None:
+        await self._answers.wait()
+        await trio.to_thread.run_sync(raise_read_ahead, self._mountpoint)
+        log.info("%s: mounted", self._mountpoint)
+        ready()
+
+    async def _unmount_on_signal(self) -> None:
+        """SIGTERM and SIGINT unmount as `hlfs umount` does; a mount in use stays, and the log names who uses it."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for _ in signals:
+                try:
+                    await trio.to_thread.run_sync(self._unmount)
+                except HlfsError as exc:
+                    log.error("not unmounted: %s", exc)
+
+    def _unmount(self) -> None:
+        found = find_mount(self._mountpoint)
+        if found is None or found.mount_id != self._mounted_as:
+            raise MountFailed(self._mountpoint, "something else is mounted over it")
+        try:
+            unmount(self._mountpoint)
+        except MountBusy as exc:
+            raise MountBusy(self._mountpoint, holders(found)) from exc
+
+
+def engine_options(options: MountOptions) -> EngineOptions:
+    """The engine's part of the mount options; what was not said is left to its defaults."""
+    return EngineOptions()
