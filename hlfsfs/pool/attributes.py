@@ -71,11 +71,15 @@ class Ownership:
 
 @dataclass(frozen=True)
 class Defaults:
-    """Mount options that override what the maker of a file asked for; `mode` as for a volume."""
+    """Mount options about new files: `uid`, `gid` and `mode` (as for a volume) override what their maker asked for.
+
+    `segment_shift` is the binary logarithm of the size of the segments of new volumes' logs.
+    """
 
     uid: int | None = None
     gid: int | None = None
     mode: int | None = None
+    segment_shift: int = 26
 
     def for_new(self, kind: Kind, asked: Ownership, parent: Ownership) -> Ownership:
         """Mode and owner of a new volume or pool.

@@ -80,6 +80,7 @@ class Changes:
                 gid=owner.gid,
                 state="unlinked-open",
                 logs=[LogRef(no=0, uuid=uuid4())],
+                segment_shift=self._defaults.segment_shift,
             )
             self._shared.store.create_volume(record)
             live = self._name_volume(record, path_in(parent, name))

@@ -18,9 +18,10 @@ SIZE_LIMIT_BYTES = 16 << 40
 
 @dataclass
 class Stored:
-    """Durable content of a volume."""
+    """Durable content of a volume: `size_bytes`, of which `data` is the beginning and the rest zeros."""
 
     data: bytes = b""
+    size_bytes: int = 0
     mtime_ns: int = 0
     ctime_ns: int = 0
 
@@ -63,16 +64,18 @@ class FakeVolume:
 
     def attr(self) -> VolumeAttr:
         now = self._open()
-        return VolumeAttr(len(now.data), -(-len(now.data) // 512) * 512, now.mtime_ns, now.mtime_ns, now.ctime_ns)
+        return VolumeAttr(now.size_bytes, -(-len(now.data) // 512) * 512, now.mtime_ns, now.mtime_ns, now.ctime_ns)
 
     def read(self, offset: int, size: int) -> bytes:
-        return self._open().data[offset : offset + size]
+        now = self._open()
+        return now.data[offset : offset + size].ljust(max(0, min(size, now.size_bytes - offset)), b"\0")
 
     def write(self, offset: int, data: bytes, dsync: bool = False) -> int:
         with self._lock:
             now = self._open()
             old = now.data.ljust(offset, b"\0")
             now.data = old[:offset] + data + old[offset + len(data) :]
+            now.size_bytes = max(now.size_bytes, offset + len(data))
             now.mtime_ns = now.ctime_ns = time.time_ns()
         if dsync:
             self.flush()
@@ -80,14 +83,15 @@ class FakeVolume:
 
     def flush(self) -> None:
         now = self._open()
-        self._stored.data, self._stored.mtime_ns, self._stored.ctime_ns = now.data, now.mtime_ns, now.ctime_ns
+        self._stored.data, self._stored.size_bytes = now.data, now.size_bytes
+        self._stored.mtime_ns, self._stored.ctime_ns = now.mtime_ns, now.ctime_ns
 
     def resize(self, size_bytes: int) -> None:
         if size_bytes > SIZE_LIMIT_BYTES:
             raise SizeTooBig(f"volume {self.id:x}", size_bytes, SIZE_LIMIT_BYTES)
         with self._lock:
             now = self._open()
-            now.data = now.data[:size_bytes].ljust(size_bytes, b"\0")
+            now.data, now.size_bytes = now.data[:size_bytes], size_bytes
             now.mtime_ns = now.ctime_ns = time.time_ns()
 
     def set_times(self, mtime_ns: int | None, ctime_ns: int | None) -> None:
@@ -100,7 +104,7 @@ class FakeVolume:
         self.owner = (mode, uid, gid, nlink)
 
     def stats(self) -> dict[str, Any]:
-        return {"size_bytes": len(self._open().data), "segments": 1, "dirty": False}
+        return {"size_bytes": self._open().size_bytes, "segments": 1, "dirty": False}
 
 
 class FakeEngine:

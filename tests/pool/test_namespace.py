@@ -376,10 +376,11 @@ def tree_of(root: Path) -> dict[str, bytes]:
 
 
 def test_defaults_override_the_maker(world: World) -> None:
-    world.reopen(defaults=Defaults(uid=10, gid=20, mode=0o640))
+    world.reopen(defaults=Defaults(uid=10, gid=20, mode=0o640, segment_shift=22))
     volume, pool = world.names.create(1, b"v", 0o777, 1, 2), world.names.mkdir(1, b"p", 0o700, 1, 2)
     assert (volume.mode, volume.uid, volume.gid) == (0o640, 10, 20)
     assert (pool.mode, pool.uid, pool.gid) == (0o750, 10, 20)
+    assert world.store.read_volume(volume.id).segment_shift == 22
 
 
 def test_group_is_inherited_from_a_setgid_pool(world: World) -> None:

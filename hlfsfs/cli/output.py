@@ -1,0 +1,64 @@
+"""How commands print: sizes, times and tables for people, JSON for programs."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def format_size(size_bytes: int) -> str:
+    """`10 GiB`, `1.5 KiB`, `512 bytes`: exact where it can be, three digits otherwise."""
+    size, unit = float(size_bytes), 0
+    while size >= 1024 and unit < len(_UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.4g} {_UNITS[unit]}" if size < 1000 else f"{size:.0f} {_UNITS[unit]}"
+
+
+def format_time(time_ns: int) -> str:
+    """Local time to the second, `never` for 0."""
+    return datetime.fromtimestamp(time_ns // 10**9).astimezone().isoformat(" ", "seconds") if time_ns else "never"
+
+
+def format_value(key: str, value: Any) -> str:
+    """A value as its key's unit says (`_bytes`, `_ns`)."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key.endswith("_bytes"):
+        return format_size(value)
+    return format_time(value) if key.endswith("_ns") else str(value)
+
+
+def print_json(value: object) -> None:
+    """One JSON document."""
+    print(json.dumps(value, indent=2))
+
+
+def print_fields(fields: Mapping[str, Any]) -> None:
+    """One line a field, named by its key without the unit."""
+    table = Table.grid(padding=(0, 2))
+    for key, value in fields.items():
+        label = key.removesuffix("_bytes").removesuffix("_ns").replace("_", " ")
+        table.add_row(Text(label, "bold"), Text(format_value(key, value)))
+    _console().print(table)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with one line a row, however long, where the output is not a terminal."""
+    table = Table(*columns, box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    _console().print(table)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 100_000, soft_wrap=not sys.stdout.isatty())
