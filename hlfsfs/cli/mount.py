@@ -96,10 +96,12 @@ def serve_here(source: str, directory: str, options: MountOptions, ready: Callab
 def start_server(source: str, directory: str, options: MountOptions) -> int:
     """Forks the server and waits for its first word: that the mount answers, or the line that says why not."""
     reading, writing = os.pipe()
-    if os.fork() == 0:
+    child = os.fork()
+    if child == 0:
         os.close(reading)
         _server_process(source, directory, options, writing)
     os.close(writing)
+    os.waitpid(child, 0)
     with os.fdopen(reading, "rb") as pipe:
         word = pipe.read()
     if word == READY:
@@ -120,7 +122,7 @@ def _server_process(source: str, directory: str, options: MountOptions, writing:
         if os.fork() != 0:
             os._exit(EXIT_OK)
         os.chdir("/")
-        os.umask(0o077)
+        os.umask(0o022)
         _leave_terminal()
         log_to(_file_handler(), directory)
         status = _serve_and_tell(source, directory, options, _Teller(writing))

@@ -21,10 +21,11 @@ class Mount:
 def mounts(pid: str = "self") -> list[Mount]:
     """All mounts of a process's namespace, in the order they were made, below first."""
     with open(f"/proc/{pid}/mountinfo", "rb") as file:
-        return [_parse(line) for line in file]
+        return [parse_line(line) for line in file]
 
 
-def _parse(line: bytes) -> Mount:
+def parse_line(line: bytes) -> Mount:
+    """Reads one line of mountinfo."""
     before, _, after = line.partition(b" - ")
     mount_id, _, device, _, mountpoint = before.split()[:5]
     fstype, source = after.split()[:2]

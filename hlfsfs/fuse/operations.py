@@ -9,6 +9,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
@@ -28,6 +29,8 @@ ENTRY_TIMEOUT_S = 60
 ATTR_TIMEOUT_S = 60
 
 WORKERS = 16
+# A reply must fit the socket to the channel, however much the kernel asks for at once.
+LISTED_AT_ONCE = 256
 BLOCK_BYTES = 4096
 NAME_MAX_BYTES = 255
 
@@ -89,9 +92,8 @@ class ControlOperations(pyfuse3.Operations):
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         if start_id == 0 or fh not in self._listings:
             self._listings[fh] = await self.call(self._list, fh)
-        for offset, name, entry in self._listings[fh]:
-            if offset <= start_id:
-                continue
+        rest = (item for item in self._listings[fh] if item[0] > start_id)
+        for offset, name, entry in islice(rest, LISTED_AT_ONCE):
             if not pyfuse3.readdir_reply(token, FileNameT(name), await self.listed(name, entry), offset):
                 break
 

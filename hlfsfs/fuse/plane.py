@@ -9,6 +9,7 @@ import trio
 
 from hlfsfs import _core
 from hlfsfs.errors import to_errno
+from hlfsfs.fuse.opcodes import OPERATIONS
 from hlfsfs.fuse.operations import ATTR_TIMEOUT_S
 from hlfsfs.pool.namespace import Namespace
 
@@ -41,6 +42,14 @@ class NativePlane:
         """Waits for what is under way, then ends all threads. Call before volumes are closed."""
         self.channel.stop()
         self._ours.close()
+
+    def statistics(self) -> dict[str, int]:
+        """Counters: requests and failed replies by operation, and what the relay did."""
+        found = self.channel.statistics()
+        counts = {name: value for name, value in found.items() if isinstance(value, int)}
+        for key in ("requests", "errors"):
+            counts |= {f"{key}.{OPERATIONS.get(code, code)}": n for code, n in enumerate(found[key]) if n}
+        return counts
 
     async def run(self, namespace: Namespace, initialized: Callable[[], None], ended: Callable[[], None]) -> None:
         """Serves the channel's events until the kernel ends the connection."""

@@ -4,6 +4,7 @@ Threads: one trio loop for the control plane, its worker threads, the channel's 
 engine's. The server never touches its own mount.
 """
 
+import json
 import logging
 import os
 import signal
@@ -113,6 +114,7 @@ class Session:
         self._unmount_leftover()
         if plane is not None:
             plane.stop()
+            log.info("%s: statistics %s", self._mountpoint, json.dumps(plane.statistics()))
             os.close(fuse_fd)
         pyfuse3.close(unmount=False)
 
