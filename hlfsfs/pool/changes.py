@@ -20,6 +20,8 @@ from hlfsfs.errors import (
     HlfsError,
     NameDamaged,
     NameExists,
+    NameTooLong,
+    NoSpace,
     NoSuchName,
     NoSuchPool,
     NotAPool,
@@ -146,6 +148,12 @@ class Changes:
             in_root = parent is self._shared.tree.root
         self.check_writable(parent)
         check_new_name(name, in_store_root=in_root)
+        self.check_depth(path_in(parent, name))
+
+    def check_depth(self, path: bytes) -> None:
+        """Raises NameTooLong for a path the store could not hold."""
+        if len(path) > self._shared.store.path_limit_bytes:
+            raise NameTooLong(path)
 
     def check_writable(self, node: Node) -> None:
         """Raises ReadOnly when the store is."""
@@ -185,19 +193,32 @@ class Changes:
     def doom(self, node: VolumeNode) -> None:
         """Marks a volume that is about to lose its name, durable. Raises what hides the record.
 
-        A name that names no volume may go without: nothing else can be deleted with it.
+        A name that names no volume may go without: nothing else can be deleted with it. On a full disk the mark is in
+        memory only, so that deleting can free space: a crash before all is deleted then leaves a volume without a name,
+        which the sweep reports.
         """
-        if not isinstance(node.damage, NameDamaged):
-            self.replace_record(node, with_changes(node.require_record(), state="unlinked-open"))
+        if isinstance(node.damage, NameDamaged):
+            return
+        doomed = with_changes(node.require_record(), state="unlinked-open")
+        try:
+            self.replace_record(node, doomed)
+        except NoSpace:
+            self._publish(node, doomed)
 
     def revive(self, node: VolumeNode) -> None:
         """Takes `doom` back after a failure; if that fails as well, the next mount does it."""
         if node.record is None:
             return
+        live = with_changes(node.record, state="live")
         try:
-            self.replace_record(node, with_changes(node.record, state="live"))
+            self.replace_record(node, live)
         except HlfsError as exc:
             log.warning("volume %016x gets its state back at the next mount: %s", node.id, exc)
+            self._publish(node, live)
+
+    def _publish(self, node: VolumeNode, record: VolumeRecord) -> None:
+        with self._shared.lock:
+            node.record = record
 
     def let_go(self, node: VolumeNode) -> None:
         """Deals with a volume that has just lost its name; outside of all locks."""
@@ -242,8 +263,7 @@ class Changes:
         record.require_writable(self._shared.what(node))
         if isinstance(node, VolumeNode) and isinstance(record, VolumeRecord):
             self._shared.store.write_volume(record)
-            with self._shared.lock:
-                node.record = record
+            self._publish(node, record)
         elif isinstance(node, PoolNode) and isinstance(record, PoolRecord):
             self._write_pool(node, record)
             with self._shared.lock:

@@ -55,6 +55,9 @@ class Renames:
             node = self._changes.child(old.parent, old.name)
             target = new.parent.children.get(new.name)
             self._check_loops(node, target, old, new)
+            self._check_depth(node, new)
+            if how is Rename.EXCHANGE and target is not None:
+                self._check_depth(target, old)
             if target is node:
                 if how is Rename.NOREPLACE:
                     raise NameExists(self._shared.what(node))
@@ -90,6 +93,12 @@ class Renames:
                 if above is moved:
                     raise PoolNotEmpty(self._shared.what(moved))
                 above = above.parent
+
+    def _check_depth(self, node: Node, new: Place) -> None:
+        """Refuses to move a pool to where something in it would have too long a path."""
+        with self._shared.lock:
+            longest = max((inner.path for inner in self._shared.tree.below(node)), key=len)
+            self._changes.check_depth(new.path + longest[len(node.path) :])
 
     def _exchange(self, node: Node, target: Node | None, old: Place, new: Place) -> None:
         if target is None:

@@ -46,8 +46,9 @@ class Sweep:
                 with self._reporting():
                     self._sweep_pool_record(pool_id)
             self._find_stray_logs()
-            if not self._shared.store.read_only:
-                self._shared.store.sweep_tmp()
+            with self._reporting():
+                if not self._shared.store.read_only:
+                    self._shared.store.sweep_tmp()
         for damage in self._report.damage:
             log.warning("%s", damage)
         return self._report

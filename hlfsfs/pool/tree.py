@@ -137,6 +137,15 @@ class Tree:
             del node.parent.children[node.name]
         node.parent, node.name = None, b""
 
+    def below(self, node: Node) -> Iterator[Node]:
+        """The node, and all that is in it at any depth."""
+        nodes = [node]
+        while nodes:
+            found = nodes.pop()
+            yield found
+            if isinstance(found, PoolNode):
+                nodes.extend(found.children.values())
+
     def volumes(self) -> Iterator[VolumeNode]:
         """All volumes whose id is known."""
         return (node for node in self.by_id.values() if isinstance(node, VolumeNode))

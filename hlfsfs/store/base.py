@@ -67,12 +67,14 @@ class Store(ABC):
         uuid: its identity, for ever.
         identity: st_dev and st_ino of its root; differs between a store and a copy of it with the same uuid.
         read_only: changes are refused.
+        path_limit_bytes: the longest path a name may have.
     """
 
     uri: str
     uuid: UUID
     identity: tuple[int, int]
     read_only: bool
+    path_limit_bytes: int
 
     @abstractmethod
     def close(self) -> None:

@@ -22,6 +22,8 @@ from hlfsfs.store.disk import Disk, Rename
 
 META = b".hlfs"
 MARKER = b".snapshots"
+# The kernel's limit, its NUL included.
+PATH_MAX_BYTES = 4096
 SUBDIRECTORIES = (b"volumes", b"pools", b"logs", b"spares", b"tmp")
 
 
@@ -64,6 +66,7 @@ class LocalPart:
         self.root = root
         self.disk = disk
         self.read_only = read_only
+        self.path_limit_bytes = PATH_MAX_BYTES - len(os.path.join(root, b"", MARKER, b"")) - 1
         self.uri = "local://" + printable(root)
         self.meta = os.path.join(root, META)
         self.tmp = os.path.join(self.meta, b"tmp")

@@ -11,6 +11,7 @@ import pytest
 from hlfsfs import errors
 from hlfsfs.pool import UNKNOWN_ID, AttributeChanges, Defaults
 from tests.pool.conftest import World
+from tests.store.test_local import FullDisk
 
 NOREPLACE, EXCHANGE = 1, 2
 
@@ -301,6 +302,25 @@ def test_pool_cannot_move_into_itself(world: World, flags: int) -> None:
     assert world.names.resolve(b"a/b") == inner.id
 
 
+def test_pool_is_not_moved_where_its_content_has_no_path(world: World) -> None:
+    deep, chain = world.pool(b"deep"), 1
+    made = world.volume(b"v" * 255, deep.id)
+    while True:
+        try:
+            chain = world.pool(b"x" * 200, chain).id
+        except errors.NameTooLong:
+            break
+    for flags in (0, NOREPLACE):
+        with pytest.raises(errors.NameTooLong):
+            world.names.rename(1, b"deep", chain, b"d", flags)
+    world.volume(b"w", chain)
+    with pytest.raises(errors.NameTooLong):
+        world.names.rename(chain, b"w", 1, b"deep", EXCHANGE)
+    world.reopen()
+    assert world.report.damage == []
+    assert world.names.resolve(b"deep/" + b"v" * 255) == made.id
+
+
 def test_moved_pool_takes_its_paths_along(world: World) -> None:
     first, second = world.pool(b"a"), world.pool(b"b")
     made = world.volume(b"v", first.id)
@@ -478,6 +498,29 @@ def test_many_threads_on_few_names(world: World) -> None:
     world.reopen()
     assert world.listing() == left
     assert world.report.damage == []
+
+
+def test_full_disk_lets_volumes_be_deleted(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    disk = FullDisk()
+    disk.left = 1000
+    world = World(tmp_path / "full", disk=disk)
+    world.volume(b"a")
+    kept, opened = world.volume(b"b"), world.volume(b"c")
+    world.names.open(opened.id, os.O_RDWR)
+    disk.left = 0
+    with pytest.raises(errors.NoSpace):
+        world.volume(b"d")
+    world.names.unlink(1, b"a")
+    world.names.rename(1, b"b", 1, b"c")
+    assert world.listing() == [b"c"]
+    assert len(os.listdir(world.root / ".hlfs/volumes")) == 2
+    world.names.release(opened.id)
+    assert os.listdir(world.root / ".hlfs/volumes") == [f"{kept.id:016x}"]
+    world.reopen()
+    assert world.report.damage == []
+    assert world.names.resolve(b"c") == kept.id
+    world.close()
 
 
 # --- damage ----------------------------------------------------------------------------------------------------

@@ -344,6 +344,17 @@ def test_name_too_long(store: Store) -> None:
     assert store.list_pool(b"") == []
 
 
+def test_longest_path(store: Store) -> None:
+    path = b""
+    while len(path) < store.path_limit_bytes - 200:
+        path = os.path.join(path, b"x" * 180)
+        store.make_pool(path, MIN_ID)
+    name = b"y" * (store.path_limit_bytes - len(path) - 1)
+    store.make_pool(path + b"/" + name, MIN_ID)
+    assert store.list_pool(path) == [NameEntry(name, "pool", MIN_ID)]
+    assert store.list_pool(path + b"/" + name) == []
+
+
 def test_renames(store: Store) -> None:
     store.make_pool(b"p", MIN_ID)
     store.link_name(b"p/a", MIN_ID + 1)
