@@ -90,7 +90,7 @@ class Store(ABC):
 
     @abstractmethod
     def sweep_tmp(self) -> None:
-        """Removes what crashes left in the store's temporary place. Needs the lock."""
+        """Removes what earlier users left in the store's temporary place, not what this one has under way there."""
 
     # --- the lock ---------------------------------------------------------------------------------------------
 

@@ -52,9 +52,11 @@ class LocalStore(LocalLogs, LocalRecords, LocalNames, LocalLock, Store):
         )
 
     def sweep_tmp(self) -> None:
-        """Deletes what is in the temporary place; nothing there is anybody's, so no order matters."""
+        """Deletes what earlier users left in the temporary place; it is nobody's, so no order matters."""
         with self.changing(f"{self.uri}: temporary files"):
             for entry in self.disk.list_dir(self.tmp):
+                if b"-%s-" % self.session in entry.name:
+                    continue
                 if entry.is_dir(follow_symlinks=False):
                     self.remove_flat(entry.path)
                 else:

@@ -68,6 +68,8 @@ class LocalPart:
         self.read_only = read_only
         self.path_limit_bytes = PATH_MAX_BYTES - len(os.path.join(root, b"", MARKER, b"")) - 1
         self.uri = "local://" + printable(root)
+        # Part of the name of each temporary file, so that a sweep tells those in use from what a crash left.
+        self.session = secrets.token_hex(8).encode()
         self.meta = os.path.join(root, META)
         self.tmp = os.path.join(self.meta, b"tmp")
 
@@ -81,7 +83,7 @@ class LocalPart:
 
     def temporary(self, kind: bytes) -> bytes:
         """A path in the temporary place which nothing else has."""
-        return os.path.join(self.tmp, b"%s-%s" % (kind, secrets.token_hex(8).encode()))
+        return os.path.join(self.tmp, b"%s-%s-%s" % (kind, self.session, secrets.token_hex(8).encode()))
 
     def write_file(self, path: bytes, data: bytes, how: Rename, mode: int = 0o600) -> None:
         """Puts a whole file under `path`: written and synced aside, renamed into place, directory synced.

@@ -185,6 +185,25 @@ def test_sweep_removes_what_crashes_leave(root: Path, store: LocalStore) -> None
     assert os.listdir(tmp) == []
 
 
+def test_sweep_leaves_what_is_under_way(root: Path, store: LocalStore) -> None:
+    log = volume_record().log_uuid
+    store.create_log(log)
+    swept = []
+
+    class SweepingDisk(Disk):
+        def rename(self, old: bytes, new: bytes, how: Rename) -> None:
+            store.sweep_tmp()
+            swept.append(old)
+            super().rename(old, new, how)
+
+    store.disk = SweepingDisk()
+    os.close(store.prepare_segment(log, 0, bytes(4096), 4096))
+    store.link_name(b"a", MIN_ID)
+    store.make_pool(b"p", MIN_ID + 1)
+    assert len(swept) == 3
+    assert [entry.name for entry in store.list_pool(b"")] == [b"a", b"p"]
+
+
 def test_nothing_temporary_is_left(root: Path, store: LocalStore) -> None:
     store.make_pool(b"p", MIN_ID)
     store.link_name(b"a", MIN_ID)
