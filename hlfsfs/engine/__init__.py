@@ -1,1 +1,7 @@
-"""Life cycle of a volume: open, recover, checkpoint, check; synchronous Python over the native core."""
+"""Volume life cycle: attach, recover, checkpoint, close. Synchronous; the hot path is native (hlfsfs._core)."""
+
+from hlfsfs.engine.engine import Engine, session
+from hlfsfs.engine.options import EngineOptions
+from hlfsfs.engine.volume import MAX_VOLUME_BYTES, Volume, VolumeAttr
+
+__all__ = ["MAX_VOLUME_BYTES", "Engine", "EngineOptions", "Volume", "VolumeAttr", "session"]

@@ -1,0 +1,295 @@
+#include "ring.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <new>
+#include <system_error>
+
+#include "format.hpp"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+namespace hlfs {
+
+namespace {
+
+constexpr std::uint64_t kRingMagic = 0x31474e4952464c48;  // "HLFRING1"
+constexpr std::uint32_t kRingVersion = 1;
+constexpr std::size_t kExtentBytes = std::size_t{kExtentPages} * kBlockBytes;
+
+// Page 0 of the file. Layout: docs/FORMAT.md, "Ring".
+struct RingHeader {
+    std::uint64_t magic;
+    std::uint32_t version;
+    std::uint32_t header_bytes;
+    RingGeometry geometry;
+    Uuid store_uuid;
+    std::uint64_t store_device;
+    std::uint64_t store_inode;
+    char boot_id[40];
+    std::uint32_t crc;
+};
+static_assert(sizeof(RingHeader) <= kBlockBytes);
+
+struct Layout {
+    std::size_t slots;
+    std::size_t chunks;
+    std::size_t pages;
+    std::size_t ring_end;
+    std::size_t end;
+};
+
+constexpr std::size_t round_up(std::size_t value, std::size_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
+
+Layout layout_of(const RingGeometry& geometry) {
+    Layout layout{};
+    layout.slots = kBlockBytes;
+    layout.chunks = round_up(layout.slots + sizeof(Slot) * geometry.slots, kBlockBytes);
+    layout.pages = round_up(layout.chunks + sizeof(ChunkDescriptor) * geometry.chunks, kExtentBytes);
+    layout.ring_end = layout.pages + kExtentBytes * geometry.ring_extents;
+    layout.end = layout.ring_end + kExtentBytes * geometry.spill_extents;
+    return layout;
+}
+
+std::uint32_t header_crc(const RingHeader& header) {
+    return crc32c(0, &header, offsetof(RingHeader, crc));
+}
+
+[[noreturn]] void fail(int error, const char* what) {
+    throw std::system_error(error, std::generic_category(), what);
+}
+
+// A kill while the kernel meets an unmapped page would give the client EIO: no page may be met for the first time
+// later.
+void populate(std::byte* start, std::size_t size_bytes) {
+    madvise(start, size_bytes, MADV_HUGEPAGE);
+    if (madvise(start, size_bytes, MADV_POPULATE_WRITE) == 0)
+        return;
+    if (errno != EINVAL)
+        fail(errno, "populating the ring");
+    for (std::size_t at = 0; at < size_bytes; at += kBlockBytes) {
+        reinterpret_cast<volatile std::byte*>(start)[at] = start[at];
+    }
+}
+
+}  // namespace
+
+std::size_t Ring::file_bytes(const RingGeometry& geometry) noexcept {
+    return layout_of(geometry).end;
+}
+
+std::unique_ptr<Ring> Ring::create(int fd, const RingGeometry& geometry, const RingIdentity& identity) {
+    const Layout layout = layout_of(geometry);
+    if (ftruncate(fd, static_cast<off_t>(layout.end)) != 0)
+        fail(errno, "sizing the ring");
+    if (fallocate(fd, 0, 0, static_cast<off_t>(layout.ring_end)) != 0)
+        fail(errno, "allocating the ring");
+    void* base = mmap(nullptr, layout.end, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (base == MAP_FAILED)
+        fail(errno, "mapping the ring");
+    auto* bytes = static_cast<std::byte*>(base);
+    try {
+        populate(bytes, layout.ring_end);
+    } catch (...) {
+        munmap(base, layout.end);
+        throw;
+    }
+    RingHeader header{};
+    header.magic = kRingMagic;
+    header.version = kRingVersion;
+    header.header_bytes = sizeof(RingHeader);
+    header.geometry = geometry;
+    header.store_uuid = identity.store_uuid;
+    header.store_device = identity.store_device;
+    header.store_inode = identity.store_inode;
+    std::memcpy(header.boot_id, identity.boot_id.data(), sizeof header.boot_id);
+    header.crc = header_crc(header);
+    std::memcpy(bytes, &header, sizeof header);
+    return std::unique_ptr<Ring>(new Ring(fd, geometry, identity, bytes));
+}
+
+std::unique_ptr<Ring> Ring::attach(int fd) {
+    struct stat info {};
+    if (fstat(fd, &info) != 0)
+        fail(errno, "looking at the ring");
+    const auto size_bytes = static_cast<std::size_t>(info.st_size);
+    if (size_bytes < kBlockBytes)
+        throw FormatError("the ring is shorter than its header");
+    alignas(RingHeader) std::byte first[kBlockBytes];
+    if (pread(fd, first, sizeof first, 0) != static_cast<ssize_t>(sizeof first))
+        fail(EIO, "reading the ring's header");
+    RingHeader header{};
+    std::memcpy(&header, first, sizeof header);
+    if (header.magic != kRingMagic)
+        throw FormatError("no ring magic");
+    if (header.version != kRingVersion)
+        throw FormatError("ring of another version");
+    if (header.header_bytes != sizeof(RingHeader) || header.crc != header_crc(header))
+        throw FormatError("damaged ring header");
+    const RingGeometry& geometry = header.geometry;
+    if (geometry.slots > 65536 || geometry.chunks > 65536 || geometry.ring_extents > 65536 ||
+        geometry.spill_extents > 65536 || layout_of(geometry).end != size_bytes) {
+        throw FormatError("the ring's geometry does not fit its size");
+    }
+    void* base = mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (base == MAP_FAILED)
+        fail(errno, "mapping the ring");
+    RingIdentity identity;
+    identity.store_uuid = header.store_uuid;
+    identity.store_device = header.store_device;
+    identity.store_inode = header.store_inode;
+    std::memcpy(identity.boot_id.data(), header.boot_id, sizeof header.boot_id);
+    return std::unique_ptr<Ring>(new Ring(fd, geometry, identity, static_cast<std::byte*>(base)));
+}
+
+Ring::Ring(int fd, const RingGeometry& geometry, const RingIdentity& identity, std::byte* base)
+    : fd_(fd), geometry_(geometry), identity_(identity), base_(base) {
+    const Layout layout = layout_of(geometry);
+    slots_ = reinterpret_cast<Slot*>(base + layout.slots);
+    chunks_ = reinterpret_cast<ChunkDescriptor*>(base + layout.chunks);
+    pages_ = base + layout.pages;
+    const std::uint32_t extents = geometry.ring_extents + geometry.spill_extents;
+    live_ = std::make_unique<std::atomic<std::uint32_t>[]>(extents);
+    for (std::uint32_t i = 0; i < extents; ++i)
+        live_[i].store(0, std::memory_order_relaxed);
+    for (std::uint32_t i = 0; i < geometry.ring_extents; ++i)
+        free_ring_extents_.push_back(i);
+    for (std::uint32_t i = extents; i > geometry.ring_extents; --i)
+        free_spill_extents_.push_back(i - 1);
+    for (std::uint32_t i = geometry.slots; i > 0; --i)
+        free_slots_.push_back(slots_ + i - 1);
+    for (std::uint32_t i = geometry.chunks; i > 0; --i)
+        free_chunks_.push_back(chunks_ + i - 1);
+}
+
+Ring::~Ring() {
+    munmap(base_, file_bytes(geometry_));
+}
+
+Slot* Ring::acquire_slot() noexcept {
+    std::unique_lock lock(mutex_);
+    slot_freed_.wait(lock, [this] { return !free_slots_.empty(); });
+    Slot* slot = free_slots_.back();
+    free_slots_.pop_back();
+    return slot;
+}
+
+void Ring::release_slot(Slot* slot) noexcept {
+    slot->length_bytes = 0;
+    slot->state.store(SlotState::free, std::memory_order_release);
+    slot->sequence.store(0, std::memory_order_relaxed);
+    {
+        const std::lock_guard lock(mutex_);
+        free_slots_.push_back(slot);
+    }
+    slot_freed_.notify_one();
+}
+
+std::uint32_t Ring::take_extent() noexcept {
+    const std::lock_guard lock(mutex_);
+    std::uint32_t extent = kNoExtent;
+    if (!free_ring_extents_.empty()) {
+        // Oldest first: an extent freed long ago is the least likely to be read from by a late write.
+        extent = free_ring_extents_.front();
+        free_ring_extents_.pop_front();
+    } else if (!free_spill_extents_.empty()) {
+        extent = free_spill_extents_.back();
+        const Layout layout = layout_of(geometry_);
+        const auto at = static_cast<off_t>(layout.pages + std::size_t{extent} * kExtentBytes);
+        if (fallocate(fd_, 0, at, static_cast<off_t>(kExtentBytes)) != 0)
+            return kNoExtent;
+        if (madvise(base_ + at, kExtentBytes, MADV_POPULATE_WRITE) != 0 && errno != EINVAL)
+            return kNoExtent;
+        free_spill_extents_.pop_back();
+    } else {
+        return kNoExtent;
+    }
+    live_[extent].store(1, std::memory_order_relaxed);
+    extents_taken_.fetch_add(1, std::memory_order_relaxed);
+    return extent;
+}
+
+void Ring::drop_extent(std::uint32_t extent) noexcept {
+    {
+        const std::lock_guard lock(mutex_);
+        if (extent < geometry_.ring_extents) {
+            free_ring_extents_.push_back(extent);
+        } else {
+            const Layout layout = layout_of(geometry_);
+            const auto at = static_cast<off_t>(layout.pages + std::size_t{extent} * kExtentBytes);
+            fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, static_cast<off_t>(kExtentBytes));
+            free_spill_extents_.push_back(extent);
+        }
+        extents_taken_.fetch_sub(1, std::memory_order_relaxed);
+    }
+    pages_freed_.notify_all();
+}
+
+bool Ring::reserve(RunCursor& cursor, std::uint32_t pages) noexcept {
+    if (cursor.extent != kNoExtent && cursor.next_page + pages <= kExtentPages)
+        return true;
+    abandon(cursor);
+    cursor.extent = take_extent();
+    cursor.next_page = 0;
+    return cursor.extent != kNoExtent;
+}
+
+PageRun Ring::take(RunCursor& cursor, std::uint32_t count) noexcept {
+    const PageRun run{cursor.extent * kExtentPages + cursor.next_page, count};
+    cursor.next_page += count;
+    live_[cursor.extent].fetch_add(count, std::memory_order_relaxed);
+    pages_in_use_.fetch_add(count, std::memory_order_relaxed);
+    return run;
+}
+
+void Ring::free_pages(PageRun run) noexcept {
+    pages_in_use_.fetch_sub(run.count, std::memory_order_relaxed);
+    while (run.count > 0) {
+        const std::uint32_t extent = run.first / kExtentPages;
+        const std::uint32_t here = std::min(run.count, (extent + 1) * kExtentPages - run.first);
+        if (live_[extent].fetch_sub(here, std::memory_order_acq_rel) == here)
+            drop_extent(extent);
+        run.first += here;
+        run.count -= here;
+    }
+}
+
+void Ring::abandon(RunCursor& cursor) noexcept {
+    if (cursor.extent == kNoExtent)
+        return;
+    if (live_[cursor.extent].fetch_sub(1, std::memory_order_acq_rel) == 1)
+        drop_extent(cursor.extent);
+    cursor.extent = kNoExtent;
+}
+
+void Ring::wait_for_pages() noexcept {
+    std::unique_lock lock(mutex_);
+    pages_freed_.wait_for(lock, std::chrono::milliseconds(100));
+}
+
+ChunkDescriptor* Ring::acquire_chunk() noexcept {
+    const std::lock_guard lock(mutex_);
+    if (free_chunks_.empty())
+        return nullptr;
+    ChunkDescriptor* chunk = free_chunks_.back();
+    free_chunks_.pop_back();
+    return chunk;
+}
+
+void Ring::release_chunk(ChunkDescriptor* chunk) noexcept {
+    chunk->state.store(ChunkState::free, std::memory_order_release);
+    chunk->count.store(0, std::memory_order_release);
+    const std::lock_guard lock(mutex_);
+    free_chunks_.push_back(chunk);
+}
+
+}  // namespace hlfs

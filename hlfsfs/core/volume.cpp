@@ -1,0 +1,57 @@
+#include "volume.hpp"
+
+#include "checkpoint.hpp"
+#include "mutation.hpp"
+
+namespace hlfs {
+
+Volume::Volume(Core& core, const VolumeConfig& config)
+    : core_(core),
+      config_(config),
+      segment_slots_((1U << config.segment_shift) / static_cast<std::uint32_t>(kBlockBytes)),
+      read_only_(config.read_only) {
+    mtime_ns_ = ctime_ns_ = realtime_ns();
+    table_.reserve(16);
+}
+
+Volume::~Volume() {
+    for (Mutation* mutation : parked_)
+        finish(mutation, -ESHUTDOWN);
+    for (LiveChunk* chunk : live_)
+        unpin(core_, chunk);
+    core_.published_pages.fetch_sub(live_pages_, std::memory_order_relaxed);
+    core_.overlay_entries.fetch_sub(overlay_.entries() + (frozen_ ? frozen_->entries() : 0), std::memory_order_relaxed);
+    if (counted_parked_)
+        core_.parked_volumes.fetch_sub(1, std::memory_order_relaxed);
+}
+
+Volume::Stats Volume::stats() const {
+    const Lock lock(mutex_);
+    Stats stats{};
+    stats.size_bytes = size_bytes_;
+    stats.mapped_bytes = mapped_estimate() * kBlockBytes;
+    stats.dirty_bytes = live_pages_ * kBlockBytes;
+    stats.overlay_entries = overlay_.entries() + (frozen_ ? frozen_->entries() : 0);
+    stats.log_bytes = log_slots_ * kBlockBytes;
+    for (const auto& segment : table_)
+        stats.segments += segment ? 1 : 0;
+    stats.epoch = epoch_;
+    stats.sequence = next_sequence_ - 1;
+    stats.durable_sequence = durable_end_ - 1;
+    stats.checkpoint_generation = generation_;
+    stats.checkpoint_time_ns = checkpoint_time_ns_;
+    stats.reads = reads_;
+    stats.read_bytes = read_bytes_;
+    stats.writes = writes_;
+    stats.written_bytes = written_bytes_;
+    stats.flushes = flushes_;
+    stats.damaged_blocks = damaged_blocks_;
+    stats.chunks = chunks_count_;
+    stats.nodes_written = nodes_written_;
+    stats.map_levels = levels_;
+    stats.parked = parked_.size();
+    stats.read_only = read_only_;
+    return stats;
+}
+
+}  // namespace hlfs

@@ -1,0 +1,476 @@
+// The way to the disk: chunk writes, footers, group commit, retirement, and what follows a failed write.
+#include <fcntl.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "volume.hpp"
+
+namespace hlfs {
+
+namespace {
+
+constexpr std::size_t kMaxVectors = 1024;
+constexpr std::uint32_t kRegrowSlots = 2048;  // a chunk and its footer fit in any case
+
+// Writes every byte or returns an errno.
+int write_all(int fd, std::vector<iovec>& vectors, off_t offset) noexcept {
+    std::size_t first = 0;
+    while (first < vectors.size()) {
+        const auto count = static_cast<int>(std::min(kMaxVectors, vectors.size() - first));
+        const ssize_t wrote = pwritev(fd, vectors.data() + first, count, offset);
+        if (wrote < 0) {
+            if (errno == EINTR)
+                continue;
+            return errno;
+        }
+        if (wrote == 0)
+            return EIO;
+        offset += wrote;
+        auto left = static_cast<std::size_t>(wrote);
+        while (first < vectors.size() && left >= vectors[first].iov_len)
+            left -= vectors[first++].iov_len;
+        if (left > 0) {
+            vectors[first].iov_base = static_cast<std::byte*>(vectors[first].iov_base) + left;
+            vectors[first].iov_len -= left;
+        }
+    }
+    return 0;
+}
+
+void append_pages(std::vector<iovec>& vectors, Ring& ring, const std::uint32_t* pages, std::uint32_t count) {
+    for (std::uint32_t i = 0; i < count; ++i) {
+        std::byte* page = ring.page(pages[i]);
+        iovec& last = vectors.back();
+        if (static_cast<std::byte*>(last.iov_base) + last.iov_len == page) {
+            last.iov_len += kBlockBytes;
+        } else {
+            vectors.push_back({page, kBlockBytes});
+        }
+    }
+}
+
+// A thread's place to build summaries in.
+std::byte* summary_buffer() {
+    struct Aligned {
+        std::byte* memory = static_cast<std::byte*>(std::aligned_alloc(kBlockBytes, kMaxSummaryBlocks* kBlockBytes));
+        ~Aligned() { std::free(memory); }
+    };
+    thread_local Aligned buffer;
+    return buffer.memory;
+}
+
+}  // namespace
+
+void Volume::work() noexcept {
+    Lock lock(mutex_);
+    wake_pending_ = false;
+    for (;;) {
+        if (broken_ && writing_ == 0 && !syncing_)
+            start_new_epoch();
+        if (growth_wanted_ != 0 && !growing_ && !broken_) {
+            grow(lock);
+            continue;
+        }
+        if (!parked_.empty())
+            drain_parked(lock);
+        if (LiveChunk* chunk = next_to_write()) {
+            if (!to_write_.empty() || eligible_to_seal())
+                wake();
+            write_chunk(lock, chunk);
+            continue;
+        }
+        const auto due =
+            std::find_if(footers_due_.begin(), footers_due_.end(), [](Segment* s) { return s->unwritten_chunks == 0; });
+        if (due != footers_due_.end() && !broken_ && !growing_) {
+            Segment* segment = *due;
+            footers_due_.erase(due);
+            write_footer(lock, segment);
+            continue;
+        }
+        if (should_sync()) {
+            sync(lock);
+            continue;
+        }
+        return;
+    }
+}
+
+LiveChunk* Volume::next_to_write() {
+    if (broken_)
+        return nullptr;
+    if (to_write_.empty() && (!eligible_to_seal() || !seal_open() || to_write_.empty()))
+        return nullptr;
+    LiveChunk* chunk = to_write_.front();
+    to_write_.pop_front();
+    return chunk;
+}
+
+void Volume::write_chunk(Lock& lock, LiveChunk* chunk) {
+    chunk->state = LiveChunk::State::writing;
+    ++writing_;
+    Segment* segment = table_[chunk->segment_index].get();
+    const std::shared_ptr<SharedFd> fd = segment->fd;
+    const std::uint64_t generation = log_generation_;
+    ChunkHeader header;
+    header.epoch = segment->identity.epoch;
+    header.segno = segment->identity.segno;
+    header.slot = static_cast<std::uint16_t>(chunk->slot);
+    header.first_sequence = chunk->first_sequence;
+    header.durable_upto = durable_end_ - 1;
+    header.time_ns = chunk->descriptor != nullptr ? chunk->descriptor->time_ns : realtime_ns();
+    lock.unlock();
+
+    std::byte* summary = summary_buffer();
+    std::size_t used = 0;
+    std::vector<iovec> vectors;
+    vectors.reserve(64);
+    if (const ChunkDescriptor* descriptor = chunk->descriptor) {
+        const std::uint32_t count = descriptor->count.load(std::memory_order_acquire);
+        used = encode_summary(header, {descriptor->entries, count}, {descriptor->checks, descriptor->payload_blocks},
+                              {descriptor->side, descriptor->side_bytes}, segment->identity.seed, summary);
+        vectors.push_back({summary, std::size_t{chunk->summary_blocks} * kBlockBytes});
+        append_pages(vectors, core_.ring(), descriptor->pages, descriptor->payload_blocks);
+    } else {
+        header.flags = kChunkOutOfSequence;
+        used = encode_summary(header, chunk->entries, chunk->checks, {}, segment->identity.seed, summary);
+        vectors.push_back({summary, std::size_t{chunk->summary_blocks} * kBlockBytes});
+        vectors.push_back({chunk->payload, std::size_t{chunk->payload_blocks} * kBlockBytes});
+    }
+    const int error = write_all(fd->get(), vectors, static_cast<off_t>(chunk->slot) * static_cast<off_t>(kBlockBytes));
+
+    lock.lock();
+    --writing_;
+    if (generation != log_generation_ || broken_) {
+        // The log failed meanwhile: this chunk is written again in the new epoch.
+        if (chunk->state == LiveChunk::State::writing)
+            chunk->state = LiveChunk::State::sealed;
+        return;
+    }
+    if (error != 0) {
+        chunk->state = LiveChunk::State::sealed;
+        log_broke(lock, error, "write");
+        return;
+    }
+    std::memcpy(segment->footer_body.data() + chunk->footer_offset, summary, used);
+    --segment->unwritten_chunks;
+    segment->unsynced = true;
+    segment->last_time_s = static_cast<std::uint32_t>(header.time_ns / 1'000'000'000);
+    chunk->state = LiveChunk::State::written;
+    if (chunk->descriptor != nullptr)
+        written_pages_ += chunk->payload_blocks;
+    ++chunks_count_;
+    advance_written();
+    changed_.notify_all();
+}
+
+void Volume::advance_written() {
+    if (live_.empty())
+        return;
+    // Live chunks have consecutive numbers.
+    for (std::size_t i = written_number_ - live_.front()->number; i < live_.size(); ++i) {
+        if (live_[i]->state != LiveChunk::State::written)
+            return;
+        written_number_ = live_[i]->number + 1;
+        written_end_ = live_[i]->end_sequence;
+    }
+}
+
+void Volume::write_footer(Lock& lock, Segment* segment) {
+    const std::shared_ptr<SharedFd> fd = segment->fd;
+    const std::uint32_t at = segment->tail_slot;
+    const auto footer = encode_footer(segment->identity, config_.log_uuid, at, segment->footer_body, segment->chunks,
+                                      segment->end_sequence);
+    ++writing_;
+    lock.unlock();
+    std::byte* aligned = core_.buffers().take(footer.size());
+    std::memcpy(aligned, footer.data(), footer.size());
+    std::vector<iovec> vectors{{aligned, footer.size()}};
+    const auto offset = static_cast<off_t>(at) * static_cast<off_t>(kBlockBytes);
+    int error = write_all(fd->get(), vectors, offset);
+    core_.buffers().give(aligned, footer.size());
+    if (error == 0 && ftruncate(fd->get(), offset + static_cast<off_t>(footer.size())) != 0)
+        error = errno;
+    lock.lock();
+    --writing_;
+    // A segment without a footer is read through its summaries: slower, never wrong. A disk that is full must not stop
+    // here.
+    segment->footer_body = {};
+    segment->unsynced = true;
+    if (error != 0 && error != ENOSPC && !broken_)
+        log_broke(lock, error, "footer write");
+    changed_.notify_all();
+}
+
+void Volume::grow(Lock& lock) {
+    Segment* segment = current_;
+    if (segment == nullptr) {
+        growth_wanted_ = 0;
+        return;
+    }
+    const std::uint32_t from = segment->allocated_slots;
+    const std::uint32_t to =
+        std::min(segment_slots_, std::max(from + growth_wanted_, segment->tail_slot + growth_wanted_));
+    growth_wanted_ = 0;
+    if (to <= from)
+        return;
+    growing_ = true;
+    const std::shared_ptr<SharedFd> fd = segment->fd;
+    lock.unlock();
+    const auto offset = static_cast<off_t>(from) * static_cast<off_t>(kBlockBytes);
+    const auto length = static_cast<off_t>(to - from) * static_cast<off_t>(kBlockBytes);
+    const int error = ::fallocate(fd->get(), 0, offset, length) == 0 ? 0 : errno;
+    lock.lock();
+    growing_ = false;
+    if (error == 0) {
+        segment->allocated_slots = to;
+        space_refused_ = 0;
+    } else {
+        space_refused_ = error;
+        ++refusals_;
+    }
+    changed_.notify_all();
+}
+
+bool Volume::should_sync() const {
+    if (syncing_ || broken_ || written_number_ <= durable_number_)
+        return false;
+    if (!flush_waiters_.empty() && flush_waiters_.front().end_number <= written_number_)
+        return true;
+    if (written_pages_ > core_.ring().ring_pages() / 4)
+        return true;
+    return sync_target_ > durable_number_ && written_number_ >= sync_target_;
+}
+
+void Volume::sync(Lock& lock) {
+    syncing_ = true;
+    const std::uint64_t end = written_end_;
+    const std::uint64_t end_number = written_number_;
+    const std::uint64_t generation = log_generation_;
+    std::vector<std::pair<Segment*, std::shared_ptr<SharedFd>>> dirty;
+    for (auto it = table_.rbegin(); it != table_.rend(); ++it) {
+        if (*it && (*it)->unsynced) {
+            (*it)->unsynced = false;
+            dirty.emplace_back(it->get(), (*it)->fd);
+        }
+        // Segments are filled one after the other; only the newest few can have anything unsynced.
+        if (std::distance(table_.rbegin(), it) > 16)
+            break;
+    }
+    lock.unlock();
+    int error = 0;
+    for (const auto& [segment, fd] : dirty) {
+        if (fdatasync(fd->get()) != 0)
+            error = errno;
+    }
+    lock.lock();
+    syncing_ = false;
+    if (generation == log_generation_ && !broken_) {
+        if (error != 0) {
+            log_broke(lock, error, "fdatasync");
+        } else {
+            durable_end_ = std::max(durable_end_, end);
+            durable_number_ = std::max(durable_number_, end_number);
+            retire();
+            core_.wake_parked();
+            complete_flushes(lock, 0);
+        }
+    }
+    changed_.notify_all();
+}
+
+void Volume::retire() {
+    while (!live_.empty()) {
+        LiveChunk* chunk = live_.front();
+        if (chunk == open_ || chunk->state != LiveChunk::State::written || chunk->number >= durable_number_)
+            break;
+        live_.pop_front();
+        places_[chunk->number - first_place_].live = nullptr;
+        durable_position_ = {.segno = table_[chunk->segment_index]->identity.segno,
+                             .slot = chunk->slot + chunk->summary_blocks + chunk->payload_blocks,
+                             .reserved = 0,
+                             .sequence = chunk->end_sequence};
+        if (chunk->descriptor != nullptr) {
+            core_.published_pages.fetch_sub(chunk->payload_blocks, std::memory_order_relaxed);
+            live_pages_ -= chunk->payload_blocks;
+            written_pages_ -= chunk->payload_blocks;
+        }
+        unpin(core_, chunk);
+    }
+}
+
+void Volume::unpin(Core& core, LiveChunk* chunk) noexcept {
+    if (chunk->pins.fetch_sub(1, std::memory_order_acq_rel) != 1)
+        return;
+    if (ChunkDescriptor* descriptor = chunk->descriptor) {
+        PageRun run;
+        for (std::uint32_t i = 0; i < descriptor->payload_blocks; ++i) {
+            if (run.count > 0 && descriptor->pages[i] == run.first + run.count) {
+                ++run.count;
+                continue;
+            }
+            if (run.count > 0)
+                core.ring().free_pages(run);
+            run = {descriptor->pages[i], 1};
+        }
+        if (run.count > 0)
+            core.ring().free_pages(run);
+        core.ring().release_chunk(descriptor);
+    } else if (chunk->payload != nullptr) {
+        core.buffers().give(chunk->payload, chunk->payload_bytes);
+    }
+    delete chunk;
+}
+
+void Volume::complete_flushes(Lock& lock, int error) {
+    std::vector<FlushWaiter> finished;
+    while (!flush_waiters_.empty() && (error != 0 || flush_waiters_.front().end_number <= durable_number_)) {
+        finished.push_back(flush_waiters_.front());
+        flush_waiters_.pop_front();
+    }
+    if (finished.empty())
+        return;
+    lock.unlock();
+    for (const FlushWaiter& waiter : finished)
+        waiter.done->complete(error != 0 ? -error : waiter.result);
+    lock.lock();
+}
+
+void Volume::flush(Completion& done) noexcept {
+    flushes_.fetch_add(1, std::memory_order_relaxed);
+    {
+        const Lock lock(mutex_);
+        if (durable_end_ < next_sequence_) {
+            flush_waiters_.push_back({.end_number = next_number(), .done = &done, .result = 0});
+            // A chunk under way is followed up by its own writer; anything else needs somebody to begin.
+            if (eligible_to_seal() || should_sync() || writing_ == 0)
+                wake();
+            return;
+        }
+    }
+    done.complete(0);
+}
+
+void Volume::log_broke(Lock& lock, int error, const char* what) {
+    broken_ = true;
+    Event event;
+    event.kind = EventKind::log_failed;
+    event.volume_id = config_.id;
+    event.error = error;
+    event.segno = current_ != nullptr ? current_->identity.segno : 0;
+    event.header = what;
+    core_.post(std::move(event));
+    if (writing_ == 0 && !syncing_)
+        start_new_epoch();
+    // The flush that met the failure reports it, as fsync(2) does; the data itself is kept and written again.
+    complete_flushes(lock, EIO);
+}
+
+// Nothing is under way any more. Everything not known to be durable is placed again in a segment of a new epoch, whose
+// header records where the old one ended.
+void Volume::start_new_epoch() {
+    if (current_ != nullptr && current_->identity.epoch == epoch_) {
+        ++log_generation_;
+        ++epoch_;
+        previous_end_ = durable_position_;
+        current_->state = SegmentState::damaged;
+        current_->footer_body = {};
+        current_ = nullptr;
+        if (prepared_) {
+            Event event;
+            event.kind = EventKind::discard_segment;
+            event.volume_id = config_.id;
+            event.segno = prepared_->identity.segno;
+            core_.post(std::move(event));
+            prepared_.reset();
+        }
+        footers_due_.clear();
+        to_write_.clear();
+        written_end_ = durable_end_;
+        written_number_ = durable_number_;
+        written_pages_ = 0;
+        for (LiveChunk* chunk : live_) {
+            if (chunk != open_)
+                chunk->state = LiveChunk::State::open;
+        }
+    }
+    if (prepared_ || current_ != nullptr)
+        replace_chunks();
+    if (broken_)
+        want_segment();
+}
+
+void Volume::replace_chunks() {
+    for (LiveChunk* chunk : live_) {
+        if (chunk == open_ || chunk->state != LiveChunk::State::open)
+            continue;
+        std::size_t used = 0;
+        if (ChunkDescriptor* descriptor = chunk->descriptor) {
+            used = summary_bytes(descriptor->count.load(std::memory_order_relaxed), descriptor->payload_blocks,
+                                 descriptor->side_bytes);
+            descriptor->epoch = epoch_;
+        } else {
+            used = summary_bytes(chunk->entries.size(), chunk->payload_blocks, 0);
+        }
+        const std::uint32_t total = chunk->summary_blocks + chunk->payload_blocks;
+        if (current_ != nullptr && fits_current(total, used) &&
+            current_->tail_slot + total > current_->allocated_slots) {
+            const auto from = static_cast<off_t>(current_->allocated_slots) * static_cast<off_t>(kBlockBytes);
+            if (::fallocate(current_->fd->get(), 0, from,
+                            static_cast<off_t>(kRegrowSlots) * static_cast<off_t>(kBlockBytes)) == 0) {
+                current_->allocated_slots = std::min(segment_slots_, current_->allocated_slots + kRegrowSlots);
+            }
+        }
+        if (!place(*chunk, used))
+            return;
+    }
+    if (open_ != nullptr)
+        open_->descriptor->epoch = epoch_;
+    broken_ = false;
+}
+
+void Volume::want_sync() noexcept {
+    const Lock lock(mutex_);
+    if (durable_end_ == next_sequence_)
+        return;
+    sync_target_ = next_number();
+    wake();
+}
+
+void Volume::wake_if_parked() noexcept {
+    const Lock lock(mutex_);
+    if (!parked_.empty())
+        wake();
+}
+
+void Volume::tick(std::uint64_t now_ns) noexcept {
+    const Lock lock(mutex_);
+    if (!live_.empty() && live_.front()->opened_ns + core_.options().commit_ns < now_ns && !broken_) {
+        sync_target_ = next_number();
+        wake();
+    }
+    if (broken_ && !requested_ && !prepared_)
+        want_segment();
+    if (!parked_.empty())
+        wake();
+    const bool idle = last_publish_ns_ + core_.options().idle_checkpoint_ns < now_ns;
+    if (idle && !read_only_ && !checkpoint_requested_ && !checkpointing_ && publishes_ > publishes_at_checkpoint_) {
+        checkpoint_requested_ = true;
+        Event event;
+        event.kind = EventKind::checkpoint_due;
+        event.volume_id = config_.id;
+        core_.post(std::move(event));
+    }
+}
+
+void Volume::wait_durable(Lock& lock, std::uint64_t end_number) {
+    while (durable_number_ < end_number) {
+        sync_target_ = std::max(sync_target_, end_number);
+        wake();
+        changed_.wait(lock);
+    }
+}
+
+}  // namespace hlfs

@@ -1,0 +1,291 @@
+"""The engine of one store: which volumes are attached, what the native core asks for, and an end that is durable.
+
+All methods block, may be called from any thread, and raise nothing but HlfsError. Threads and locks:
+docs/CONCURRENCY.md.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from uuid import UUID
+
+from hlfsfs import _core
+from hlfsfs.engine.options import EngineOptions
+from hlfsfs.engine.rings import make_core, old_ring, sweep_rings
+from hlfsfs.engine.service import Service
+from hlfsfs.engine.volume import Volume
+from hlfsfs.errors import CheckpointDamaged, Damaged, HlfsError, LogDamaged, NoSuchVolume, StoreFailed
+from hlfsfs.store import Store
+from hlfsfs.store.records import LockRecord, VolumeRecord
+from hlfsfs.store.ring_file import boot_id, remove_ring
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Holds the store's lock from construction to `close`.
+
+    Attributes:
+        core: the native core, for the channel.
+    """
+
+    def __init__(self, store: Store, options: EngineOptions | None = None) -> None:
+        """Locks the store, and makes durable what its last user had acknowledged and died with.
+
+        Nothing is changed when this raises StoreLocked, RingMissing, ReadOnly or NoSpace. After a crash in here the
+        next engine finds everything again.
+
+        Raises:
+            StoreLocked: somebody uses the store.
+            RingMissing: acknowledged writes were in a ring that is gone.
+            NoSpace: no shared memory for a ring, or no space to write recovered data.
+        """
+        self._store = store
+        self._options = options or EngineOptions()
+        self._lock = threading.Condition()
+        self._volumes: dict[int, Volume] = {}
+        self._changing: set[int] = set()
+        self._old_ring: _core.OldRing | None = None
+        self._closed = False
+        previous = store.lock()
+        try:
+            self._start(previous)
+        except BaseException:
+            store.unlock()
+            raise
+
+    def _start(self, previous: LockRecord | None) -> None:
+        with old_ring(self._store, previous, self._options) as left:
+            self._ring_path, self.core = make_core(self._store, self._options)
+            self._service = Service(self._store, self.attached, self.checkpoint)
+            self._service.start(self.core)
+            try:
+                whole = self._recover_ring(left) if left is not None else True
+                self._enter_use()
+            except BaseException:
+                self._abandon()
+                raise
+        if previous is not None and previous.ring is not None and left is not None:
+            if whole:
+                remove_ring(previous.ring)
+            else:
+                log.error("%s is kept: it holds writes of volumes that could not be recovered", previous.ring)
+
+    def _recover_ring(self, ring: "_core.OldRing") -> bool:
+        """Attaches every volume found in the ring; tells whether all that belong to the store could be."""
+        self._old_ring = ring
+        whole = True
+        for volume_id in ring.volume_ids():
+            try:
+                self.attach(self._store.read_volume(volume_id))
+            except NoSuchVolume:
+                log.info("volume %016x in the ring was deleted", volume_id)
+            except Damaged as exc:
+                whole = False
+                log.error("not recovered from the ring: %s", exc)
+        self._old_ring = None
+        return whole
+
+    def _enter_use(self) -> None:
+        if self._store.read_only:
+            # Nothing will be acknowledged: no record, and nothing in the ring to find again.
+            remove_ring(self._ring_path)
+            return
+        self._store.update_lock(LockRecord(boot_id=boot_id(), pid=os.getpid(), ring=self._ring_path, clean=False))
+        sweep_rings(self._store, {self._ring_path})
+
+    def _abandon(self) -> None:
+        """Ends without durability; the old ring is still the one the lock record names."""
+        self._service.stop()
+        self.core.stop()
+        remove_ring(self._ring_path)
+
+    # --- volumes ----------------------------------------------------------------------------------------------
+
+    def create_log(self, record: VolumeRecord) -> None:
+        """Makes the log of a new volume; durable. A log without a record is swept at the next mount."""
+        self._store.create_log(record.log_uuid)
+
+    def attached(self, volume_id: int) -> Volume | None:
+        """The volume if it is attached now."""
+        with self._lock:
+            return self._volumes.get(volume_id)
+
+    def attach(self, record: VolumeRecord) -> Volume:
+        """Opens and recovers a volume; once it is attached, the same object again.
+
+        Raises:
+            CheckpointDamaged, LogDamaged: this volume cannot be opened; others can.
+            StoreFailed, NoSpace: the store's disk failed, or recovered data found no room.
+        """
+        with self._exclusive(record.id):
+            found = self.attached(record.id)
+            return found or self._attach(record)
+
+    def _attach(self, record: VolumeRecord) -> Volume:
+        read_only = self._store.read_only or bool(record.ro_compat)
+        native = self.core.add_volume(
+            record.id, record.log_uuid.bytes, segment_shift=record.segment_shift, read_only=read_only
+        )
+        volume = Volume(record, native, self._store)
+        with self._lock:
+            self._volumes[record.id] = volume
+        try:
+            self._recover(volume)
+        except BaseException:
+            self._forget(record.id)
+            raise
+        self.core.publish_volume(native)
+        return volume
+
+    def _recover(self, volume: Volume) -> None:
+        what = f"log {volume.log_uuid} of {volume.what}"
+        slots = self._store.read_checkpoint_slots(volume.log_uuid)
+        try:
+            first = _core.replay_start_segno(*slots)
+        except _core.FormatError as exc:
+            raise CheckpointDamaged(what, str(exc)) from exc
+        try:
+            with self._segments(volume.log_uuid, first) as segments:
+                report = volume.native.recover(*slots, segments, self._old_ring)
+        except _core.FormatError as exc:
+            raise LogDamaged(what, str(exc)) from exc
+        except OSError as exc:
+            raise StoreFailed(what, exc) from exc
+        if report.read_only:
+            volume.damage = f"opened read-only: {report.damage}; run hlfs check, then restore it from a backup"
+            log.error("%s: %s", what, volume.damage)
+        elif not self._store.read_only:
+            for segno in report.unfinished_segments:
+                self._store.remove_segment(volume.log_uuid, segno)
+        if report.unclean:
+            counts = (report.replayed_chunks, report.replayed_bytes, report.ring_entries)
+            log.info("%s: recovered: %d chunks, %d bytes read, %d entries from the ring", what, *counts)
+
+    @contextmanager
+    def _segments(self, log_uuid: UUID, first: int) -> Iterator[list[tuple[int, int]]]:
+        """(segno, fd) of the segments from `first` on."""
+        opened: list[tuple[int, int]] = []
+        try:
+            for segno in self._store.list_segments(log_uuid):
+                if segno >= first:
+                    # One at a time: what is open when one of them fails must be closed.
+                    opened.append((segno, self._store.open_segment(log_uuid, segno)))  # noqa: PERF401
+            yield opened
+        finally:
+            for _, fd in opened:
+                os.close(fd)
+
+    def checkpoint(self, volume: Volume) -> None:
+        """Merges what changed into the map and makes it the newest checkpoint.
+
+        After a crash in here the older checkpoint and the log after it say the same.
+
+        Raises:
+            NoSpace, StoreFailed: the older checkpoint stays the newest; nothing is lost.
+        """
+        try:
+            made = volume.native.checkpoint()
+        except _core.FormatError as exc:
+            raise LogDamaged(volume.what, str(exc)) from exc
+        except OSError as exc:
+            raise volume.translated(exc) from exc
+        if made is None:
+            return
+        try:
+            self._store.write_checkpoint_slot(volume.log_uuid, *made)
+        except BaseException:
+            volume.native.checkpoint_failed()
+            raise
+        volume.native.checkpoint_installed()
+
+    def detach(self, volume_id: int) -> None:
+        """Makes a volume durable, checkpoints and closes it. The caller sees to it that nobody uses it.
+
+        Raises:
+            StoreFailed: it could not be made durable; it stays attached.
+        """
+        with self._exclusive(volume_id):
+            volume = self.attached(volume_id)
+            if volume is None:
+                return
+            self._settle(volume)
+            self._forget(volume_id)
+
+    def _settle(self, volume: Volume) -> None:
+        if volume.read_only:
+            return
+        volume.flush()
+        try:
+            self.checkpoint(volume)
+        except HlfsError as exc:
+            log.warning("%s: no checkpoint at its end, the next mount replays its log: %s", volume.what, exc)
+            volume.flush()
+        unused = volume.native.close_log()
+        if unused is not None:
+            self._store.remove_segment(volume.log_uuid, unused)
+
+    def drop(self, volume_id: int) -> None:
+        """Forgets a volume that is being deleted, durable or not."""
+        with self._exclusive(volume_id):
+            self._forget(volume_id)
+
+    def _forget(self, volume_id: int) -> None:
+        self.core.remove_volume(volume_id)
+        with self._lock:
+            self._volumes.pop(volume_id, None)
+
+    @contextmanager
+    def _exclusive(self, volume_id: int) -> Iterator[None]:
+        """One attach, detach or drop of a volume at a time."""
+        with self._lock:
+            while volume_id in self._changing:
+                self._lock.wait()
+            self._changing.add(volume_id)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._changing.discard(volume_id)
+                self._lock.notify_all()
+
+    # --- the end ----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Makes everything durable, checkpoints all volumes, drops the ring and unlocks the store. Idempotent.
+
+        Raises:
+            StoreFailed: some volume could not be made durable; the ring is kept for the next mount.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        failure: HlfsError | None = None
+        for volume_id in list(self._volumes):
+            try:
+                self.detach(volume_id)
+            except HlfsError as exc:
+                log.error("volume %016x: not durable at the end: %s", volume_id, exc)
+                failure = exc
+        self._service.stop()
+        self.core.stop()
+        if failure is not None:
+            self._store.unlock()
+            raise failure
+        if not self._store.read_only:
+            self._store.update_lock(LockRecord(boot_id=boot_id(), pid=os.getpid(), ring=None, clean=True))
+        with suppress(StoreFailed):
+            remove_ring(self._ring_path)
+        self._store.unlock()
+
+
+@contextmanager
+def session(store: Store, options: EngineOptions | None = None) -> Iterator[Engine]:
+    """An engine for the block; durable and unlocked at its end."""
+    engine = Engine(store, options)
+    try:
+        yield engine
+    finally:
+        engine.close()

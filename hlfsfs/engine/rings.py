@@ -1,0 +1,140 @@
+"""The ring of a mount: made, found again after a crash, and dropped last.
+
+What survives which crash: while a store is in use, its lock record names the ring that holds what was acknowledged and
+is not yet durable. A recovery writes that into the log, durable, before the record names the new ring; the old ring is
+removed after that. A recovery that is cut itself therefore finds the old ring again and does the same once more.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+from hlfsfs import _core
+from hlfsfs.engine.options import MIB, EngineOptions
+from hlfsfs.errors import NoSpace, ReadOnly, RingMissing
+from hlfsfs.store import Store
+from hlfsfs.store.records import LockRecord
+from hlfsfs.store.ring_file import (
+    RING_DIR,
+    boot_id,
+    create_ring,
+    list_rings,
+    open_ring,
+    remove_ring,
+    shared_memory_free_bytes,
+)
+
+log = logging.getLogger(__name__)
+
+MIN_RING_BYTES = 16 * MIB
+
+
+@contextmanager
+def _opened(path: str) -> Iterator["_core.OldRing | None"]:
+    """The ring at `path`; None when there is no ring there."""
+    fd = open_ring(path)
+    if fd is None:
+        yield None
+        return
+    try:
+        try:
+            ring = _core.OldRing(fd)
+        except (_core.FormatError, OSError) as exc:
+            log.warning("%s: not a usable ring: %s", path, exc)
+            yield None
+            return
+        yield ring
+    finally:
+        os.close(fd)
+
+
+def _belongs(ring: "_core.OldRing", store: Store) -> bool:
+    """Whether the ring is this very store's, not that of a copy with the same uuid."""
+    device, inode = store.identity
+    return (UUID(bytes=ring.store_uuid), ring.store_device, ring.store_inode) == (store.uuid, device, inode)
+
+
+@contextmanager
+def old_ring(store: Store, previous: LockRecord | None, options: EngineOptions) -> Iterator["_core.OldRing | None"]:
+    """The ring of the last user of the store, if that user ended uncleanly on this boot.
+
+    Raises:
+        RingMissing: it is gone, or is not this store's (a copy names the ring of its original).
+        ReadOnly: it holds writes and the store is opened read-only.
+    """
+    if previous is None or previous.clean or not previous.boot_id or previous.boot_id != boot_id():
+        yield None
+        return
+    path = previous.ring or "(none)"
+    with _opened(path) as ring:
+        if ring is None or not _belongs(ring, store):
+            if not options.discard_ring:
+                raise RingMissing(store.uri, path)
+            log.warning("%s: going on without %s, as discard_ring says", store.uri, path)
+            yield None
+        elif store.read_only and ring.volume_ids():
+            raise ReadOnly(store.uri, "its last user ended uncleanly; mount it read-write once, then read-only")
+        else:
+            yield ring
+
+
+def affordable_bytes(options: EngineOptions) -> tuple[int, int]:
+    """(ring_bytes, spill_bytes) that fit into shared memory. Raises NoSpace below the smallest ring."""
+    free = shared_memory_free_bytes()
+    ring_bytes = max(options.ring_bytes, MIN_RING_BYTES)
+    while ring_bytes > MIN_RING_BYTES and _core.ring_file_bytes(ring_bytes, 0) > free * 3 // 4:
+        ring_bytes = max(MIN_RING_BYTES, ring_bytes // 2)
+    if _core.ring_file_bytes(ring_bytes, 0) > free:
+        raise NoSpace(f"{RING_DIR} (needed for what is acknowledged and not yet on disk; enlarge it)")
+    if ring_bytes < options.ring_bytes:
+        log.warning(
+            "%s has only %d MiB free: the ring has %d MiB instead of %d; writers wait earlier",
+            RING_DIR,
+            free // MIB,
+            ring_bytes // MIB,
+            options.ring_bytes // MIB,
+        )
+    return ring_bytes, options.spill_bytes
+
+
+def make_core(store: Store, options: EngineOptions) -> tuple[str, "_core.Core"]:
+    """A new ring and the core that uses it. The caller removes the file at the returned path. Raises NoSpace."""
+    ring_bytes, spill_bytes = affordable_bytes(options)
+    path, fd = create_ring(store.uuid)
+    try:
+        core = _core.Core(
+            fd,
+            store_uuid=store.uuid.bytes,
+            store_device=store.identity[0],
+            store_inode=store.identity[1],
+            boot_id=boot_id(),
+            ring_bytes=ring_bytes,
+            spill_bytes=spill_bytes,
+            read_cache_bytes=options.read_cache_bytes,
+            map_cache_bytes=options.map_cache_bytes,
+            commit_s=options.commit_s,
+            idle_checkpoint_s=options.idle_checkpoint_s,
+            checkpoint_entries=options.checkpoint_entries,
+            checkpoint_log_bytes=options.checkpoint_log_bytes,
+            max_overlay_entries=options.max_overlay_entries,
+            max_open_segments=options.max_open_segments,
+        )
+    except OSError as exc:
+        remove_ring(path)
+        raise NoSpace(RING_DIR) from exc
+    finally:
+        os.close(fd)
+    return path, core
+
+
+def sweep_rings(store: Store, keep: set[str]) -> None:
+    """Removes rings of this store that no lock record names: left by a mount that died before it was in use."""
+    for path in list_rings(store.uuid):
+        if path in keep:
+            continue
+        with _opened(path) as ring:
+            ours = ring is not None and _belongs(ring, store)
+        if ours:
+            remove_ring(path)

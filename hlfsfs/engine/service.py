@@ -1,0 +1,125 @@
+"""Answers what the native core asks for: segments to write, descriptors to read, checkpoints; and logs what went wrong.
+
+Four threads take events as they come; checkpoints, which may themselves wait for segments, have two threads of their
+own.
+"""
+
+import errno
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+
+from hlfsfs import _core
+from hlfsfs.engine.volume import Volume
+from hlfsfs.errors import HlfsError, to_errno
+from hlfsfs.store import Store
+
+log = logging.getLogger(__name__)
+
+EVENT_THREADS = 4
+CHECKPOINT_THREADS = 2
+POLL_MS = 500
+
+
+class Service:
+    """Threads between `start` and `stop`."""
+
+    def __init__(
+        self, store: Store, find: Callable[[int], Volume | None], checkpoint: Callable[[Volume], None]
+    ) -> None:
+        self._store = store
+        self._find = find
+        self._checkpoint = checkpoint
+        self._stopping = threading.Event()
+        self._due: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def start(self, core: "_core.Core") -> None:
+        for number in range(EVENT_THREADS):
+            self._threads.append(threading.Thread(target=self._serve, args=(core,), name=f"hlfs-event-{number}"))
+        for number in range(CHECKPOINT_THREADS):
+            self._threads.append(threading.Thread(target=self._run_checkpoints, name=f"hlfs-checkpoint-{number}"))
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Joins all threads; what is asked for afterwards is not answered."""
+        self._stopping.set()
+        for _ in range(CHECKPOINT_THREADS):
+            self._due.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self, core: "_core.Core") -> None:
+        while not self._stopping.is_set():
+            event = core.next_event(POLL_MS)
+            if event is None:
+                continue
+            try:
+                self._answer(event)
+            except Exception:
+                log.exception("volume %016x: answering %s failed", event.volume_id, event.kind)
+
+    def _answer(self, event: "_core.Event") -> None:
+        volume = self._find(event.volume_id)
+        match event.kind:
+            case _core.EventKind.PREPARE_SEGMENT:
+                self._prepare(volume, event)
+            case _core.EventKind.OPEN_SEGMENT:
+                self._open(volume, event)
+            case _core.EventKind.CHECKPOINT_DUE:
+                self._due.put(event.volume_id)
+            case _core.EventKind.DISCARD_SEGMENT:
+                if volume is not None:
+                    self._store.remove_segment(volume.log_uuid, event.segno)
+            case _core.EventKind.LOG_FAILED:
+                log.error(
+                    "volume %016x: %s of segment %08x failed: %s; what was not durable is written again",
+                    event.volume_id,
+                    event.header.decode(),
+                    event.segno,
+                    os.strerror(event.error),
+                )
+            case _core.EventKind.DAMAGE:
+                log.error(
+                    "volume %016x: segment %08x, block %d is damaged and reads as an I/O error; run hlfs check",
+                    event.volume_id,
+                    event.segno,
+                    event.slot,
+                )
+
+    def _prepare(self, volume: Volume | None, event: "_core.Event") -> None:
+        if volume is None:
+            return
+        try:
+            fd = self._store.prepare_segment(volume.log_uuid, event.segno, event.header, event.allocate_bytes)
+        except HlfsError as exc:
+            log.warning("%s: no new segment: %s", volume.what, exc)
+            volume.native.segment_failed(event.segno, to_errno(exc))
+            return
+        volume.native.supply_segment(event.segno, fd, event.allocate_bytes)
+
+    def _open(self, volume: Volume | None, event: "_core.Event") -> None:
+        if volume is None:
+            return
+        try:
+            fd = self._store.open_segment(volume.log_uuid, event.segno)
+        except HlfsError as exc:
+            log.error("%s: %s", volume.what, exc)
+            volume.native.supply_descriptor(event.index, -1, to_errno(exc) or errno.EIO)
+            return
+        volume.native.supply_descriptor(event.index, fd, 0)
+
+    def _run_checkpoints(self) -> None:
+        while (volume_id := self._due.get()) is not None:
+            volume = self._find(volume_id)
+            if volume is None:
+                continue
+            try:
+                self._checkpoint(volume)
+            except HlfsError as exc:
+                log.warning("%s: no checkpoint: %s", volume.what, exc)
+            except Exception:
+                log.exception("%s: checkpoint failed", volume.what)

@@ -1,0 +1,158 @@
+"""A volume that is attached: the native volume behind errors a person can read.
+
+All methods block, may be called from any thread, and raise nothing but HlfsError.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from hlfsfs import _core
+from hlfsfs.errors import HlfsError, NoSpace, ReadOnly, SizeTooBig, StoreFailed
+from hlfsfs.store import Store
+from hlfsfs.store.records import VolumeRecord
+
+MAX_VOLUME_BYTES = 16 << 40
+# One native request; longer reads and writes are cut into these, each atomic by itself.
+REQUEST_BYTES = 1 << 20
+
+_FALLOC_KEEP_SIZE = 0x01
+_FALLOC_PUNCH_HOLE = 0x02
+_FALLOC_ZERO_RANGE = 0x10
+
+
+@dataclass(frozen=True)
+class VolumeAttr:
+    """Attributes that live in the log. `allocated_bytes` is what is mapped, exact after a checkpoint."""
+
+    size_bytes: int
+    allocated_bytes: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class Volume:
+    """One attached volume.
+
+    Attributes:
+        id, uuid, log_uuid: its identities.
+        native: the native volume, for the engine.
+    """
+
+    def __init__(self, record: VolumeRecord, native: "_core.Volume", store: Store) -> None:
+        self.id = record.id
+        self.uuid: UUID = record.uuid
+        self.log_uuid: UUID = record.log_uuid
+        self.native = native
+        self.damage = ""
+        self._store = store
+
+    @property
+    def what(self) -> str:
+        """How errors call it."""
+        return f"volume {self.id:016x}"
+
+    @property
+    def read_only(self) -> bool:
+        """Changes are refused: the store is read-only, or the log is damaged below its durable point."""
+        return bool(self.native.stats()["read_only"])
+
+    @property
+    def size_bytes(self) -> int:
+        """Its length as a file."""
+        return self.attr().size_bytes
+
+    def attr(self) -> VolumeAttr:
+        """From memory, without I/O."""
+        return VolumeAttr(**self.native.attr())
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """Reads up to `size_bytes`, fewer at the end of the volume."""
+        parts = []
+        with self._errors():
+            while size_bytes > 0:
+                part = self.native.read(offset, min(size_bytes, REQUEST_BYTES))
+                parts.append(part)
+                offset, size_bytes = offset + len(part), size_bytes - len(part)
+                if not part:
+                    break
+        return b"".join(parts)
+
+    def write(self, offset: int, data: bytes, dsync: bool = False) -> int:
+        """Writes all of `data`; it survives the death of every process, and with `dsync` power loss.
+
+        Up to 1 MiB is one atomic write; more is several, in order.
+
+        Raises:
+            NoSpace: the part that did not fit, and all after it, is not written.
+        """
+        with self._errors():
+            for at in range(0, len(data), REQUEST_BYTES):
+                self.native.write(offset + at, data[at : at + REQUEST_BYTES], durable=dsync)
+        return len(data)
+
+    def flush(self) -> None:
+        """Everything acknowledged before survives power loss."""
+        with self._errors():
+            self.native.flush()
+
+    def punch(self, offset: int, size_bytes: int, keep_size: bool = True) -> None:
+        """Frees a range, which reads as zeros afterwards; without `keep_size` the volume grows to the range's end."""
+        mode = _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE if keep_size else _FALLOC_ZERO_RANGE
+        with self._errors():
+            self.native.fallocate(mode, offset, size_bytes)
+
+    def resize(self, size_bytes: int) -> None:
+        """Cuts or extends with zeros; one atomic step. Raises SizeTooBig."""
+        with self._errors(size_bytes):
+            self.native.resize(size_bytes)
+
+    def set_times(self, mtime_ns: int | None, ctime_ns: int | None) -> None:
+        """Sets times; None leaves mtime as it is, and sets ctime to now."""
+        with self._errors():
+            self.native.set_times(mtime_ns, ctime_ns)
+
+    def seek(self, offset: int, whence: int) -> int:
+        """SEEK_DATA or SEEK_HOLE; raises StoreFailed with ENXIO past the last data."""
+        with self._errors():
+            return self.native.seek(offset, whence)
+
+    def set_owner(self, mode: int, uid: int, gid: int, nlink: int) -> None:
+        """Mirrors the record into what GETATTR answers; the record itself is the namespace's."""
+        self.native.set_owner(0o100000 | mode, uid, gid, nlink)
+
+    def stats(self) -> dict[str, Any]:
+        """Figures for people and tools; sizes in bytes, times in nanoseconds since the epoch."""
+        return {
+            "uuid": str(self.uuid),
+            "log_uuid": str(self.log_uuid),
+            "log_allocated_bytes": self._store.log_allocated_bytes(self.log_uuid),
+            "damage": self.damage,
+            **self.native.stats(),
+        }
+
+    @contextmanager
+    def _errors(self, size_bytes: int = 0) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            raise self.translated(exc, size_bytes) from exc
+
+    def translated(self, exc: OSError, size_bytes: int = 0) -> HlfsError:
+        """The error that tells a person what this system call's failure means for the volume."""
+        match exc.errno:
+            case errno.ENOSPC:
+                return NoSpace(self.what)
+            case errno.EFBIG:
+                return SizeTooBig(self.what, size_bytes, MAX_VOLUME_BYTES)
+            case errno.EROFS:
+                return ReadOnly(self.what, self.damage or "mounted or opened read-only")
+            case None:
+                return StoreFailed(self.what, OSError(errno.EIO, os.strerror(errno.EIO)))
+            case _:
+                return StoreFailed(self.what, exc)
