@@ -45,10 +45,12 @@ class NativePlane:
 
     def statistics(self) -> dict[str, int]:
         """Counters: requests and failed replies by operation, and what the relay did."""
-        found = self.channel.statistics()
-        counts = {name: value for name, value in found.items() if isinstance(value, int)}
-        for key in ("requests", "errors"):
-            counts |= {f"{key}.{OPERATIONS.get(code, code)}": n for code, n in enumerate(found[key]) if n}
+        counts: dict[str, int] = {}
+        for name, value in self.channel.statistics().items():
+            if isinstance(value, int):
+                counts[name] = value
+            else:
+                counts |= {f"{name}.{OPERATIONS.get(code, code)}": n for code, n in enumerate(value) if n}
         return counts
 
     async def run(self, namespace: Namespace, initialized: Callable[[], None], ended: Callable[[], None]) -> None:

@@ -10,11 +10,12 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import pyfuse3
 import trio
 
-from hlfsfs.engine import Engine, EngineOptions
+from hlfsfs.engine import Engine, EngineOptions, session
 from hlfsfs.errors import HlfsError, MountBusy, MountFailed
 from hlfsfs.fuse.holders import holders
 from hlfsfs.fuse.mount import mount, raise_read_ahead, unmount
@@ -51,15 +52,12 @@ def serve(source: str, mountpoint: str, options: MountOptions, ready: Callable[[
     with ExitStack() as stack:
         store = open_store(source, create=not options.read_only, read_only=options.read_only)
         stack.callback(store.close)
-        engine = Engine(store, engine_options(options))
-        stack.callback(engine.close)
-        defaults = Defaults(uid=options.uid, gid=options.gid, mode=options.mode)
-        namespace = Namespace(store, engine, locate(source)[1], defaults)
+        engine = stack.enter_context(session(store, engine_options(options)))
+        namespace = Namespace(store, engine, locate(source)[1], new_file_defaults(options))
         stack.callback(namespace.close)
         namespace.sweep()
-        session = Session(engine, namespace, mountpoint, options)
-        session.run(str(parse_uri(source)), ready)
-    log.info("%s: unmounted, everything is durable", mountpoint)
+        Session(engine, namespace, mountpoint, options).run(str(parse_uri(source)), ready)
+    log.info("unmounted, everything is durable")
 
 
 def check_mountpoint(source: str, mountpoint: str) -> None:
@@ -95,34 +93,37 @@ class Session:
         fuse_fd = mount(source, self._mountpoint, self._options)
         found = find_mount(self._mountpoint)
         self._mounted_as = found.mount_id if found else None
-        plane: NativePlane | None = None
-        try:
-            if self._options.dataplane:
-                plane = NativePlane(self._engine.core, fuse_fd, self._options.threads)
-                operations = ControlOperations(self._namespace)
-                pyfuse3.init(operations, f"/dev/fd/{plane.control_fd}", set())
-            else:
-                # Called just before the INIT reply is written, in the same step of the loop.
-                operations = DataOperations(self._namespace, on_init=self._answers.set)
-                pyfuse3.init(operations, f"/dev/fd/{fuse_fd}", set())
+        with ExitStack() as stack:
+            # At its end nothing is under way any more, and no mount without a server stays.
+            plane = self._prepare(stack, fuse_fd)
             trio.run(self._serve, plane, ready)
-        finally:
-            self._end(plane, fuse_fd)
 
-    def _end(self, plane: NativePlane | None, fuse_fd: int) -> None:
-        """Whatever happened: no mount without a server stays, and nothing is under way when the volumes close."""
-        self._unmount_leftover()
-        if plane is not None:
-            plane.stop()
-            log.info("%s: statistics %s", self._mountpoint, json.dumps(plane.statistics()))
-            os.close(fuse_fd)
-        pyfuse3.close(unmount=False)
+    def _prepare(self, stack: ExitStack, fuse_fd: int) -> NativePlane | None:
+        """Brings pyfuse3 up, behind a channel or on the device itself."""
+        if not self._options.dataplane:
+            stack.callback(self._unmount_leftover)
+            # Told just before the INIT reply is written, in the same step of the loop.
+            operations = DataOperations(self._namespace, on_init=self._answers.set)
+            pyfuse3.init(operations, f"/dev/fd/{fuse_fd}", set())
+            stack.callback(pyfuse3.close, unmount=False)
+            return None
+        stack.callback(os.close, fuse_fd)
+        stack.callback(self._unmount_leftover)
+        plane = NativePlane(self._engine.core, fuse_fd, self._options.threads)
+        pyfuse3.init(ControlOperations(self._namespace), f"/dev/fd/{plane.control_fd}", set())
+        stack.callback(pyfuse3.close, unmount=False)
+        stack.callback(self._stop, plane)
+        return plane
+
+    def _stop(self, plane: NativePlane) -> None:
+        plane.stop()
+        log.info("statistics %s", json.dumps(plane.statistics()))
 
     def _unmount_leftover(self) -> None:
         found = find_mount(self._mountpoint)
         if found is None or found.mount_id != self._mounted_as:
             return
-        log.error("%s: the connection ended without unmounting", self._mountpoint)
+        log.error("the connection ended without unmounting")
         try:
             unmount(self._mountpoint, lazy=True)
         except HlfsError as exc:
@@ -141,7 +142,7 @@ class Session:
     async def _tell_ready(self, ready: Callable[[], None]) -> None:
         await self._answers.wait()
         await trio.to_thread.run_sync(raise_read_ahead, self._mountpoint)
-        log.info("%s: mounted", self._mountpoint)
+        log.info("mounted")
         ready()
 
     async def _unmount_on_signal(self) -> None:
@@ -165,4 +166,19 @@ class Session:
 
 def engine_options(options: MountOptions) -> EngineOptions:
     """The engine's part of the mount options; what was not said is left to its defaults."""
-    return EngineOptions()
+    said = {
+        "ring_bytes": options.ring_bytes,
+        "read_cache_bytes": options.read_cache_bytes,
+        "map_cache_bytes": options.map_cache_bytes,
+        "commit_s": options.commit_s,
+    }
+    given: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+    return EngineOptions(**given, discard_ring=options.discard_ring)
+
+
+def new_file_defaults(options: MountOptions) -> Defaults:
+    """What the mount options say of new files."""
+    said: dict[str, Any] = {}
+    if options.segment_bytes is not None:
+        said["segment_shift"] = options.segment_bytes.bit_length() - 1
+    return Defaults(uid=options.uid, gid=options.gid, mode=options.mode, **said)
