@@ -13,6 +13,8 @@
 #include <system_error>
 #include <utility>
 
+#include "failpoint.hpp"
+
 namespace hlfs {
 
 namespace {
@@ -524,6 +526,7 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
         record.mapped_blocks = static_cast<std::uint64_t>(pending->mapped);
         pending->time_ns = record.time_ns;
         pending_ = std::move(pending);
+        Failpoint::pass("checkpoint");
         return std::pair{1 - newest_slot_, encode(record)};
     } catch (...) {
         checkpoint_failed();

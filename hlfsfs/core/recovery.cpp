@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <system_error>
 
+#include "failpoint.hpp"
 #include "log_scan.hpp"
 #include "volume.hpp"
 
@@ -49,6 +50,12 @@ std::string place_name(std::uint64_t segno, std::uint32_t slot) {
     char text[64];
     std::snprintf(text, sizeof text, "segment %08llx, block %u", static_cast<unsigned long long>(segno), slot);
     return text;
+}
+
+// Whether no chunk was ever put into a segment: the first one follows the header.
+bool never_written(int fd) {
+    WindowReader reader(fd);
+    return std::ranges::all_of(reader.at(1, 1), [](std::byte b) { return b == std::byte{0}; });
 }
 
 }  // namespace
@@ -259,7 +266,7 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
             if (header.log_uuid != config_.log_uuid || header.segno != segno)
                 throw FormatError("it belongs to another log or place");
         } catch (const FormatError& error) {
-            if (i + 1 == segments.size()) {
+            if (i + 1 == segments.size() && never_written(fd)) {
                 report.unfinished_segments.push_back(segno);
             } else {
                 replay.damage("header of " + place_name(segno, 0) + ": " + error.what());
@@ -275,6 +282,9 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
         const bool start = newest.checkpoint && header.segno == newest.checkpoint->replay_start.segno;
         scanned.push_back(scan_segment(fd, header, start ? first_slot : 1));
         report.replayed_bytes += scanned.back().bytes_read;
+        // Prepared and never used: a later one may have its index in the table.
+        if (scanned.back().chunks.empty() && !start)
+            continue;
         if (table_.size() <= header.table_index)
             table_.resize(std::size_t{header.table_index} + 1);
         auto& entry = table_[header.table_index];
@@ -328,7 +338,6 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
     for (std::size_t s = 0; s < scanned.size(); ++s) {
         if (scanned[s].chunks.empty() && scanned[s].header.segno > replay.end.segno) {
             report.unfinished_segments.push_back(scanned[s].header.segno);
-            table_[scanned[s].header.table_index].reset();
         }
     }
     while (!table_.empty() && !table_.back())
@@ -366,11 +375,14 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
             continue;
         if (chunk.volume_id != config_.id || chunk.log_uuid != config_.log_uuid)
             continue;
-        // A recovery that was itself cut may have begun the disk's newest epoch; what it wrote are these very entries.
-        if (chunk.epoch != disk_epoch && chunk.recovery_epoch != disk_epoch)
+        // Recoveries that were cut may have begun the epochs since; what they wrote are these very entries.
+        if (disk_epoch < chunk.epoch || disk_epoch > std::max(chunk.epoch, chunk.recovery_epoch))
             continue;
         found.push_back(&chunk);
     }
+    // All of them before the first is written: the new epoch is on disk from then on.
+    for (ChunkDescriptor* chunk : found)
+        chunk->recovery_epoch = epoch_;
     std::sort(found.begin(), found.end(),
               [](const ChunkDescriptor* a, const ChunkDescriptor* b) { return a->first_sequence < b->first_sequence; });
     std::uint64_t expected = next_sequence_;
@@ -389,7 +401,7 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
         if (read_only_)
             throw std::system_error(EROFS, std::generic_category(),
                                     "the ring holds writes that a read-only volume cannot take");
-        chunk->recovery_epoch = epoch_;
+        Failpoint::pass("ring-chunk");
         std::uint64_t sequence = chunk->first_sequence;
         std::uint32_t index = 0;
         for (std::uint32_t first = 0; first < count;) {
@@ -401,7 +413,7 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
             const bool wanted = sequence >= expected;
             for (;; ++last) {
                 const Entry entry = decode_entry(chunk->entries[last].data());
-                PublishItem item;
+                PublishItem item{};
                 item.kind = entry.kind;
                 item.block = entry.block;
                 item.count = entry.count;
@@ -452,6 +464,7 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
     report.unclean = true;
     Lock lock(mutex_);
     wait_durable(lock, next_number());
+    Failpoint::pass("ring-durable");
 }
 
 }  // namespace hlfs

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "failpoint.hpp"
 #include "volume.hpp"
 
 namespace hlfs {
@@ -139,7 +140,9 @@ void Volume::write_chunk(Lock& lock, LiveChunk* chunk) {
         vectors.push_back({summary, std::size_t{chunk->summary_blocks} * kBlockBytes});
         vectors.push_back({chunk->payload, std::size_t{chunk->payload_blocks} * kBlockBytes});
     }
+    Failpoint::pass("chunk-write");
     const int error = write_all(fd->get(), vectors, static_cast<off_t>(chunk->slot) * static_cast<off_t>(kBlockBytes));
+    Failpoint::pass("chunk-written");
 
     lock.lock();
     --writing_;

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <system_error>
 
+#include "failpoint.hpp"
 #include "volume.hpp"
 
 namespace hlfs {
@@ -94,6 +95,7 @@ void Volume::want_growth(std::uint32_t needed_slots) {
 
 void Volume::supply_segment(std::uint64_t segno, int fd, std::uint64_t allocated_bytes) {
     auto shared = std::make_shared<SharedFd>(fd);
+    Failpoint::pass("segment");
     const Lock lock(mutex_);
     if (!requested_ || requested_->identity.segno != segno || requested_->identity.epoch != epoch_) {
         // Asked for before the log failed: its header belongs to an epoch that has ended.
@@ -335,6 +337,7 @@ void Volume::publish(std::span<const PublishItem> items, std::atomic<std::uint64
     if (note != nullptr)
         note->store(next_sequence_ - 1, std::memory_order_release);
     chunk.count.store(count + static_cast<std::uint32_t>(items.size()), std::memory_order_release);
+    Failpoint::pass("published");
     live_pages_ += pages;
     core_.published_pages.fetch_add(pages, std::memory_order_relaxed);
     core_.overlay_entries.fetch_add(overlay_.entries() - entries_before, std::memory_order_relaxed);
