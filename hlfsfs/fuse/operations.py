@@ -164,7 +164,7 @@ class ControlOperations(pyfuse3.Operations):
             return made
 
         made = await self.call(create_and_open)
-        return pyfuse3.FileInfo(fh=FileHandleT(made.id)), entry_of(made)
+        return self.opened(made.id, flags), entry_of(made)
 
     async def mknod(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
@@ -208,7 +208,11 @@ class ControlOperations(pyfuse3.Operations):
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
         await self.call(self.namespace.open, inode, flags)
-        return pyfuse3.FileInfo(fh=FileHandleT(inode))
+        return self.opened(inode, flags)
+
+    def opened(self, node_id: int, flags: int) -> pyfuse3.FileInfo:
+        """A handle; whether it is cached is for the channel to say."""
+        return pyfuse3.FileInfo(fh=FileHandleT(node_id))
 
     async def release(self, fh: FileHandleT) -> None:
         await self.call(self.namespace.release, fh)
@@ -232,26 +236,19 @@ class ControlOperations(pyfuse3.Operations):
 class DataOperations(ControlOperations):
     """The same with data, for `dataplane=off`: the reference the native plane is compared with.
 
-    pyfuse3 does not tell which writes are O_DSYNC, and the kernel sends no FSYNC after asynchronous direct ones: a
-    volume that was ever opened with O_DSYNC has all its writes durable. RWF_DSYNC without it goes unseen.
+    All handles are direct: with pages cached beside several writers the kernel can keep stale ones for ever. pyfuse3
+    does not tell which writes are O_DSYNC, and the kernel sends no FSYNC after direct ones: a volume that was ever
+    opened with O_DSYNC has all its writes durable. RWF_DSYNC without it goes unseen.
     """
 
     def __init__(self, namespace: Namespace, on_init: Callable[[], None] = lambda: None) -> None:
         super().__init__(namespace, on_init)
         self._durable: set[int] = set()
 
-    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
+    def opened(self, node_id: int, flags: int) -> pyfuse3.FileInfo:
         if flags & os.O_DSYNC:
-            self._durable.add(inode)
-        return await super().open(inode, flags, ctx)
-
-    async def create(
-        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
-    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        made = await super().create(parent_inode, name, mode, flags, ctx)
-        if flags & os.O_DSYNC:
-            self._durable.add(made[0].fh)
-        return made
+            self._durable.add(node_id)
+        return pyfuse3.FileInfo(fh=FileHandleT(node_id), direct_io=True, keep_cache=False)
 
     async def listed(self, name: bytes, entry: PoolEntry) -> pyfuse3.EntryAttributes:
         """In full, as the kernel takes it for a look-up's answer. What cannot be had is not to be remembered."""

@@ -1,8 +1,9 @@
 """Mount options: HLFS's own, and the words of mount(8) and fstab that come along with them. Pure functions, no I/O."""
 
+import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hlfsfs.errors import BadOption, BadSize, UnknownOption
@@ -31,6 +32,11 @@ IGNORED_PREFIXES = ("x-", "X-", "comment=", "helper=", "uhelper=")
 SELINUX_KEYS = frozenset({"context", "fscontext", "defcontext", "rootcontext"})
 
 
+def default_threads() -> int:
+    """Readers never wait for anything but the kernel: more than there are processors only get in each other's way."""
+    return max(2, min(4, os.cpu_count() or 2))
+
+
 @dataclass(frozen=True)
 class MountOptions:
     """What `-o` says. None: the default of whoever it concerns.
@@ -53,7 +59,7 @@ class MountOptions:
     gid: int | None = None
     mode: int | None = None
     dataplane: bool = True
-    threads: int = 4
+    threads: int = field(default_factory=default_threads)
     map_cache_bytes: int | None = None
     read_cache_bytes: int | None = None
     ring_bytes: int | None = None
@@ -155,16 +161,16 @@ def parse_options(texts: list[str]) -> MountOptions:
 def _with_word(options: MountOptions, word: str) -> MountOptions:
     key, has_value, value = word.partition("=")
     if has_value and key in _VALUES:
-        field, parse = _VALUES[key]
+        name, parse = _VALUES[key]
         try:
-            return replace(options, **{field: parse(value)})
+            return replace(options, **{name: parse(value)})
         except ValueError as exc:
             raise BadOption(word, str(exc)) from exc
     if key in _VALUES:
         raise BadOption(word, f"needs a value: {key}=…")
     if word in _FLAGS:
-        field, setting = _FLAGS[word]
-        return replace(options, **{field: setting})  # type: ignore[arg-type]
+        name, setting = _FLAGS[word]
+        return replace(options, **{name: setting})  # type: ignore[arg-type]
     return _with_standard_word(options, word)
 
 

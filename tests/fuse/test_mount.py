@@ -2,10 +2,11 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -206,7 +207,10 @@ def test_a_user_mounts_without_root(tmp_path: Path) -> None:
     base = Path(run("mktemp", "-d", "/tmp/hlfs-user.XXXXXX").strip())
     user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", f"HOME={base}"]
     store, path = base / "store", base / "mnt"
+    mode = os.stat("/dev/fuse").st_mode
     try:
+        # As udev leaves it; some containers don't.
+        os.chmod("/dev/fuse", 0o666)
         for directory in (store, path):
             directory.mkdir()
         run("chown", "-R", "65534:65534", base)
@@ -233,6 +237,7 @@ def test_a_user_mounts_without_root(tmp_path: Path) -> None:
             assert "user_allow_other" in denied.stderr
             assert denied.returncode == 32
     finally:
+        os.chmod("/dev/fuse", stat.S_IMODE(mode))
         take_away(path)
         run("rm", "-rf", base)
 
@@ -256,6 +261,48 @@ def test_the_helper_mounts_as_fstab_would(store: Path, mountpoint: Path) -> None
         run(*ends, mountpoint, "-n", "-t", "fuse.hlfs")
         assert find_mount(str(mountpoint)) is None
         expect_unlocked(store)
+    finally:
+        take_away(mountpoint)
+
+
+@pytest.fixture
+def mount_hlfs() -> Iterator[None]:
+    """mount(8) looks for its helper in /sbin only."""
+    helper = Path("/sbin/mount.hlfs")
+    if helper.exists():
+        yield
+        return
+    helper.symlink_to(Path(sys.executable).parent / "mount.hlfs")
+    try:
+        yield
+    finally:
+        helper.unlink()
+
+
+@pytest.mark.usefixtures("mount_hlfs")
+def test_mount_and_fstab(store: Path, mountpoint: Path, tmp_path: Path) -> None:
+    source = f"local://{store}"
+    fstab = tmp_path / "fstab"
+    fstab.write_text(f"{source} {mountpoint} hlfs nofail,_netdev,noatime,user,x-systemd.requires=/srv,threads=2 0 0\n")
+    try:
+        for command in (f"-t hlfs {source} {mountpoint} -o nofail,noatime", f"-T {fstab} {mountpoint}"):
+            run("mount", *command.split())
+            found = find_mount(str(mountpoint))
+            assert found is not None
+            assert found.fstype == "fuse.hlfs"
+            assert hlfs("umount", mountpoint).returncode == 0
+            expect_unlocked(store)
+        run("mount", "-f", "-t", "hlfs", source, mountpoint)
+        assert find_mount(str(mountpoint)) is None
+        refused = subprocess.run(
+            ["mount", "-t", "hlfs", source, mountpoint, "-o", "treads=2"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert "'treads=2'" in refused.stderr
+        assert refused.returncode != 0
     finally:
         take_away(mountpoint)
 
