@@ -78,8 +78,9 @@ Overlay::Leaf& Overlay::leaf_for(std::uint64_t leaf_no) {
 void Overlay::put_in_leaf(Leaf& leaf, std::uint32_t first, std::uint32_t count, std::uint64_t word,
                           const std::uint32_t* crcs) {
     auto& items = leaf.items;
-    const auto from = std::lower_bound(items.begin(), items.end(), first, ByBlock{});
-    const auto to = std::lower_bound(from, items.end(), first + count, ByBlock{});
+    const bool full = items.size() == kNodeEntries;
+    const auto from = full ? items.begin() + first : std::lower_bound(items.begin(), items.end(), first, ByBlock{});
+    const auto to = full ? from + count : std::lower_bound(from, items.end(), first + count, ByBlock{});
     const auto at = static_cast<std::size_t>(from - items.begin());
     const auto replaced = static_cast<std::size_t>(to - from);
     const auto is_data = [](const Item& item) { return (item.word & kHoleBit) == 0; };

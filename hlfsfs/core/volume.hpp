@@ -175,32 +175,33 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         std::int64_t result;
     };
 
-    // One entry to publish; the blocks of a data entry stand in consecutive ring pages.
+    // One entry to publish; the blocks of a data entry stand in consecutive ring pages. Without initialisers, as
+    // BlockSource below: whole arrays of these stand on the stack of each request.
     struct PublishItem {
-        EntryKind kind = EntryKind::data;
-        std::uint64_t block = 0;
-        std::uint64_t count = 0;
-        std::uint32_t first_page = 0;
-        const std::uint32_t* crcs = nullptr;
-        std::uint64_t size_bytes = 0;  // resize
-        std::uint64_t mtime_ns = 0;    // ext times
-        std::uint64_t ctime_ns = 0;
+        EntryKind kind;
+        std::uint64_t block;
+        std::uint64_t count;
+        std::uint32_t first_page;
+        const std::uint32_t* crcs;
+        std::uint64_t size_bytes;  // resize
+        std::uint64_t mtime_ns;    // ext times
+        std::uint64_t ctime_ns;
     };
 
     enum class Admission { ok, wait, refused };
 
     enum class SourceKind : std::uint8_t { hole, memory, cached, stored };
     struct BlockSource {
-        SourceKind kind = SourceKind::hole;
-        std::uint32_t slot = 0;
-        const std::byte* data = nullptr;
+        SourceKind kind;
+        std::uint32_t slot;
+        const std::byte* data;
         union {
             LiveChunk* live;
             BlockCache::Frame* frame;
             Segment* segment;
-        } from{};
-        std::uint32_t crc = 0;
-        std::uint32_t mask = 0;
+        } from;
+        std::uint32_t crc;
+        std::uint32_t mask;
     };
     // What resolve() could not go on without.
     struct Missing {

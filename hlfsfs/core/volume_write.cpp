@@ -277,7 +277,7 @@ bool Volume::try_publish(Lock&, Mutation* mutation, std::int64_t& result, bool& 
     std::size_t side = 0;
     const auto add = [&](EntryKind kind, std::uint64_t block, std::uint64_t count, std::uint32_t page,
                          const std::uint32_t* crcs) {
-        PublishItem item;
+        PublishItem item{};
         item.kind = kind;
         item.block = block;
         item.count = count;
@@ -288,7 +288,7 @@ bool Volume::try_publish(Lock&, Mutation* mutation, std::int64_t& result, bool& 
             data_blocks += count;
     };
     const auto add_size = [&](std::uint64_t size_bytes) {
-        PublishItem item;
+        PublishItem item{};
         item.kind = EntryKind::resize;
         item.size_bytes = size_bytes;
         items.push_back(item);
@@ -361,7 +361,7 @@ bool Volume::try_publish(Lock&, Mutation* mutation, std::int64_t& result, bool& 
             break;
         }
         case Mutation::Kind::times: {
-            PublishItem item;
+            PublishItem item{};
             item.kind = EntryKind::ext;
             item.mtime_ns = m.mtime_ns != 0 ? m.mtime_ns : mtime_ns_;
             item.ctime_ns = m.ctime_ns != 0 ? m.ctime_ns : std::max(realtime_ns(), ctime_ns_ + 1);
