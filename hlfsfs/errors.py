@@ -81,6 +81,7 @@ class SizeTooBig(HlfsError):
     def __init__(self, what: str, size_bytes: int, limit_bytes: int) -> None:
         super().__init__(f"{what}: {size_bytes} bytes is more than a volume can hold; use at most {limit_bytes}")
         self.size_bytes = size_bytes
+        self.limit_bytes = limit_bytes
 
 
 class RefusedName(HlfsError):

@@ -43,12 +43,11 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_fields(fields: Mapping[str, Any]) -> None:
-    """One line a field, named by its key without the unit."""
+def print_fields(fields: Mapping[str, str]) -> None:
+    """One line a field."""
     table = Table.grid(padding=(0, 2))
-    for key, value in fields.items():
-        label = key.removesuffix("_bytes").removesuffix("_ns").replace("_", " ")
-        table.add_row(Text(label, "bold"), Text(format_value(key, value)))
+    for label, value in fields.items():
+        table.add_row(Text(label, "bold"), Text(value))
     _console().print(table)
 
 

@@ -8,9 +8,29 @@ from typing import Any
 import click
 
 from hlfsfs.cli.offline import offline
-from hlfsfs.cli.output import print_fields, print_json
+from hlfsfs.cli.output import format_value, print_fields, print_json
 from hlfsfs.errors import AccessDenied, HlfsError, NoSuchName, StoreFailed, printable
 from hlfsfs.pool import STATS_ATTRIBUTE
+
+# What people are shown, in this order; programs get everything.
+SHOWN = {
+    "kind": "kind",
+    "name": "name",
+    "uuid": "uuid",
+    "size_bytes": "size",
+    "allocated_bytes": "allocated",
+    "log_allocated_bytes": "log",
+    "mapped_bytes": "live in the log",
+    "segments": "segments",
+    "checkpoint_time_ns": "last checkpoint",
+    "dirty_bytes": "dirty",
+    "volumes": "volumes",
+    "pools": "pools",
+    "store_total_bytes": "store",
+    "store_available_bytes": "free in the store",
+    "read_only": "read-only",
+    "damage": "damage",
+}
 
 
 class NotInAMount(HlfsError):
@@ -31,7 +51,7 @@ def stat(path: str, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        print_fields(found)
+        print_fields({label: format_value(key, found[key]) for key, label in SHOWN.items() if found.get(key, "") != ""})
 
 
 def _offline(uri: str) -> dict[str, Any]:

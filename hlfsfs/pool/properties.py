@@ -4,7 +4,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from hlfsfs.errors import NoAttribute, NotAVolume
+from hlfsfs.errors import NoAttribute, NotAVolume, SizeTooBig
 from hlfsfs.pool import xattrs
 from hlfsfs.pool.attributes import ROOT_ID, AttributeChanges, Attributes, EntryAttributes, check_volume_mode
 from hlfsfs.pool.changes import Changes
@@ -98,9 +98,15 @@ class Properties:
                 self._changes.update_record(node, changes.ownership)
                 self._volumes.mirror_owner(node, volume)
             if changes.size_bytes is not None:
-                volume.resize(changes.size_bytes)
+                self._resize(node, volume, changes.size_bytes)
             if changes.ownership or changes.mtime_ns is not None:
                 volume.set_times(changes.mtime_ns, time.time_ns())
+
+    def _resize(self, node: VolumeNode, volume: "Volume", size_bytes: int) -> None:
+        try:
+            volume.resize(size_bytes)
+        except SizeTooBig as exc:
+            raise SizeTooBig(self._shared.what(node), size_bytes, exc.limit_bytes) from exc
 
     def _change_pool(self, node: PoolNode, changes: AttributeChanges) -> None:
         if changes.size_bytes is not None:
@@ -161,7 +167,7 @@ class Properties:
         named = {"name": self._shared.what(node), "id": f"{record.id:016x}", "uuid": str(record.uuid)}
         if isinstance(node, VolumeNode):
             with self._volumes.using(node) as volume:
-                return {"kind": "volume", **named, **volume.stats()}
+                return {"kind": "volume", **named, "allocated_bytes": volume.attr().allocated_bytes, **volume.stats()}
         assert isinstance(node, PoolNode)
         with self._shared.lock:
             pools = sum(isinstance(child, PoolNode) for child in node.children.values())

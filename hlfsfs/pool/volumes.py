@@ -89,6 +89,8 @@ class Volumes:
                 self._shared.engine.detach(node.id)
             finally:
                 self._settle(node)
+                # It may have lost its name meanwhile.
+                self.drop_if_unused(node)
 
     def drop_if_unused(self, node: VolumeNode, *, ignore_handles: bool = False) -> bool:
         """Deletes a volume for good when it has no name, no handle and no user; tells whether it did.

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
+from hlfsfs.engine import Engine, EngineOptions
 from hlfsfs.pool import Attributes, Defaults, Namespace
 from hlfsfs.store.disk import Disk
 from hlfsfs.store.local import LocalStore, open_local
@@ -27,10 +28,13 @@ class World:
         self.store: LocalStore = open_local(
             os.fsencode(self.root), create=not read_only, read_only=read_only, disk=self.disk
         )
-        self.store.lock()
-        self.engine = FakeEngine(self.store, self.media)
-        self.names = Namespace(self.store, cast(Any, self.engine), root_path, defaults)
+        self.engine = self.start_engine()
+        self.names = Namespace(self.store, self.engine, root_path, defaults)
         self.report = self.names.sweep()
+
+    def start_engine(self) -> Any:
+        """Makes the engine under the names, which takes the store's lock."""
+        return FakeEngine(self.store, self.media)
 
     def close(self) -> None:
         self.names.close()
@@ -73,11 +77,27 @@ class World:
     def listing(self, pool_id: int = 1) -> list[bytes]:
         return [name for name, _ in self.names.readdir(pool_id)]
 
+    def break_log(self, volume_id: int) -> None:
+        """Damages a volume's log beyond recovery; seen when it is attached the next time."""
+        log_uuid = self.store.read_volume(volume_id).log_uuid
+        os.truncate(self.root / f".hlfs/logs/{log_uuid}/checkpoint", 10)
 
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+
+class RealWorld(World):
+    """The same with the real engine. Its process cannot be killed here: `crash` leaves out the names' own end only."""
+
+    def start_engine(self) -> Any:
+        return Engine(self.store, EngineOptions(ring_bytes=16 << 20))
+
+    def crash(self) -> None:
+        self.engine.close()
+        self.store.close()
+
+
+@pytest.fixture(params=[World, RealWorld], ids=["fake", "real"])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     root = tmp_path / "store"
     root.mkdir()
-    made = World(root)
+    made: World = request.param(root)
     yield made
-    made.store.close()
+    made.crash()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
-from hlfsfs.errors import LogDamaged, SizeTooBig
+from hlfsfs.errors import SizeTooBig
 from hlfsfs.store import Store
 from hlfsfs.store.records import VolumeRecord
 
@@ -28,10 +28,9 @@ class Stored:
 
 @dataclass
 class Media:
-    """Durable content of all volumes, by log; `broken` logs cannot be recovered."""
+    """Durable content of all volumes, by log."""
 
     logs: dict[UUID, Stored] = field(default_factory=dict)
-    broken: set[UUID] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,15 @@ class FakeVolume:
     def __init__(self, record: VolumeRecord, stored: Stored) -> None:
         self.id = record.id
         self.uuid = record.uuid
-        self.read_only = False
         self.owner: tuple[int, int, int, int] | None = None
         self.closed = False
         self._stored = stored
         self._now = replace(stored)
         self._lock = threading.Lock()
+
+    @property
+    def read_only(self) -> bool:
+        return False
 
     def _open(self) -> Stored:
         assert not self.closed, f"volume {self.id:x} used after its end"
@@ -104,13 +106,14 @@ class FakeVolume:
         self.owner = (mode, uid, gid, nlink)
 
     def stats(self) -> dict[str, Any]:
-        return {"size_bytes": self._open().size_bytes, "segments": 1, "dirty": False}
+        return {"size_bytes": self._open().size_bytes, "segments": 1, "checkpoint_time_ns": 0}
 
 
 class FakeEngine:
-    """Attaches volumes of one store; counts what matters to tests."""
+    """Holds the store's lock and attaches its volumes."""
 
     def __init__(self, store: Store, media: Media) -> None:
+        store.lock()
         self._store = store
         self._media = media
         self._attached: dict[int, FakeVolume] = {}
@@ -123,9 +126,7 @@ class FakeEngine:
     def attach(self, record: VolumeRecord) -> FakeVolume:
         with self._lock:
             if record.id not in self._attached:
-                if record.log_uuid in self._media.broken:
-                    raise LogDamaged(f"log {record.log_uuid}", "broken by the test")
-                self._store.list_segments(record.log_uuid)
+                self._store.read_checkpoint_slots(record.log_uuid)
                 stored = self._media.logs.setdefault(record.log_uuid, Stored())
                 self._attached[record.id] = FakeVolume(record, stored)
             return self._attached[record.id]
@@ -148,7 +149,9 @@ class FakeEngine:
     def close(self) -> None:
         for volume_id in list(self._attached):
             self.detach(volume_id)
+        self._store.unlock()
 
     def crash(self) -> None:
         """Forgets everything that was not flushed."""
         self._attached.clear()
+        self._store.unlock()

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import settings
@@ -13,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from hlfsfs import errors
 from hlfsfs.pool import AttributeChanges
-from tests.pool.conftest import World
+from tests.pool.conftest import RealWorld, World
 from tests.pool.test_crash import view
 from tests.store.crash_disk import LazyDisk
 
@@ -41,10 +42,14 @@ def join(pool: bytes, name: bytes) -> bytes:
 class NamespaceMachine(RuleBasedStateMachine):
     """Does everything twice: to the namespace, and to `items` (by path) and `unlinked` (open without a name)."""
 
+    world_class: ClassVar[type[World]] = World
+    # What was not flushed goes with a crash.
+    forgets: ClassVar[bool] = True
+
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(prefix="hlfs-model-"))
-        self.world = World(self.directory, disk=LazyDisk())
+        self.world = self.world_class(self.directory, disk=LazyDisk())
         self.items: dict[bytes, Item] = {b"": Item("pool", 1, 0o755)}
         self.unlinked: list[Item] = []
 
@@ -216,7 +221,7 @@ class NamespaceMachine(RuleBasedStateMachine):
         self.unlinked = []
         for item in self.items.values():
             item.handles = 0
-            item.data = item.durable = item.durable if crash else item.data
+            item.data = item.durable = item.durable if crash and self.forgets else item.data
 
     # --- what must always hold ----------------------------------------------------------------------------------
 
@@ -248,5 +253,15 @@ class NamespaceMachine(RuleBasedStateMachine):
             assert self.world.names.volume(item.id).read(0, 99) == item.data
 
 
+class RealEngineMachine(NamespaceMachine):
+    """The same on the real engine."""
+
+    world_class = RealWorld
+    forgets = False
+
+
 TestNamespace = NamespaceMachine.TestCase
 TestNamespace.settings = settings(max_examples=100, stateful_step_count=60)
+
+TestNamespaceOnRealEngine = RealEngineMachine.TestCase
+TestNamespaceOnRealEngine.settings = settings(max_examples=15, stateful_step_count=60)
