@@ -587,6 +587,7 @@ Volume::CloseResult Volume::close_log() {
     current_ = nullptr;
     write_footer(lock, segment);
     const std::shared_ptr<SharedFd> fd = segment->fd;
+    std::erase(unsynced_, segment);
     segment->unsynced = false;
     lock.unlock();
     // The data was durable before; footer and trim are only worth having.

@@ -141,8 +141,8 @@ void Core::enqueue(std::shared_ptr<Volume> volume) noexcept {
 void Core::run_worker() noexcept {
     std::unique_lock lock(work_mutex_);
     for (;;) {
-        work_arrived_.wait(lock, [this] { return stopping_ || !work_.empty() || relief_wanted_ || parked_wanted_; });
-        if (relief_wanted_ || parked_wanted_) {
+        work_arrived_.wait(lock, [this] { return stopping_ || !work_.empty() || errands(); });
+        if (errands()) {
             lock.unlock();
             run_errands();
             lock.lock();
@@ -162,11 +162,16 @@ void Core::run_worker() noexcept {
 void Core::run_errands() noexcept {
     const bool relief = relief_wanted_.exchange(false);
     const bool parked = parked_wanted_.exchange(false);
-    for (const auto& volume : all_volumes()) {
+    const bool trim = trim_wanted_.exchange(false);
+    const auto volumes = all_volumes();
+    const std::size_t keep = options_.max_open_segments / 2 / std::max<std::size_t>(volumes.size(), 1);
+    for (const auto& volume : volumes) {
         if (relief)
             volume->want_sync();
         if (parked)
             volume->wake_if_parked();
+        if (trim)
+            volume->trim_descriptors(keep);
     }
 }
 
@@ -186,6 +191,14 @@ void Core::run_timer() noexcept {
 
 void Core::wake_parked() noexcept {
     if (parked_volumes.load(std::memory_order_relaxed) == 0 || parked_wanted_.exchange(true))
+        return;
+    const std::lock_guard lock(work_mutex_);
+    work_arrived_.notify_one();
+}
+
+void Core::count_descriptor() noexcept {
+    if (open_descriptors.fetch_add(1, std::memory_order_relaxed) < options_.max_open_segments ||
+        trim_wanted_.exchange(true))
         return;
     const std::lock_guard lock(work_mutex_);
     work_arrived_.notify_one();

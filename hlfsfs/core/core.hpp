@@ -93,6 +93,9 @@ class Core final : public VolumeTable {
     void post(Event event) noexcept;
     // Soon, from a worker: every volume with parked requests looks again whether it can go on.
     void wake_parked() noexcept;
+    // One more descriptor of a sealed segment is open; over the bound, volumes soon give up those they used least
+    // lately.
+    void count_descriptor() noexcept;
     // Soon, from a worker: memory is short, so everything published is written and made durable.
     void relieve() noexcept;
     // Pages outside any channel thread's run; nullopt when there is no memory anywhere.
@@ -108,6 +111,7 @@ class Core final : public VolumeTable {
     void run_worker() noexcept;
     void run_timer() noexcept;
     void run_errands() noexcept;
+    [[nodiscard]] bool errands() const noexcept { return relief_wanted_ || parked_wanted_ || trim_wanted_; }
     [[nodiscard]] std::vector<std::shared_ptr<Volume>> all_volumes() const;
 
     // constant after construction
@@ -130,6 +134,7 @@ class Core final : public VolumeTable {
 
     std::atomic<bool> relief_wanted_{false};
     std::atomic<bool> parked_wanted_{false};
+    std::atomic<bool> trim_wanted_{false};
 
     std::mutex work_mutex_;  // guards work_ and stopping_
     std::condition_variable work_arrived_;

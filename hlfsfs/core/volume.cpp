@@ -15,6 +15,10 @@ Volume::Volume(Core& core, const VolumeConfig& config)
 }
 
 Volume::~Volume() {
+    for (const auto& segment : table_) {
+        if (segment && segment->fd && segment->state == SegmentState::sealed)
+            core_.open_descriptors.fetch_sub(1, std::memory_order_relaxed);
+    }
     for (Mutation* mutation : parked_)
         finish(mutation, -ESHUTDOWN);
     for (LiveChunk* chunk : live_)

@@ -157,6 +157,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void tick(std::uint64_t now_ns) noexcept;
     void want_sync() noexcept;
     void wake_if_parked() noexcept;
+    // Closes descriptors of sealed segments, all but the `keep` used last.
+    void trim_descriptors(std::size_t keep) noexcept;
     [[nodiscard]] std::uint64_t id() const noexcept { return config_.id; }
 
   private:
@@ -218,6 +220,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     bool seal_open();
     bool place(LiveChunk& chunk, std::size_t used_bytes);
     void roll_segment();
+    void refuse_space(int error) noexcept;
     void want_segment();
     void want_growth(std::uint32_t needed_slots);
     [[nodiscard]] bool fits_current(std::uint32_t total, std::size_t used_bytes) const;
@@ -237,6 +240,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void sync(Lock& lock);
     void advance_written();
     void retire();
+    void note_unsynced(Segment* segment);
     void log_broke(Lock& lock, int error, const char* what);
     void start_new_epoch();
     void replace_chunks();
@@ -266,6 +270,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void advance(Mutation* mutation) noexcept;
     bool try_publish(Lock& lock, Mutation* mutation, std::int64_t& result, bool& parked);
     void park(Mutation* mutation);
+    void wait_for_pages(Mutation* mutation) noexcept;
     void finish(Mutation* mutation, std::int64_t result) noexcept;
     void seek_step(ReadOp* op) noexcept;
 
@@ -343,12 +348,14 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::unique_ptr<Segment> prepared_;
     std::unique_ptr<Segment> requested_;
     std::deque<Segment*> footers_due_;
+    std::vector<Segment*> unsynced_;  // written to since their last fdatasync
     std::uint64_t epoch_ = 0;
     LogPosition previous_end_;
     std::uint64_t next_segno_ = 0;
     std::uint32_t growth_wanted_ = 0;
     bool growing_ = false;
-    int space_refused_ = 0;  // errno of the last growth or preparation that failed, until the parked have been told
+    int space_refused_ = 0;  // errno of the last growth or preparation that failed, for a short time
+    std::uint64_t space_refused_ns_ = 0;
     std::uint64_t log_slots_ = 0;  // written since creation of this object, plus what recovery found
     std::uint64_t log_slots_at_checkpoint_ = 0;
     std::uint64_t read_clock_ = 0;

@@ -159,7 +159,7 @@ void Volume::write_chunk(Lock& lock, LiveChunk* chunk) {
     }
     std::memcpy(segment->footer_body.data() + chunk->footer_offset, summary, used);
     --segment->unwritten_chunks;
-    segment->unsynced = true;
+    note_unsynced(segment);
     segment->last_time_s = static_cast<std::uint32_t>(header.time_ns / 1'000'000'000);
     chunk->state = LiveChunk::State::written;
     if (chunk->descriptor != nullptr)
@@ -179,6 +179,13 @@ void Volume::advance_written() {
         written_number_ = live_[i]->number + 1;
         written_end_ = live_[i]->end_sequence;
     }
+}
+
+void Volume::note_unsynced(Segment* segment) {
+    if (segment->unsynced)
+        return;
+    segment->unsynced = true;
+    unsynced_.push_back(segment);
 }
 
 void Volume::write_footer(Lock& lock, Segment* segment) {
@@ -201,7 +208,8 @@ void Volume::write_footer(Lock& lock, Segment* segment) {
     // A segment without a footer is read through its summaries: slower, never wrong. A disk that is full must not stop
     // here.
     segment->footer_body = {};
-    segment->unsynced = true;
+    note_unsynced(segment);
+    core_.count_descriptor();
     if (error != 0 && error != ENOSPC && !broken_)
         log_broke(lock, error, "footer write");
     changed_.notify_all();
@@ -231,8 +239,7 @@ void Volume::grow(Lock& lock) {
         segment->allocated_slots = to;
         space_refused_ = 0;
     } else {
-        space_refused_ = error;
-        ++refusals_;
+        refuse_space(error);
     }
     changed_.notify_all();
 }
@@ -253,15 +260,11 @@ void Volume::sync(Lock& lock) {
     const std::uint64_t end_number = written_number_;
     const std::uint64_t generation = log_generation_;
     std::vector<std::pair<Segment*, std::shared_ptr<SharedFd>>> dirty;
-    for (auto it = table_.rbegin(); it != table_.rend(); ++it) {
-        if (*it && (*it)->unsynced) {
-            (*it)->unsynced = false;
-            dirty.emplace_back(it->get(), (*it)->fd);
-        }
-        // Segments are filled one after the other; only the newest few can have anything unsynced.
-        if (std::distance(table_.rbegin(), it) > 16)
-            break;
+    for (Segment* segment : unsynced_) {
+        segment->unsynced = false;
+        dirty.emplace_back(segment, segment->fd);
     }
+    unsynced_.clear();
     lock.unlock();
     int error = 0;
     for (const auto& [segment, fd] : dirty) {
@@ -440,6 +443,25 @@ void Volume::want_sync() noexcept {
         return;
     sync_target_ = next_number();
     wake();
+}
+
+void Volume::trim_descriptors(std::size_t keep) noexcept {
+    const Lock lock(mutex_);
+    std::vector<Segment*> open;
+    for (const auto& segment : table_) {
+        const bool closable = segment && segment->fd && segment->state != SegmentState::open && !segment->unsynced &&
+                              segment->footer_body.empty() && segment.get() != current_;
+        if (closable)
+            open.push_back(segment.get());
+    }
+    if (open.size() <= keep)
+        return;
+    const auto older = [](const Segment* a, const Segment* b) { return a->last_used < b->last_used; };
+    std::sort(open.begin(), open.end(), older);
+    for (std::size_t i = 0; i + keep < open.size(); ++i) {
+        open[i]->fd.reset();
+        core_.open_descriptors.fetch_sub(1, std::memory_order_relaxed);
+    }
 }
 
 void Volume::wake_if_parked() noexcept {

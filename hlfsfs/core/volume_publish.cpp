@@ -20,6 +20,9 @@ constexpr std::uint32_t kEagerBlocks = 64;
 constexpr std::uint32_t kChunksInFlight = 4;
 constexpr std::uint32_t kFirstSegmentSlots = 256;
 constexpr std::uint32_t kGrowthSlots = 1024;
+constexpr std::uint64_t kRefusalNs = 100'000'000;
+constexpr std::uint64_t kRetryNs = 200'000'000;
+constexpr std::uint64_t kRetryBrokenNs = 1'000'000'000;
 
 void append_side(ChunkDescriptor& chunk, const void* bytes, std::size_t size_bytes) {
     std::memcpy(chunk.side + chunk.side_bytes, bytes, size_bytes);
@@ -54,7 +57,7 @@ bool Volume::backed(std::uint32_t total, std::size_t used_bytes) const {
 }
 
 void Volume::want_segment() {
-    if (prepared_ || requested_ || read_only_ || monotonic_ns() < retry_segment_ns_)
+    if (prepared_ || requested_ || read_only_ || (retry_segment_ns_ != 0 && monotonic_ns() < retry_segment_ns_))
         return;
     auto segment = std::make_unique<Segment>();
     segment->uid = core_.new_segment_uid();
@@ -123,13 +126,19 @@ void Volume::segment_failed(std::uint64_t segno, int error) {
     Lock lock(mutex_);
     if (requested_ && requested_->identity.segno == segno)
         requested_.reset();
-    space_refused_ = error;
-    ++refusals_;
-    retry_segment_ns_ = broken_ ? monotonic_ns() + 1'000'000'000 : 0;
+    refuse_space(error);
+    // A full disk is not asked again at every chunk.
+    retry_segment_ns_ = monotonic_ns() + (broken_ ? kRetryBrokenNs : kRetryNs);
     if (broken_)
         complete_flushes(lock, EIO);
     changed_.notify_all();
     wake();
+}
+
+void Volume::refuse_space(int error) noexcept {
+    space_refused_ = error;
+    space_refused_ns_ = monotonic_ns();
+    ++refusals_;
 }
 
 void Volume::roll_segment() {
@@ -256,7 +265,8 @@ Volume::Admission Volume::admit(std::size_t entries, std::size_t blocks, std::si
     const std::uint32_t total =
         summary_blocks(all_entries, all_blocks, all_side) + static_cast<std::uint32_t>(all_blocks);
     if (!backed(total, used)) {
-        if (space_refused_ != 0)
+        // A refusal of long ago says nothing about now.
+        if (space_refused_ != 0 && monotonic_ns() - space_refused_ns_ < kRefusalNs)
             return Admission::refused;
         if (fits_current(total, used)) {
             want_growth(total);
@@ -328,7 +338,12 @@ void Volume::publish(std::span<const PublishItem> items, std::atomic<std::uint64
         chunk.entries[count + i] = encode(entry);
     }
     if (!times_given) {
-        touch(now);
+        if (replay_time_ns_ != 0) {
+            mtime_ns_ = std::max(now, mtime_ns_);
+            ctime_ns_ = std::max(now, ctime_ns_);
+        } else {
+            touch(now);
+        }
         chunk.time_ns = mtime_ns_;
     }
     next_sequence_ += items.size();

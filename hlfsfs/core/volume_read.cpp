@@ -254,22 +254,7 @@ void Volume::supply_descriptor(std::uint32_t index, int fd, int error) {
         segment->fd_requested = false;
         if (error == 0) {
             segment->fd = std::make_shared<SharedFd>(fd);
-            const std::uint32_t open = core_.open_descriptors.fetch_add(1) + 1;
-            // Over the bound, this volume gives up the one it has not used for longest.
-            if (open > core_.options().max_open_segments) {
-                Segment* oldest = nullptr;
-                for (const auto& other : table_) {
-                    if (!other || !other->fd || other.get() == segment || other->state != SegmentState::sealed ||
-                        other->unsynced)
-                        continue;
-                    if (oldest == nullptr || other->last_used < oldest->last_used)
-                        oldest = other.get();
-                }
-                if (oldest != nullptr) {
-                    oldest->fd.reset();
-                    core_.open_descriptors.fetch_sub(1);
-                }
-            }
+            core_.count_descriptor();
         }
         waiters.swap(segment->fd_waiters);
         changed_.notify_all();

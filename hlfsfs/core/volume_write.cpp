@@ -6,6 +6,7 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "mutation.hpp"
 #include "read_op.hpp"
@@ -147,6 +148,22 @@ void Volume::park(Mutation* mutation) {
     wake();
 }
 
+// No memory to lay it out in: it starts again when pages come free, at the latest at the next tick.
+void Volume::wait_for_pages(Mutation* mutation) noexcept {
+    const Lock lock(mutex_);
+    for (Mutation::Edge& edge : mutation->edges) {
+        if (mutation->kind != Mutation::Kind::write && edge.page != kNoPage)
+            core_.ring().free_page(edge.page);
+        edge = {};
+    }
+    mutation->unstarted = true;
+    parked_.push_back(mutation);
+    if (!counted_parked_) {
+        counted_parked_ = true;
+        core_.parked_volumes.fetch_add(1, std::memory_order_relaxed);
+    }
+}
+
 // Lays out which blocks are touched, gets pages where more are needed, and begins to load what partial blocks hold.
 void Volume::start(Mutation* mutation) noexcept {
     Mutation& m = *mutation;
@@ -179,7 +196,7 @@ void Volume::start(Mutation* mutation) noexcept {
             // The payload stands at the start of its pages; it has to stand where it falls in its blocks.
             const auto run = core_.take_pages(blocks);
             if (!run) {
-                finish(mutation, -ENOMEM);
+                wait_for_pages(mutation);
                 return;
             }
             std::memcpy(ring.page(run->first) + head_from, ring.page(m.payload.first), m.size_bytes);
@@ -208,7 +225,7 @@ void Volume::start(Mutation* mutation) noexcept {
                 continue;
             const auto run = core_.take_pages(1);
             if (!run) {
-                finish(mutation, -ENOMEM);
+                wait_for_pages(mutation);
                 return;
             }
             edge.page = run->first;
@@ -344,8 +361,8 @@ bool Volume::try_publish(Lock&, Mutation* mutation, std::int64_t& result, bool& 
             if (m.size_bytes < size_bytes_ && m.size_bytes % kBlockBytes != 0 && !m.edges[0].used) {
                 const auto run = core_.take_pages(1);
                 if (!run) {
-                    result = -ENOMEM;
-                    return true;
+                    parked = true;
+                    return false;
                 }
                 m.edges[0].set(m.size_bytes >> kBlockShift,
                                static_cast<std::uint32_t>(m.size_bytes & (kBlockBytes - 1)), kBlockBytes);
@@ -431,6 +448,11 @@ void Volume::drain_parked(Lock& lock) {
     std::vector<Mutation*> again;
     while (!parked_.empty()) {
         Mutation* mutation = parked_.front();
+        if (mutation->unstarted) {
+            parked_.pop_front();
+            again.push_back(mutation);
+            continue;
+        }
         std::int64_t result = 0;
         bool wait = false;
         const bool over = try_publish(lock, mutation, result, wait);
@@ -453,8 +475,13 @@ void Volume::drain_parked(Lock& lock) {
     lock.unlock();
     for (const auto& [mutation, result] : finished)
         finish(mutation, result);
-    for (Mutation* mutation : again)
-        advance(mutation);
+    for (Mutation* mutation : again) {
+        if (std::exchange(mutation->unstarted, false)) {
+            start(mutation);
+        } else {
+            advance(mutation);
+        }
+    }
     lock.lock();
 }
 
