@@ -239,6 +239,7 @@ void bind_core(nb::module_& m) {
         .def_ro("segno", &Event::segno)
         .def_ro("slot", &Event::slot)
         .def_ro("error", &Event::error)
+        .def_ro("idle", &Event::idle)
         .def_ro("allocate_bytes", &Event::allocate_bytes)
         .def_prop_ro("header", [](const Event& event) { return nb::bytes(event.header.data(), event.header.size()); });
     nb::class_<Core>(m, "Core")
@@ -326,8 +327,8 @@ void bind_control(nb::class_<Volume>& volume) {
         .def("checkpoint_installed", &Volume::checkpoint_installed, nb::call_guard<nb::gil_scoped_release>())
         .def("checkpoint_failed", &Volume::checkpoint_failed, nb::call_guard<nb::gil_scoped_release>())
         .def(
-            "close_log", [](Volume& self) { return self.close_log().discard_segno; },
-            nb::call_guard<nb::gil_scoped_release>())
+            "close_log", [](Volume& self, bool only_if_idle) { return self.close_log(only_if_idle).discard_segno; },
+            nb::kw_only(), nb::arg("only_if_idle"), nb::call_guard<nb::gil_scoped_release>())
         .def("stats", &stats_of)
         .def("attr",
              [](Volume& self) {

@@ -568,14 +568,22 @@ void Volume::checkpoint_failed() noexcept {
     changed_.notify_all();
 }
 
-Volume::CloseResult Volume::close_log() {
+Volume::CloseResult Volume::close_log(bool only_if_idle) {
     Lock lock(mutex_);
     CloseResult result;
     if (read_only_)
         return result;
-    wait_durable(lock, next_number());
-    while (growing_ || writing_ != 0 || syncing_)
+    const auto busy = [this] { return !live_.empty() || growing_ || writing_ != 0 || syncing_ || checkpointing_; };
+    if (only_if_idle && (busy() || broken_ || publishes_ != publishes_at_checkpoint_))
+        return result;
+    while (busy()) {
+        if (!live_.empty()) {
+            sync_target_ = next_number();
+            wake();
+        }
         changed_.wait_for(lock, std::chrono::milliseconds(20));
+    }
+    // Nothing is open, so nothing that was acknowledged counts on the space of either segment.
     if (prepared_) {
         result.discard_segno = prepared_->identity.segno;
         prepared_.reset();

@@ -53,6 +53,7 @@ struct Event {
     std::uint64_t segno = 0;
     std::uint32_t slot = 0;
     int error = 0;
+    bool idle = false;  // checkpoint_due: nobody has written for a while
     std::uint64_t allocate_bytes = 0;
     std::string header;
 };

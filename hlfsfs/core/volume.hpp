@@ -126,8 +126,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     struct CloseResult {
         std::optional<std::uint64_t> discard_segno;  // a prepared segment never used
     };
-    // Footer and trim of the open segment; nothing may be written meanwhile. Waits.
-    CloseResult close_log();
+    // Footer and trim of the open segment: it takes what it holds and no more. The next write opens another. Waits;
+    // with `only_if_idle` does nothing if there is anything to wait for.
+    CloseResult close_log(bool only_if_idle);
 
     struct Stats {
         std::uint64_t size_bytes, mapped_bytes, dirty_bytes, overlay_entries, log_bytes, segments, epoch, sequence,

@@ -486,6 +486,7 @@ void Volume::tick(std::uint64_t now_ns) noexcept {
         Event event;
         event.kind = EventKind::checkpoint_due;
         event.volume_id = config_.id;
+        event.idle = true;
         core_.post(std::move(event));
     }
 }

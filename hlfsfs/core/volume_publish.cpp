@@ -18,7 +18,8 @@ constexpr std::uint64_t kFloorPages = 256;
 // An open chunk of this size goes out although another is under way.
 constexpr std::uint32_t kEagerBlocks = 64;
 constexpr std::uint32_t kChunksInFlight = 4;
-constexpr std::uint32_t kFirstSegmentSlots = 256;
+// A volume of a few hundred KiB takes less than 1 MiB.
+constexpr std::uint32_t kFirstSegmentSlots = 192;
 constexpr std::uint32_t kGrowthSlots = 1024;
 constexpr std::uint64_t kRefusalNs = 100'000'000;
 constexpr std::uint64_t kRetryNs = 200'000'000;
@@ -82,7 +83,7 @@ void Volume::want_segment() {
     event.segno = segment->identity.segno;
     const bool small = current_ == nullptr && live_.empty();
     event.allocate_bytes =
-        std::uint64_t{std::min(segment_slots_, small ? kFirstSegmentSlots * 2 : kGrowthSlots)} * kBlockBytes;
+        std::uint64_t{std::min(segment_slots_, small ? kFirstSegmentSlots : kGrowthSlots)} * kBlockBytes;
     event.header.assign(reinterpret_cast<const char*>(block.data()), block.size());
     requested_ = std::move(segment);
     core_.post(std::move(event));
@@ -175,7 +176,7 @@ bool Volume::place(LiveChunk& chunk, std::size_t used_bytes) {
     where.payload_slot = chunk.slot + chunk.summary_blocks;
     chunk.state = LiveChunk::State::sealed;
     to_write_.push_back(&chunk);
-    const std::uint32_t low_water = std::clamp<std::uint32_t>(current_->tail_slot, 32, kGrowthSlots / 2);
+    const std::uint32_t low_water = std::clamp<std::uint32_t>(current_->tail_slot / 4, 16, kGrowthSlots / 2);
     if (current_->allocated_slots < segment_slots_ && current_->allocated_slots - current_->tail_slot < low_water)
         want_growth(0);
     if (current_->tail_slot > segment_slots_ / 2)

@@ -59,7 +59,7 @@ class Engine:
     def _start(self, previous: LockRecord | None) -> None:
         with old_ring(self._store, previous, self._options) as left:
             self._ring_path, self.core = make_core(self._store, self._options)
-            self._service = Service(self._store, self.attached, self.checkpoint)
+            self._service = Service(self._store, self.attached, self._checkpoint_due)
             self._service.start(self.core)
             try:
                 whole = self._recover_ring(left) if left is not None else True
@@ -201,6 +201,13 @@ class Engine:
             raise
         volume.native.checkpoint_installed()
 
+    def _checkpoint_due(self, volume: Volume, idle: bool) -> None:
+        self.checkpoint(volume)
+        # A volume nobody writes to takes what it holds, not what it might have needed next.
+        unused = volume.native.close_log(only_if_idle=True) if idle else None
+        if unused is not None:
+            self._store.remove_segment(volume.log_uuid, unused)
+
     def detach(self, volume_id: int) -> None:
         """Makes a volume durable, checkpoints and closes it. The caller sees to it that nobody uses it.
 
@@ -223,7 +230,7 @@ class Engine:
         except HlfsError as exc:
             log.warning("%s: no checkpoint at its end, the next mount replays its log: %s", volume.what, exc)
             volume.flush()
-        unused = volume.native.close_log()
+        unused = volume.native.close_log(only_if_idle=False)
         if unused is not None:
             self._store.remove_segment(volume.log_uuid, unused)
 

@@ -27,13 +27,13 @@ class Service:
     """Threads between `start` and `stop`."""
 
     def __init__(
-        self, store: Store, find: Callable[[int], Volume | None], checkpoint: Callable[[Volume], None]
+        self, store: Store, find: Callable[[int], Volume | None], checkpoint: Callable[[Volume, bool], None]
     ) -> None:
         self._store = store
         self._find = find
         self._checkpoint = checkpoint
         self._stopping = threading.Event()
-        self._due: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._due: queue.SimpleQueue[tuple[int, bool] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def start(self, core: "_core.Core") -> None:
@@ -70,7 +70,7 @@ class Service:
             case _core.EventKind.OPEN_SEGMENT:
                 self._open(volume, event)
             case _core.EventKind.CHECKPOINT_DUE:
-                self._due.put(event.volume_id)
+                self._due.put((event.volume_id, event.idle))
             case _core.EventKind.DISCARD_SEGMENT:
                 if volume is not None:
                     self._store.remove_segment(volume.log_uuid, event.segno)
@@ -113,12 +113,13 @@ class Service:
         volume.native.supply_descriptor(event.index, fd, 0)
 
     def _run_checkpoints(self) -> None:
-        while (volume_id := self._due.get()) is not None:
+        while (due := self._due.get()) is not None:
+            volume_id, idle = due
             volume = self._find(volume_id)
             if volume is None:
                 continue
             try:
-                self._checkpoint(volume)
+                self._checkpoint(volume, idle)
             except HlfsError as exc:
                 log.warning("%s: no checkpoint: %s", volume.what, exc)
             except Exception:
