@@ -181,8 +181,9 @@ class Shared:
     def what(self, node: Node, name: bytes = b"") -> str:
         """How errors call a node, or a name in it."""
         path = b"/".join(part for part in (node.path, name) if part)
-        shown = f"/{printable(path)}" if path or node.parent is not None or node.id == ROOT_POOL_ID else f"#{node.id:x}"
-        return self.store.uri.rstrip("/") + shown
+        if not path:
+            return self.store.uri if node is self.tree.root else f"{self.store.uri}: nameless volume {node.id:016x}"
+        return f"{self.store.uri.rstrip('/')}/{printable(path)}"
 
 
 def load_tree(store: Store) -> Tree:

@@ -264,4 +264,4 @@ TestNamespace = NamespaceMachine.TestCase
 TestNamespace.settings = settings(max_examples=100, stateful_step_count=60)
 
 TestNamespaceOnRealEngine = RealEngineMachine.TestCase
-TestNamespaceOnRealEngine.settings = settings(max_examples=15, stateful_step_count=60)
+TestNamespaceOnRealEngine.settings = settings(max_examples=8, stateful_step_count=60)
