@@ -355,6 +355,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::uint64_t next_segno_ = 0;
     std::uint32_t growth_wanted_ = 0;
     bool growing_ = false;
+    std::uint32_t syncs_since_growth_ = 0;
     int space_refused_ = 0;  // errno of the last growth or preparation that failed, for a short time
     std::uint64_t space_refused_ns_ = 0;
     std::uint64_t log_slots_ = 0;  // written since creation of this object, plus what recovery found

@@ -14,6 +14,8 @@ namespace hlfs {
 namespace {
 
 constexpr std::size_t kMaxVectors = 1024;
+// With at least one fdatasync for every so many blocks of log, the log is written ahead.
+constexpr std::uint32_t kOftenSyncedSlots = 64;
 constexpr std::uint32_t kRegrowSlots = 2048;  // a chunk and its footer fit in any case
 
 // Writes every byte or returns an errno.
@@ -51,6 +53,20 @@ void append_pages(std::vector<iovec>& vectors, Ring& ring, const std::uint32_t* 
             vectors.push_back({page, kBlockBytes});
         }
     }
+}
+
+// The first write to an allocated and never written extent costs a journal commit at the next fdatasync. Zeros written
+// ahead, in large pieces, pay for it once.
+int write_zeros(int fd, const std::byte* zeros, off_t offset, off_t length) noexcept {
+    while (length > 0) {
+        const auto part = std::min<off_t>(length, kMaxRequestBytes);
+        std::vector<iovec> vectors{{const_cast<std::byte*>(zeros), static_cast<std::size_t>(part)}};
+        if (const int error = write_all(fd, vectors, offset); error != 0)
+            return error;
+        offset += part;
+        length -= part;
+    }
+    return 0;
 }
 
 // A thread's place to build summaries in.
@@ -228,13 +244,17 @@ void Volume::grow(Lock& lock) {
     if (to <= from)
         return;
     growing_ = true;
+    const bool often_synced = syncs_since_growth_ * kOftenSyncedSlots >= to - from;
     const std::shared_ptr<SharedFd> fd = segment->fd;
     lock.unlock();
     const auto offset = static_cast<off_t>(from) * static_cast<off_t>(kBlockBytes);
     const auto length = static_cast<off_t>(to - from) * static_cast<off_t>(kBlockBytes);
-    const int error = ::fallocate(fd->get(), 0, offset, length) == 0 ? 0 : errno;
+    int error = ::fallocate(fd->get(), 0, offset, length) == 0 ? 0 : errno;
+    if (error == 0 && often_synced)
+        error = write_zeros(fd->get(), core_.zeros(), offset, length);
     lock.lock();
     growing_ = false;
+    syncs_since_growth_ = 0;
     if (error == 0) {
         segment->allocated_slots = to;
         space_refused_ = 0;
@@ -277,6 +297,7 @@ void Volume::sync(Lock& lock) {
         if (error != 0) {
             log_broke(lock, error, "fdatasync");
         } else {
+            ++syncs_since_growth_;
             durable_end_ = std::max(durable_end_, end);
             durable_number_ = std::max(durable_number_, end_number);
             retire();
