@@ -94,7 +94,8 @@ std::optional<ChunkSummary> parse_summary(std::span<const std::byte> bytes, cons
     for (std::uint32_t i = 0; i < header.entries; ++i, body += kEntryBytes)
         chunk.entries.push_back(decode_entry(body));
     chunk.checks.resize(header.payload_blocks);
-    std::memcpy(chunk.checks.data(), body, chunk.checks.size() * 4);
+    if (!chunk.checks.empty())
+        std::memcpy(chunk.checks.data(), body, chunk.checks.size() * 4);
     body += chunk.checks.size() * 4;
     chunk.side.assign(body, body + header.side_bytes);
     if (!consistent(chunk))

@@ -271,12 +271,16 @@ Volume::Admission Volume::admit(std::size_t entries, std::size_t blocks, std::si
             return Admission::refused;
         if (fits_current(total, used)) {
             want_growth(total);
-        } else if (open_ != nullptr && current_ != nullptr) {
+        } else if (open_ != nullptr) {
             // What is open goes into the segment that backs it; the newcomer starts the next chunk.
             if (!seal_open())
                 return Admission::wait;
             wake();
             return admit(entries, blocks, side_bytes);
+        } else if (prepared_) {
+            // Too small as it stands: it is opened and grows.
+            roll_segment();
+            want_growth(total);
         } else {
             want_segment();
         }

@@ -1,0 +1,238 @@
+#include "faulty_disk.hpp"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+
+namespace hlfs::testing {
+
+FaultyDisk& FaultyDisk::instance() {
+    static FaultyDisk disk;
+    return disk;
+}
+
+bool FaultyDisk::key_of(int fd, Key& key) {
+    struct stat info {};
+    if (fstat(fd, &info) != 0)
+        return false;
+    key = {info.st_dev, info.st_ino};
+    return true;
+}
+
+FaultyDisk::File* FaultyDisk::find(int fd) {
+    Key key;
+    if (!key_of(fd, key))
+        return nullptr;
+    const auto it = files_.find(key);
+    return it == files_.end() ? nullptr : &it->second;
+}
+
+void FaultyDisk::reset() {
+    const std::lock_guard lock(mutex_);
+    files_.clear();
+    write_fault_ = sync_fault_ = {};
+    space_ = -1;
+    writes_held_ = syncs_held_ = false;
+    release_error_ = 0;
+    syncs_ = 0;
+    changed_.notify_all();
+}
+
+void FaultyDisk::watch(int fd) {
+    const std::lock_guard lock(mutex_);
+    Key key;
+    if (key_of(fd, key))
+        files_[key] = {};
+}
+
+bool FaultyDisk::watched(int fd) {
+    const std::lock_guard lock(mutex_);
+    return !files_.empty() && find(fd) != nullptr;
+}
+
+void FaultyDisk::fail_writes(int count, int error, int skip) {
+    const std::lock_guard lock(mutex_);
+    write_fault_ = {count, error, skip};
+}
+
+void FaultyDisk::fail_syncs(int count, int error, int skip) {
+    const std::lock_guard lock(mutex_);
+    sync_fault_ = {count, error, skip};
+}
+
+void FaultyDisk::set_space(std::int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    space_ = bytes;
+}
+
+void FaultyDisk::hold_writes() {
+    const std::lock_guard lock(mutex_);
+    writes_held_ = true;
+    release_error_ = 0;
+}
+
+void FaultyDisk::release_writes(int error) {
+    const std::lock_guard lock(mutex_);
+    writes_held_ = false;
+    release_error_ = error;
+    changed_.notify_all();
+}
+
+void FaultyDisk::hold_syncs() {
+    const std::lock_guard lock(mutex_);
+    syncs_held_ = true;
+}
+
+void FaultyDisk::release_syncs() {
+    const std::lock_guard lock(mutex_);
+    syncs_held_ = false;
+    changed_.notify_all();
+}
+
+void FaultyDisk::wait_held_writes(unsigned count) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return held_ >= count; });
+}
+
+// Returns with the lock held by nobody; 0: go on.
+int FaultyDisk::before_write(int) {
+    std::unique_lock lock(mutex_);
+    if (writes_held_) {
+        ++held_;
+        changed_.notify_all();
+        changed_.wait(lock, [this] { return !writes_held_; });
+        --held_;
+        if (release_error_ != 0)
+            return release_error_;
+    }
+    return write_fault_.take();
+}
+
+// The caller holds the lock.
+void FaultyDisk::note_old_blocks(int fd, std::uint64_t first, std::uint64_t count) {
+    File* file = find(fd);
+    if (file == nullptr)
+        return;
+    for (std::uint64_t block = first; block < first + count; ++block) {
+        if (file->volatile_blocks.count(block) != 0)
+            continue;
+        Block old{};
+        alignas(4096) static thread_local std::byte buffer[4096];
+        const ssize_t got = pread(fd, buffer, sizeof buffer, static_cast<off_t>(block * 4096));
+        if (got == static_cast<ssize_t>(sizeof buffer))
+            std::memcpy(old.data(), buffer, sizeof buffer);
+        file->volatile_blocks.emplace(block, old);
+    }
+}
+
+int FaultyDisk::before_sync(int fd) {
+    std::unique_lock lock(mutex_);
+    File* file = find(fd);
+    if (file == nullptr)
+        return 0;
+    ++syncs_;
+    if (const int error = sync_fault_.take())
+        return error;
+    // Only what was written before the call began is promised.
+    file->syncing.merge(file->volatile_blocks);
+    file->volatile_blocks.clear();
+    changed_.wait(lock, [this] { return !syncs_held_; });
+    return 0;
+}
+
+void FaultyDisk::synced(int fd) {
+    const std::lock_guard lock(mutex_);
+    if (File* file = find(fd))
+        file->syncing.clear();
+}
+
+bool FaultyDisk::take_space(int fd, std::int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    if (find(fd) == nullptr || space_ < 0)
+        return true;
+    if (space_ < bytes)
+        return false;
+    space_ -= bytes;
+    return true;
+}
+
+void FaultyDisk::copy_after_power_cut(const std::filesystem::path& from, const std::filesystem::path& to, Fate fate,
+                                      Random& random) {
+    std::filesystem::copy_file(from, to, std::filesystem::copy_options::overwrite_existing);
+    const int fd = open(from.c_str(), O_RDONLY | O_CLOEXEC);
+    File* file = find(fd);
+    close(fd);
+    if (file == nullptr || fate == Fate::all_kept)
+        return;
+    const int out = open(to.c_str(), O_WRONLY | O_CLOEXEC);
+    const bool all = fate == Fate::all_lost || random() % 4 == 0;
+    const std::uint64_t odds = random() % 8 + 1;
+    for (const auto* blocks : {&file->volatile_blocks, &file->syncing}) {
+        for (const auto& [block, old] : *blocks) {
+            if (!all && random() % 8 >= odds)
+                continue;
+            // Now and then only some of the block's sectors.
+            std::size_t begin = 0;
+            std::size_t end = sizeof old;
+            if (fate == Fate::random && random() % 8 == 0)
+                (random() % 2 == 0 ? begin : end) = 512 * (random() % 7 + 1);
+            if (pwrite(out, old.data() + begin, end - begin, static_cast<off_t>(block * 4096 + begin)) < 0)
+                throw std::runtime_error("pwrite");
+        }
+    }
+    close(out);
+}
+
+namespace {
+
+int failed(int error) {
+    errno = error;
+    return -1;
+}
+
+}  // namespace
+
+}  // namespace hlfs::testing
+
+using hlfs::testing::FaultyDisk;
+
+extern "C" {
+
+ssize_t pwritev(int fd, const iovec* vectors, int count, off_t offset) {
+    FaultyDisk& disk = FaultyDisk::instance();
+    const auto real = [&] { return syscall(SYS_pwritev, fd, vectors, count, offset, 0); };
+    if (!disk.watched(fd))
+        return real();
+    if (const int error = disk.before_write(fd))
+        return hlfs::testing::failed(error);
+    std::size_t bytes = 0;
+    for (int i = 0; i < count; ++i)
+        bytes += vectors[i].iov_len;
+    const auto lock = disk.freeze();
+    disk.note_old_blocks(fd, static_cast<std::uint64_t>(offset) / 4096, (bytes + 4095) / 4096);
+    return real();
+}
+
+int fdatasync(int fd) {
+    FaultyDisk& disk = FaultyDisk::instance();
+    if (!disk.watched(fd))
+        return static_cast<int>(syscall(SYS_fdatasync, fd));
+    if (const int error = disk.before_sync(fd))
+        return hlfs::testing::failed(error);
+    disk.synced(fd);
+    return 0;
+}
+
+int fallocate(int fd, int mode, off_t offset, off_t length) {
+    FaultyDisk& disk = FaultyDisk::instance();
+    if (mode == 0 && !disk.take_space(fd, length))
+        return hlfs::testing::failed(ENOSPC);
+    return static_cast<int>(syscall(SYS_fallocate, fd, mode, offset, length));
+}
+}

@@ -1,0 +1,101 @@
+// A disk that keeps its promises and no more: what was written is safe only after fdatasync, and calls fail on demand.
+//
+// faulty_disk.cpp defines pwritev, fdatasync, fallocate and ftruncate for the whole test program; files that were never
+// watched are not affected.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <mutex>
+#include <random>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace hlfs::testing {
+
+using Random = std::mt19937_64;
+
+class FaultyDisk {
+  public:
+    static FaultyDisk& instance();
+
+    // Forgets all files and faults.
+    void reset();
+    void watch(int fd);
+
+    // The next `count` writes (syncs) of watched files fail with `error`, after `skip` good ones.
+    void fail_writes(int count, int error, int skip = 0);
+    void fail_syncs(int count, int error, int skip = 0);
+    // Bytes that fallocate may still take; negative: no bound.
+    void set_space(std::int64_t bytes);
+    // While held, writes to watched files wait; when let go with an error, those that waited fail.
+    void hold_writes();
+    void release_writes(int error = 0);
+    void hold_syncs();
+    void release_syncs();
+    void wait_held_writes(unsigned count);
+
+    // The lock under which every change of a watched file becomes visible: whoever holds it sees one moment.
+    [[nodiscard]] std::unique_lock<std::mutex> freeze() { return std::unique_lock(mutex_); }
+    // Copies a file as a power cut at this moment would leave it: of each block not yet synced, the old or the new
+    // bytes. The caller holds freeze().
+    enum class Fate { random, all_lost, all_kept };
+    void copy_after_power_cut(const std::filesystem::path& from, const std::filesystem::path& to, Fate fate,
+                              Random& random);
+
+    [[nodiscard]] std::uint64_t syncs() const { return syncs_; }
+
+    // --- called by the replaced system calls
+    int before_write(int fd);
+    void note_old_blocks(int fd, std::uint64_t first, std::uint64_t count);
+    int before_sync(int fd);
+    void synced(int fd);
+    bool take_space(int fd, std::int64_t bytes);
+    bool watched(int fd);
+
+  private:
+    using Key = std::pair<std::uint64_t, std::uint64_t>;
+    using Block = std::array<std::byte, 4096>;
+    struct File {
+        std::map<std::uint64_t, Block> volatile_blocks;  // what stood there at the last fdatasync
+        std::map<std::uint64_t, Block> syncing;
+    };
+    struct Fault {
+        int count = 0, error = 0, skip = 0;
+        int take() {
+            if (count == 0)
+                return 0;
+            if (skip > 0) {
+                --skip;
+                return 0;
+            }
+            --count;
+            return error;
+        }
+    };
+    static bool key_of(int fd, Key& key);
+    File* find(int fd);
+
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::map<Key, File> files_;
+    Fault write_fault_, sync_fault_;
+    std::int64_t space_ = -1;
+    bool writes_held_ = false;
+    bool syncs_held_ = false;
+    int release_error_ = 0;
+    unsigned held_ = 0;
+    std::atomic<std::uint64_t> syncs_{0};
+
+  public:
+    std::mutex& mutex() { return mutex_; }
+};
+
+}  // namespace hlfs::testing
