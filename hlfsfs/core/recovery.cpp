@@ -180,6 +180,9 @@ struct Volume::Replay {
                 stopped = true;
                 return;
             }
+            // Before the group's own times: utimens may set an earlier time than that of a write in the same chunk.
+            if (chunk.header.time_ns > volume.mtime_ns_)
+                volume.mtime_ns_ = volume.ctime_ns_ = chunk.header.time_ns;
             for (std::size_t i = first; i <= last; ++i) {
                 apply(chunk, chunk.entries[i], number, index, crcs.data() + index);
                 index += chunk.entries[i].stored_blocks;
@@ -187,9 +190,6 @@ struct Volume::Replay {
             ++volume.publishes_;
             sequence = expected = group_end;
             first = last + 1;
-        }
-        if (chunk.header.time_ns > volume.mtime_ns_) {
-            volume.mtime_ns_ = volume.ctime_ns_ = chunk.header.time_ns;
         }
         end = {.segno = chunk.header.segno, .slot = chunk.end_slot(), .reserved = 0, .sequence = expected};
         volume.log_slots_ += chunk.header.summary_blocks + chunk.header.payload_blocks;
