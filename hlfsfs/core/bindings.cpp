@@ -397,6 +397,18 @@ void bind_format(nb::module_& m) {
     m.def(
         "crc32c", [](std::uint32_t seed, const nb::bytes& data) { return crc32c(seed, data.c_str(), data.size()); },
         nb::arg("seed"), nb::arg("data"));
+    m.def(
+        "first_checkpoint",
+        [](const nb::bytes& log_uuid, std::uint64_t time_ns) {
+            Checkpoint record;
+            record.log_uuid = uuid_of(log_uuid);
+            record.generation = 1;
+            record.replay_start = {.segno = 0, .slot = 1, .reserved = 0, .sequence = 1};
+            record.mtime_ns = record.ctime_ns = record.time_ns = time_ns;
+            const auto slot = encode(record);
+            return nb::bytes(reinterpret_cast<const char*>(slot.data()), slot.size());
+        },
+        nb::arg("log_uuid"), nb::arg("time_ns"));
 }
 
 }  // namespace

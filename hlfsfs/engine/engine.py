@@ -7,16 +7,26 @@ docs/CONCURRENCY.md.
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from uuid import UUID
 
 from hlfsfs import _core
 from hlfsfs.engine.options import EngineOptions
-from hlfsfs.engine.rings import make_core, old_ring, sweep_rings
+from hlfsfs.engine.rings import left_rings, make_core, sweep_rings
 from hlfsfs.engine.service import Service
 from hlfsfs.engine.volume import Volume
-from hlfsfs.errors import CheckpointDamaged, Damaged, HlfsError, LogDamaged, NoSuchVolume, StoreFailed
+from hlfsfs.errors import (
+    CheckpointDamaged,
+    Damaged,
+    FormatVersion,
+    HlfsError,
+    LogDamaged,
+    NoSuchVolume,
+    StoreFailed,
+    UnknownFeature,
+)
 from hlfsfs.store import Store
 from hlfsfs.store.records import LockRecord, VolumeRecord
 from hlfsfs.store.ring_file import boot_id, remove_ring
@@ -48,6 +58,7 @@ class Engine:
         self._volumes: dict[int, Volume] = {}
         self._changing: set[int] = set()
         self._old_ring: _core.OldRing | None = None
+        self._kept_rings: list[str] = []
         self._closed = False
         previous = store.lock()
         try:
@@ -57,32 +68,34 @@ class Engine:
             raise
 
     def _start(self, previous: LockRecord | None) -> None:
-        with old_ring(self._store, previous, self._options) as left:
+        with left_rings(self._store, previous, self._options) as left:
             self._ring_path, self.core = make_core(self._store, self._options)
             self._service = Service(self._store, self.attached, self._checkpoint_due)
             self._service.start(self.core)
             try:
-                whole = self._recover_ring(left) if left is not None else True
+                self._kept_rings = [found.path for found in left if not self._recover_ring(found.ring)]
                 self._enter_use()
             except BaseException:
                 self._abandon()
                 raise
-        if previous is not None and previous.ring is not None and left is not None:
-            if whole:
-                remove_ring(previous.ring)
-            else:
-                log.error("%s is kept: it holds writes of volumes that could not be recovered", previous.ring)
+        for path in self._kept_rings:
+            log.error("%s is kept: it holds writes of volumes that could not be recovered", path)
+        if not self._store.read_only:
+            for found in left:
+                if found.path not in self._kept_rings:
+                    remove_ring(found.path)
 
     def _recover_ring(self, ring: "_core.OldRing") -> bool:
-        """Attaches every volume found in the ring; tells whether all that belong to the store could be."""
+        """Attaches every volume found in the ring; tells whether all that belong to the store took their writes."""
         self._old_ring = ring
         whole = True
         for volume_id in ring.volume_ids():
             try:
-                self.attach(self._store.read_volume(volume_id))
+                volume = self.attach(self._store.read_volume(volume_id))
+                whole = whole and not volume.damage
             except NoSuchVolume:
                 log.info("volume %016x in the ring was deleted", volume_id)
-            except Damaged as exc:
+            except (Damaged, FormatVersion, UnknownFeature) as exc:
                 whole = False
                 log.error("not recovered from the ring: %s", exc)
         self._old_ring = None
@@ -93,8 +106,13 @@ class Engine:
             # Nothing will be acknowledged: no record, and nothing in the ring to find again.
             remove_ring(self._ring_path)
             return
-        self._store.update_lock(LockRecord(boot_id=boot_id(), pid=os.getpid(), ring=self._ring_path, clean=False))
-        sweep_rings(self._store, {self._ring_path})
+        self._write_lock_record(clean=False)
+        sweep_rings(self._store, {self._ring_path, *self._kept_rings})
+
+    def _write_lock_record(self, *, clean: bool) -> None:
+        ring = None if clean else self._ring_path
+        record = LockRecord(boot_id=boot_id(), pid=os.getpid(), ring=ring, clean=clean, kept_rings=self._kept_rings)
+        self._store.update_lock(record)
 
     def _abandon(self) -> None:
         """Ends without durability; the old ring is still the one the lock record names."""
@@ -105,8 +123,14 @@ class Engine:
     # --- volumes ----------------------------------------------------------------------------------------------
 
     def create_log(self, record: VolumeRecord) -> None:
-        """Makes the log of a new volume; durable. A log without a record is swept at the next mount."""
+        """Makes the log of a new volume; durable. A log without a record is swept at the next mount.
+
+        Its first checkpoint keeps the time it was made, which nothing else does until something is written.
+        """
         self._store.create_log(record.log_uuid)
+        self._store.write_checkpoint_slot(
+            record.log_uuid, 0, _core.first_checkpoint(record.log_uuid.bytes, time.time_ns())
+        )
 
     def attached(self, volume_id: int) -> Volume | None:
         """The volume if it is attached now."""
@@ -230,7 +254,10 @@ class Engine:
         except HlfsError as exc:
             log.warning("%s: no checkpoint at its end, the next mount replays its log: %s", volume.what, exc)
             volume.flush()
-        unused = volume.native.close_log(only_if_idle=False)
+        try:
+            unused = volume.native.close_log(only_if_idle=False)
+        except OSError as exc:
+            raise volume.translated(exc) from exc
         if unused is not None:
             self._store.remove_segment(volume.log_uuid, unused)
 
@@ -282,7 +309,7 @@ class Engine:
             self._store.unlock()
             raise failure
         if not self._store.read_only:
-            self._store.update_lock(LockRecord(boot_id=boot_id(), pid=os.getpid(), ring=None, clean=True))
+            self._write_lock_record(clean=True)
         with suppress(StoreFailed):
             remove_ring(self._ring_path)
         self._store.unlock()

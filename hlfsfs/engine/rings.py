@@ -2,13 +2,15 @@
 
 What survives which crash: while a store is in use, its lock record names the ring that holds what was acknowledged and
 is not yet durable. A recovery writes that into the log, durable, before the record names the new ring; the old ring is
-removed after that. A recovery that is cut itself therefore finds the old ring again and does the same once more.
+removed after that. A recovery that is cut itself therefore finds the old ring again and does the same once more. A
+ring with writes of a volume too damaged to take them is kept, and tried again by every mount of this boot.
 """
 
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from uuid import UUID
 
 from hlfsfs import _core
@@ -32,7 +34,7 @@ MIN_RING_BYTES = 16 * MIB
 
 
 @contextmanager
-def _opened(path: str) -> Iterator["_core.OldRing | None"]:
+def opened_ring(path: str) -> Iterator["_core.OldRing | None"]:
     """The ring at `path`; None when there is no ring there."""
     fd = open_ring(path)
     if fd is None:
@@ -50,34 +52,55 @@ def _opened(path: str) -> Iterator["_core.OldRing | None"]:
         os.close(fd)
 
 
-def _belongs(ring: "_core.OldRing", store: Store) -> bool:
+def belongs(ring: "_core.OldRing", store: Store) -> bool:
     """Whether the ring is this very store's, not that of a copy with the same uuid."""
     device, inode = store.identity
     return (UUID(bytes=ring.store_uuid), ring.store_device, ring.store_inode) == (store.uuid, device, inode)
 
 
+@dataclass(frozen=True)
+class LeftRing:
+    """A ring with what nobody has made durable yet."""
+
+    path: str
+    ring: "_core.OldRing"
+
+
 @contextmanager
-def old_ring(store: Store, previous: LockRecord | None, options: EngineOptions) -> Iterator["_core.OldRing | None"]:
-    """The ring of the last user of the store, if that user ended uncleanly on this boot.
+def left_rings(store: Store, previous: LockRecord | None, options: EngineOptions) -> Iterator[list[LeftRing]]:
+    """The ring of the last user of the store, if that user ended uncleanly on this boot, and all that were kept.
 
     Raises:
         RingMissing: it is gone, or is not this store's (a copy names the ring of its original).
         ReadOnly: it holds writes and the store is opened read-only.
     """
-    if previous is None or previous.clean or not previous.boot_id or previous.boot_id != boot_id():
-        yield None
+    if previous is None or not previous.boot_id or previous.boot_id != boot_id():
+        yield []
         return
-    path = previous.ring or "(none)"
-    with _opened(path) as ring:
-        if ring is None or not _belongs(ring, store):
-            if not options.discard_ring:
-                raise RingMissing(store.uri, path)
-            log.warning("%s: going on without %s, as discard_ring says", store.uri, path)
-            yield None
-        elif store.read_only and ring.volume_ids():
-            raise ReadOnly(store.uri, "its last user ended uncleanly; mount it read-write once, then read-only")
-        else:
-            yield ring
+    with ExitStack() as stack:
+        # The last user's first: a volume in it was sound then, so what an older ring holds of it is past.
+        found = [] if previous.clean else _last_users(stack, store, previous.ring or "(none)", options)
+        if not options.discard_ring and not store.read_only:
+            found.extend(_kept(stack, store, previous.kept_rings))
+        yield found
+
+
+def _kept(stack: ExitStack, store: Store, paths: list[str]) -> list[LeftRing]:
+    """Those still there; what they hold is of volumes that were reported damaged already."""
+    opened = [(path, stack.enter_context(opened_ring(path))) for path in paths]
+    return [LeftRing(path, ring) for path, ring in opened if ring is not None and belongs(ring, store)]
+
+
+def _last_users(stack: ExitStack, store: Store, path: str, options: EngineOptions) -> list[LeftRing]:
+    ring = stack.enter_context(opened_ring(path))
+    if ring is None or not belongs(ring, store):
+        if not options.discard_ring:
+            raise RingMissing(store.uri, path)
+        log.warning("%s: going on without %s, as discard_ring says", store.uri, path)
+        return []
+    if store.read_only and ring.volume_ids():
+        raise ReadOnly(store.uri, "its last user ended uncleanly; mount it read-write once, then read-only")
+    return [LeftRing(path, ring)]
 
 
 def affordable_bytes(options: EngineOptions) -> tuple[int, int]:
@@ -130,11 +153,11 @@ def make_core(store: Store, options: EngineOptions) -> tuple[str, "_core.Core"]:
 
 
 def sweep_rings(store: Store, keep: set[str]) -> None:
-    """Removes rings of this store that no lock record names: left by a mount that died before it was in use."""
+    """Removes rings of this store that its lock record does not name: left by one that died before it was in use."""
     for path in list_rings(store.uuid):
         if path in keep:
             continue
-        with _opened(path) as ring:
-            ours = ring is not None and _belongs(ring, store)
+        with opened_ring(path) as ring:
+            ours = ring is not None and belongs(ring, store)
         if ours:
             remove_ring(path)

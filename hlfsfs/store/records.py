@@ -170,12 +170,14 @@ class LockRecord(Record, kw_only=True):
         pid: process of the user, for messages only.
         ring: path of the user's ring in shared memory, None when it had none.
         clean: the user ended with everything durable.
+        kept_rings: rings of earlier users that hold writes of volumes which were too damaged to take them.
     """
 
     boot_id: str
     pid: int
     ring: str | None = None
     clean: bool = False
+    kept_rings: list[str] = []
 
 
 _KINDS: dict[type[Record], str] = {VolumeRecord: "volume", PoolRecord: "pool", StoreInfo: "store"}
