@@ -21,8 +21,22 @@ namespace hlfs {
 
 namespace {
 
-// A whole WRITE, and a page for what else might be longer than that.
-constexpr std::uint32_t kReadPages = kMaxRequestPages + 1;
+// A whole WRITE, the longest there is but for a batch of forgets, which takes what it finds.
+constexpr std::uint32_t kReadPages = kMaxRequestPages;
+
+std::uint32_t pages_left(const RunCursor& cursor) noexcept {
+    return cursor.extent == kNoExtent ? 0 : kExtentPages - cursor.next_page;
+}
+
+std::uint32_t page_at(const RunCursor& cursor) noexcept {
+    return cursor.extent * kExtentPages + cursor.next_page;
+}
+
+void list_pages(Slot& slot, std::uint32_t at, std::uint32_t first, std::uint32_t count) noexcept {
+    for (std::uint32_t i = 0; i < count; ++i) {
+        slot.pages[at + i] = first + i;
+    }
+}
 
 // Gets a reader out of read(2); does nothing else.
 int wake_signal() noexcept {
@@ -140,6 +154,7 @@ void Channel::join(Reader& reader) noexcept {
     }
     reader.thread.join();
     ring_.abandon(reader.cursor);
+    ring_.abandon(reader.next);
 }
 
 void Channel::wait_for_completions() noexcept {
@@ -167,19 +182,42 @@ void Channel::run_reader(Reader& reader) noexcept {
     reader.done.store(true);
 }
 
-// Where the request will be, told before it is read.
-Slot* Channel::prepare_slot(Reader& reader) noexcept {
+// Memory for a whole request at the cursor, or what its extent has left and the rest in the next. False: stopping.
+bool Channel::prepare_pages(Reader& reader) noexcept {
+    if (pages_left(reader.cursor) >= kReadPages) {
+        return true;
+    }
+    if (pages_left(reader.cursor) > 0 && ring_.reserve(reader.next, kReadPages)) {
+        return true;
+    }
+    if (pages_left(reader.cursor) == 0 && reader.next.extent != kNoExtent) {
+        ring_.abandon(reader.cursor);
+        reader.cursor = std::exchange(reader.next, {});
+        return true;
+    }
+    // With one extent for each reader and no more, whoever wants a second must give up its first.
+    ring_.abandon(reader.next);
     while (!ring_.reserve(reader.cursor, kReadPages)) {
         if (stopping_.load(std::memory_order_relaxed)) {
-            return nullptr;
+            return false;
         }
         ring_.wait_for_pages();
     }
+    return true;
+}
+
+// Where the request will be, told before it is read.
+Slot* Channel::prepare_slot(Reader& reader) noexcept {
+    if (!prepare_pages(reader)) {
+        return nullptr;
+    }
     Slot* const slot = ring_.acquire_slot();
     std::memset(slot->header, 0, sizeof slot->header);
-    const std::uint32_t first = reader.cursor.extent * kExtentPages + reader.cursor.next_page;
-    for (std::uint32_t i = 0; i < kReadPages; ++i) {
-        slot->pages[i] = first + i;
+    const std::uint32_t here = std::min(pages_left(reader.cursor), kReadPages);
+    list_pages(*slot, 0, page_at(reader.cursor), here);
+    if (here < kReadPages) {
+        // Not from its start: what stands here can then be put before it.
+        list_pages(*slot, here, page_at(reader.next) + here, kReadPages - here);
     }
     slot->page_count = kReadPages;
     slot->length_bytes = 0;
@@ -191,14 +229,30 @@ Slot* Channel::prepare_slot(Reader& reader) noexcept {
     return slot;
 }
 
+// The pages that hold what was read beyond the slot's header, in one run, and no longer the reader's.
+PageRun Channel::take_payload(Reader& reader, Slot& slot, std::uint32_t pages) noexcept {
+    const std::uint32_t here = pages_left(reader.cursor);
+    if (pages > here) {
+        std::memcpy(ring_.at(reader.next), ring_.at(reader.cursor), std::size_t{here} * kBlockBytes);
+        ring_.abandon(reader.cursor);
+        reader.cursor = std::exchange(reader.next, {});
+        list_pages(slot, 0, page_at(reader.cursor), pages);
+    }
+    return pages > 0 ? ring_.take(reader.cursor, pages) : PageRun{};
+}
+
 // False: there is nothing more to read, ever.
 bool Channel::read_one(Reader& reader) noexcept {
     Slot* const slot = prepare_slot(reader);
     if (slot == nullptr) {
         return false;
     }
-    const iovec vectors[2] = {{slot->header, sizeof slot->header}, {ring_.at(reader.cursor), kReadPages * kBlockBytes}};
-    const ssize_t length = readv(fuse_fd_, vectors, 2);
+    const std::size_t here = std::min(pages_left(reader.cursor), kReadPages);
+    const iovec vectors[3] = {
+        {slot->header, sizeof slot->header},
+        {ring_.at(reader.cursor), here * kBlockBytes},
+        {here < kReadPages ? ring_.page(slot->pages[here]) : nullptr, (kReadPages - here) * kBlockBytes}};
+    const ssize_t length = readv(fuse_fd_, vectors, here < kReadPages ? 3 : 2);
     const int error = errno;
     if (length >= static_cast<ssize_t>(wire::kInHeaderBytes)) {
         dispatch(accept(reader, *slot, static_cast<std::size_t>(length)));
@@ -241,7 +295,7 @@ Request& Channel::accept(Reader& reader, Slot& slot, std::size_t length_bytes) n
     request.active.store(true, std::memory_order_relaxed);
     const std::size_t in_pages = length_bytes > kRequestHeaderBytes ? length_bytes - kRequestHeaderBytes : 0;
     const auto pages = static_cast<std::uint32_t>((in_pages + kBlockBytes - 1) / kBlockBytes);
-    request.payload = pages > 0 ? ring_.take(reader.cursor, pages) : PageRun{};
+    request.payload = take_payload(reader, slot, pages);
     slot.page_count = pages;
     slot.unique = header.unique;
     slot.volume_id = header.nodeid;

@@ -63,6 +63,7 @@ class Channel final : private RequestOwner {
     struct alignas(64) Reader {
         std::thread thread;
         RunCursor cursor;
+        RunCursor next;  // the extent after the cursor's, once that has too little left for a whole request
         OpcodeCounters requests;
         std::atomic<bool> done{false};
     };
@@ -74,7 +75,9 @@ class Channel final : private RequestOwner {
     bool read_one(Reader& reader) noexcept;
     void end(int error) noexcept;
     void join(Reader& reader) noexcept;
+    bool prepare_pages(Reader& reader) noexcept;
     Slot* prepare_slot(Reader& reader) noexcept;
+    PageRun take_payload(Reader& reader, Slot& slot, std::uint32_t pages) noexcept;
     Request& accept(Reader& reader, Slot& slot, std::size_t length_bytes) noexcept;
 
     void dispatch(Request& request) noexcept;

@@ -10,8 +10,11 @@ namespace hlfs {
 
 namespace {
 
-constexpr std::uint16_t kMaxBackground = 512;
-constexpr std::uint16_t kCongestionThreshold = 384;
+// Asynchronous and read-ahead requests of the whole mount. More than that and the kernel holds up every volume's, so
+// 512 writes that one volume has parked must not come near it; fewer than there are slots, so that names and
+// synchronous reads get one.
+constexpr std::uint16_t kMaxBackground = 1024;
+constexpr std::uint16_t kCongestionThreshold = 768;
 constexpr std::uint64_t kWanted = FUSE_HANDLE_KILLPRIV_V2 | FUSE_PARALLEL_DIROPS | wire::kInitDirectIoAllowMmap;
 constexpr std::uint64_t kRefused = FUSE_WRITEBACK_CACHE | wire::kInitPassthrough | wire::kInitOverIoUring;
 

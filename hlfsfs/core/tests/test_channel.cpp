@@ -314,8 +314,8 @@ TEST_CASE("the INIT reply is edited by what the kernel offers", "[channel]") {
     const auto out = reply.as<fuse_init_out>();
     CHECK(out.flags == (FUSE_INIT_EXT | FUSE_ASYNC_READ | FUSE_HANDLE_KILLPRIV_V2 | FUSE_PARALLEL_DIROPS));
     CHECK(out.flags2 == (1U << 4));
-    CHECK(out.max_background == 512);
-    CHECK(out.congestion_threshold == 384);
+    CHECK(out.max_background == 1024);
+    CHECK(out.congestion_threshold == 768);
     CHECK(out.max_write == (1 << 20));
     CHECK(mount.event_of(ChannelEventKind::initialized).kind == ChannelEventKind::initialized);
 }
@@ -528,6 +528,46 @@ TEST_CASE("a slot tells what was read, until the reply", "[channel]") {
     mount.channel.attached(kNode, 0);
     REQUIRE(mount.kernel.reply()->error == 0);
     CHECK(mount.slots_become_free());
+}
+
+TEST_CASE("payloads stand in one run wherever an extent ends", "[channel]") {
+    // One reader, and all it writes kept: every position of a request within an extent comes up.
+    Mount mount(1, {700, 4, 40, 0});
+    auto volume = attach(mount);
+    const std::size_t pages = GENERATE(1, 3, 100, 255, 256);
+    std::vector<std::uint64_t> asked;
+    const std::size_t requests = 20 * kExtentPages / std::max<std::size_t>(pages, 40);
+    mount.table.remove(kNode);  // parked: the memory stays taken
+    for (std::size_t i = 0; i < requests; ++i) {
+        const std::size_t size = pages * kBlockBytes - i % 3;
+        asked.push_back(mount.kernel.ask_write(kNode, i * kMaxRequestBytes, pattern(size, static_cast<unsigned>(i))));
+    }
+    while (mount.channel.counters().attach_waits.load() < requests) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    // Little is lost at the ends of extents.
+    CHECK(mount.ring->pages_in_use() == requests * pages);
+    CHECK(mount.ring->extents_taken() <= requests * pages / kExtentPages + requests * pages / kExtentPages / 4 + 2);
+    for (const Slot& slot : mount.ring->slots()) {
+        if (slot.state.load() == SlotState::open) {
+            REQUIRE(slot.page_count == pages);
+            for (std::uint32_t i = 1; i < slot.page_count; ++i) {
+                REQUIRE(slot.pages[i] == slot.pages[0] + i);
+            }
+        }
+    }
+    mount.table.add(kNode, volume);
+    mount.channel.attached(kNode, 0);
+    for (std::size_t i = 0; i < requests; ++i) {
+        REQUIRE(mount.kernel.reply()->error == 0);
+    }
+    for (std::size_t i = 0; i < requests; ++i) {
+        const std::size_t size = pages * kBlockBytes - i % 3;
+        mount.kernel.ask_read(kNode, i * kMaxRequestBytes, static_cast<std::uint32_t>(size));
+        REQUIRE(mount.kernel.reply()->body == pattern(size, static_cast<unsigned>(i)));
+    }
+    CHECK(mount.slots_become_free());
+    CHECK(mount.ring->pages_in_use() == 0);
 }
 
 TEST_CASE("the end of the device is the end of the channel", "[channel]") {
