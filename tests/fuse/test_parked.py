@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuse.mounts import Mounted, mounted, needs_fuse, run
+from tests.fuse.test_traffic import statistics
 
 pytestmark = needs_fuse
 
@@ -65,3 +66,40 @@ def test_readers_go_on_while_writes_are_parked(filesystem: Path) -> None:
                 assert writer.returncode == 0, output
         finally:
             subprocess.run(["fsfreeze", "-u", filesystem], check=False, capture_output=True, timeout=60)
+
+
+def test_a_client_killed_while_its_write_is_parked(filesystem: Path) -> None:
+    """It stays until its request is answered, and the kernel is told once not to ask for interruption."""
+    with mounted(filesystem / "store", ["ring=16M"], path=filesystem.parent / "mnt") as mount:
+        run("truncate", "-s", "1G", mount.path / "disk")
+        run("fsfreeze", "-f", filesystem)
+        try:
+            write = [
+                "dd",
+                "if=/dev/urandom",
+                f"of={mount.path}/disk",
+                "bs=1M",
+                "count=400",
+                "oflag=direct",
+                "conv=notrunc",
+            ]
+            with subprocess.Popen(write, stderr=subprocess.DEVNULL) as first:
+                time.sleep(3)
+                first.terminate()
+                time.sleep(0.5)
+                with subprocess.Popen(write, stderr=subprocess.DEVNULL) as second:
+                    time.sleep(1)
+                    second.terminate()
+                    time.sleep(0.5)
+                    assert first.poll() is None, "the write was not held up: nothing is tested"
+                    assert second.poll() is None, "the write was not held up: nothing is tested"
+                    run("fsfreeze", "-u", filesystem)
+                    assert (first.wait(60), second.wait(60)) == (-15, -15)
+        finally:
+            subprocess.run(["fsfreeze", "-u", filesystem], check=False, capture_output=True, timeout=60)
+        mount.run(
+            "dd", "if=/dev/zero", f"of={mount.path}/disk", "bs=1M", "count=4", "conv=notrunc,fsync", "status=none"
+        )
+        counted = statistics(mount)
+    assert counted["requests.interrupt"] == 1
+    assert counted["replies_unwanted"] == 0
