@@ -259,6 +259,7 @@ void bind_core(nb::module_& m) {
         .def("publish_volume", &Core::publish_volume, nb::arg("volume"))
         .def("remove_volume", &Core::remove_volume, nb::arg("id"), nb::call_guard<nb::gil_scoped_release>())
         .def("next_event", &Core::next_event, nb::arg("timeout_ms"), nb::call_guard<nb::gil_scoped_release>())
+        .def("stop_events", &Core::stop_events)
         .def("stop", &Core::stop, nb::call_guard<nb::gil_scoped_release>())
         .def("statistics", [](Core& core) {
             nb::dict out;

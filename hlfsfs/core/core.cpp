@@ -123,6 +123,10 @@ void Core::stop() noexcept {
     for (std::thread& thread : threads_)
         thread.join();
     threads_.clear();
+    stop_events();
+}
+
+void Core::stop_events() noexcept {
     {
         const std::lock_guard lock(event_mutex_);
         events_stopped_ = true;

@@ -78,6 +78,8 @@ class Core final : public VolumeTable {
     void remove_volume(std::uint64_t id) noexcept;
     // Waits for the next event; nullopt after `timeout_ms`, or at once when stopped.
     std::optional<Event> next_event(int timeout_ms);
+    // next_event() answers at once from here on.
+    void stop_events() noexcept;
     // Ends workers and timer. Volumes must be idle; pending events are dropped.
     void stop() noexcept;
 

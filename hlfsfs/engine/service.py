@@ -35,8 +35,10 @@ class Service:
         self._stopping = threading.Event()
         self._due: queue.SimpleQueue[tuple[int, bool] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._core: _core.Core | None = None
 
     def start(self, core: "_core.Core") -> None:
+        self._core = core
         for number in range(EVENT_THREADS):
             self._threads.append(threading.Thread(target=self._serve, args=(core,), name=f"hlfs-event-{number}"))
         for number in range(CHECKPOINT_THREADS):
@@ -47,6 +49,8 @@ class Service:
     def stop(self) -> None:
         """Joins all threads; what is asked for afterwards is not answered."""
         self._stopping.set()
+        if self._core is not None:
+            self._core.stop_events()
         for _ in range(CHECKPOINT_THREADS):
             self._due.put(None)
         for thread in self._threads:
