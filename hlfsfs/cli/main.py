@@ -18,6 +18,12 @@ log = logging.getLogger(__name__)
 USAGE = 2
 
 
+def _check() -> click.Command:
+    from hlfsfs.cli.check import check  # noqa: PLC0415 - see LazyGroup
+
+    return check
+
+
 def _mount() -> click.Command:
     from hlfsfs.cli.mount import mount  # noqa: PLC0415 - see LazyGroup
 
@@ -49,6 +55,7 @@ def _volume() -> click.Command:
 
 
 COMMANDS: dict[str, Callable[[], click.Command]] = {
+    "check": _check,
     "mount": _mount,
     "pool": _pool,
     "stat": _stat,

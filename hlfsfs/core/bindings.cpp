@@ -25,6 +25,7 @@ namespace nb = nanobind;
 namespace hlfs {
 
 void bind_channel(nb::module_& m);
+void bind_check(nb::module_& m);
 
 namespace {
 
@@ -434,4 +435,5 @@ NB_MODULE(_core, m) {
     hlfs::bind_control(volume);
     hlfs::bind_io(volume);
     hlfs::bind_channel(m);
+    hlfs::bind_check(m);
 }

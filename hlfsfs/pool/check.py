@@ -1,0 +1,76 @@
+"""Offline verification of names and records. Changes nothing."""
+
+from dataclasses import dataclass
+
+from hlfsfs.errors import HlfsError, LogDamaged, RecordDamaged, printable
+from hlfsfs.pool.tree import Node, PoolNode, Tree, VolumeNode, load_tree
+from hlfsfs.store import Store
+from hlfsfs.store.records import VolumeRecord
+
+
+@dataclass(frozen=True)
+class FoundVolume:
+    """A volume with a sound record; `name` is its path, or its id where it has none."""
+
+    name: str
+    record: VolumeRecord
+
+
+@dataclass(frozen=True)
+class NamesCheck:
+    """What is to be checked further, and what is damaged already."""
+
+    volumes: list[FoundVolume]
+    damage: list[HlfsError]
+
+
+def check_names(store: Store, path: bytes) -> NamesCheck:
+    """Reads all records and names of a store; volumes are those at or below `path`.
+
+    Raises:
+        NoSuchName, NotAPool: `path` names nothing.
+        RecordDamaged, FormatVersion, UnknownFeature: the store's own record.
+    """
+    tree = load_tree(store)
+    start = tree.find(tree.root, path) if path else tree.root
+    chosen = {id(node) for node in tree.below(start)}
+    everything = start is tree.root
+    nodes = [node for node in _all(tree) if everything or id(node) in chosen]
+    volumes = [FoundVolume(_name(node), node.record) for node in nodes if isinstance(node, VolumeNode) and node.record]
+    damage = [found for node in nodes for found in _damage_of(node)]
+    return NamesCheck(volumes, damage + (_stray_logs(store, tree) if everything else []))
+
+
+def _all(tree: Tree) -> list[Node]:
+    nodes = list(tree.below(tree.root))
+    named = {id(node) for node in nodes}
+    return nodes + [node for node in tree.volumes() if id(node) not in named]
+
+
+def _name(node: Node) -> str:
+    return printable(node.path) if node.parent is not None else f"#{node.id:016x}"
+
+
+def _damage_of(node: Node) -> list[HlfsError]:
+    if isinstance(node, PoolNode):
+        return [found for found in (node.damage, node.unlisted) if found is not None]
+    assert isinstance(node, VolumeNode)
+    if node.damage is not None:
+        return [node.damage]
+    if node.parent is None and node.record is not None and node.record.state == "live":
+        remedy = f'to see it again, write "volume {node.id:016x}" into a file of the name it had'
+        return [RecordDamaged(_name(node), "a volume lost its name", remedy)]
+    return []
+
+
+def _stray_logs(store: Store, tree: Tree) -> list[HlfsError]:
+    records = [node.record for node in tree.volumes()]
+    if None in records:
+        return []  # a stray log may be that of a record which cannot be read
+    known = {log.uuid for record in records if record is not None for log in record.logs}
+    remedy = "restore the record from a backup, or delete the log by hand"
+    return [
+        LogDamaged(f"log {uuid}", "no volume record names it", remedy)
+        for uuid in store.list_logs()
+        if uuid not in known
+    ]
