@@ -486,15 +486,18 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
         checkpoint_requested_ = false;
         if (read_only_ || (publishes_ == publishes_at_checkpoint_ && !frozen_))
             return std::nullopt;
-        while (broken_)
-            changed_.wait_for(lock, std::chrono::milliseconds(100));
-        // One that failed after its freeze left the frozen part behind: finish that one.
-        if (!frozen_)
-            freeze(lock);
         checkpointing_ = true;
-        generation = log_generation_;
     }
     try {
+        {
+            Lock lock(mutex_);
+            while (broken_)
+                changed_.wait_for(lock, std::chrono::milliseconds(100));
+            // One that failed after its freeze left the frozen part behind: finish that one.
+            if (!frozen_)
+                freeze(lock);
+            generation = log_generation_;
+        }
         auto pending = std::make_unique<PendingCheckpoint>();
         Merge merge(*this, generation);
         pending->root = merge.run(freeze_->size_bytes);

@@ -174,10 +174,11 @@ struct Volume::Replay {
             const bool rotten = !good.empty() && std::find(good.begin() + index, good.begin() + index + blocks,
                                                            false) != good.begin() + index + blocks;
             // At or below the durable point a bad block is mapped as it stands; above it the log ends before this
-            // request.
-            if (cut_short || group_end > limit || (rotten && group_end - 1 > durable_upto)) {
+            // request. At a recorded cut only this epoch ends: the log goes on in a younger one.
+            const bool cut = group_end > limit;
+            if (cut || cut_short || (rotten && group_end - 1 > durable_upto)) {
                 end = {.segno = chunk.header.segno, .slot = chunk.header.slot, .reserved = 0, .sequence = sequence};
-                stopped = true;
+                stopped = !cut;
                 return;
             }
             // Before the group's own times: utimens may set an earlier time than that of a write in the same chunk.
@@ -311,9 +312,11 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
         for (const ChunkSummary& chunk : scanned[s].chunks) {
             if (chunk.out_of_sequence())
                 continue;
-            if (chunk.header.first_sequence >= replay.limit_of(scanned[s].header.epoch))
+            const std::uint64_t limit = replay.limit_of(scanned[s].header.epoch);
+            if (chunk.header.first_sequence >= limit)
                 continue;
-            if (chunk.end_sequence() <= replay.expected && chunk.header.first_sequence < began)
+            // Of a chunk that was cut in its middle, the checkpoint may hold all that counts.
+            if (std::min(chunk.end_sequence(), limit) <= replay.expected && chunk.header.first_sequence < began)
                 continue;
             if (chunk.header.first_sequence != replay.expected) {
                 // Something before this chunk is missing; what is durable must not be.
@@ -380,9 +383,22 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
             continue;
         found.push_back(&chunk);
     }
-    // All of them before the first is written: the new epoch is on disk from then on.
-    for (ChunkDescriptor* chunk : found)
-        chunk->recovery_epoch = epoch_;
+    // All of them before the first is written: the new epoch is on disk from then on. Should the log fail meanwhile, they
+    // count in the epochs that follow too.
+    struct Recovering {
+        Volume& volume;
+        Recovering(Volume& of, const std::vector<ChunkDescriptor*>& chunks) : volume(of) {
+            const Lock lock(volume.mutex_);
+            volume.recovering_ = chunks;
+            for (ChunkDescriptor* chunk : chunks)
+                chunk->recovery_epoch = volume.epoch_;
+        }
+        ~Recovering() {
+            const Lock lock(volume.mutex_);
+            volume.recovering_.clear();
+        }
+    };
+    const Recovering recovering(*this, found);
     std::sort(found.begin(), found.end(),
               [](const ChunkDescriptor* a, const ChunkDescriptor* b) { return a->first_sequence < b->first_sequence; });
     std::uint64_t expected = next_sequence_;
@@ -462,8 +478,10 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
     if (report.ring_entries == 0)
         return;
     report.unclean = true;
-    Lock lock(mutex_);
-    wait_durable(lock, next_number());
+    {
+        Lock lock(mutex_);
+        wait_durable(lock, next_number());
+    }
     Failpoint::pass("ring-durable");
 }
 

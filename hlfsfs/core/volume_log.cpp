@@ -421,7 +421,12 @@ void Volume::start_new_epoch() {
         for (LiveChunk* chunk : live_) {
             if (chunk != open_)
                 chunk->state = LiveChunk::State::open;
+            // Counts whether or not the disk has heard of the new epoch when this process dies.
+            if (chunk->descriptor != nullptr)
+                chunk->descriptor->recovery_epoch = epoch_;
         }
+        for (ChunkDescriptor* chunk : recovering_)
+            chunk->recovery_epoch = epoch_;
     }
     if (prepared_ || current_ != nullptr)
         replace_chunks();

@@ -161,10 +161,10 @@ void Log::damage(std::uint64_t segno, std::uint32_t slot) {
 HostOptions::HostOptions() {
     core.read_cache_bytes = std::size_t{1} << 20;
     core.map_cache_bytes = std::size_t{1} << 20;
-    core.workers = 4;
+    core.workers = 8;
     core.idle_checkpoint_ns = 3600'000'000'000;
     core.commit_ns = 3600'000'000'000;
-    geometry = {.slots = 16, .chunks = 64, .ring_extents = 8, .spill_extents = 8};
+    geometry = {.slots = 16, .chunks = 64, .ring_extents = 12, .spill_extents = 8};
 }
 
 Host::Host(HostOptions options) : options_(options) {
@@ -341,19 +341,25 @@ void Host::close(Log& log) {
     core_->remove_volume(log.id);
 }
 
-std::unique_ptr<Ring> Host::left_ring() const {
-    const int fd = memfd_create("hlfs-test-left", MFD_CLOEXEC);
-    const std::size_t size = Ring::file_bytes(options_.geometry);
+std::unique_ptr<LeftRing> Host::left_ring() const {
+    return std::make_unique<LeftRing>(ring_fd_, Ring::file_bytes(options_.geometry));
+}
+
+LeftRing::LeftRing(int ring_fd, std::size_t size_bytes)
+    : fd_(memfd_create("hlfs-test-left", MFD_CLOEXEC)), size_bytes_(size_bytes) {
     Bytes part(std::size_t{1} << 20);
-    for (std::size_t at = 0; at < size; at += part.size()) {
-        const std::size_t want = std::min(part.size(), size - at);
-        if (pread(ring_fd_, part.data(), want, static_cast<off_t>(at)) != static_cast<ssize_t>(want) ||
-            pwrite(fd, part.data(), want, static_cast<off_t>(at)) != static_cast<ssize_t>(want))
+    for (std::size_t at = 0; at < size_bytes; at += part.size()) {
+        const std::size_t want = std::min(part.size(), size_bytes - at);
+        if (pread(ring_fd, part.data(), want, static_cast<off_t>(at)) != static_cast<ssize_t>(want) ||
+            pwrite(fd_, part.data(), want, static_cast<off_t>(at)) != static_cast<ssize_t>(want))
             throw std::runtime_error("copying the ring");
     }
-    auto ring = Ring::attach(fd);
-    ::close(fd);
-    return ring;
+    ring_ = Ring::attach(fd_);
+}
+
+LeftRing::~LeftRing() {
+    ring_.reset();
+    ::close(fd_);
 }
 
 std::vector<Event> Host::damage() {

@@ -92,6 +92,22 @@ class Log {
     TempDir dir_;
 };
 
+// The ring of a dead process.
+class LeftRing {
+  public:
+    LeftRing(int ring_fd, std::size_t size_bytes);
+    ~LeftRing();
+    LeftRing(const LeftRing&) = delete;
+    LeftRing& operator=(const LeftRing&) = delete;
+    [[nodiscard]] Ring* ring() { return ring_.get(); }
+    [[nodiscard]] std::unique_ptr<LeftRing> copy() const { return std::make_unique<LeftRing>(fd_, size_bytes_); }
+
+  private:
+    int fd_;
+    std::size_t size_bytes_;
+    std::unique_ptr<Ring> ring_;
+};
+
 struct HostOptions {
     CoreOptions core;
     RingGeometry geometry;
@@ -118,7 +134,7 @@ class Host {
     bool checkpoint(Log& log);
 
     // A ring with what this one holds right now, as a successor finds it; nobody may be writing.
-    [[nodiscard]] std::unique_ptr<Ring> left_ring() const;
+    [[nodiscard]] std::unique_ptr<LeftRing> left_ring() const;
     [[nodiscard]] Core& core() { return *core_; }
     [[nodiscard]] std::vector<Event> damage();
     [[nodiscard]] unsigned failures() const { return failures_; }

@@ -32,7 +32,7 @@ void check_holes(Volume& volume, const Bytes& model) {
 
 void check_content(Volume& volume, const Bytes& model) {
     REQUIRE(volume.attr().size_bytes == model.size());
-    REQUIRE(content(volume) == model);
+    REQUIRE((content(volume) == model));
 }
 
 }  // namespace
@@ -63,8 +63,8 @@ TEST_CASE("a volume is a byte array that survives a clean end") {
                     const auto want = static_cast<std::uint32_t>(random() % 100000 + 1);
                     read(volume, at, want, part);
                     const std::uint64_t end = std::min<std::uint64_t>(model.size(), at + want);
-                    REQUIRE(part == Bytes(model.begin() + static_cast<std::ptrdiff_t>(at),
-                                          model.begin() + static_cast<std::ptrdiff_t>(end)));
+                    REQUIRE((part == Bytes(model.begin() + static_cast<std::ptrdiff_t>(at),
+                                           model.begin() + static_cast<std::ptrdiff_t>(end))));
                 }
             }
             check_content(volume, model);
@@ -84,6 +84,6 @@ TEST_CASE("a first write of the largest size is taken") {
     const auto opened = host.open(log);
     const Bytes data = pattern(kMaxRequestBytes, 7);
     REQUIRE(write(host, *opened.volume, 0, data) == static_cast<std::int64_t>(data.size()));
-    REQUIRE(content(*opened.volume) == data);
+    REQUIRE((content(*opened.volume) == data));
     host.close(log);
 }

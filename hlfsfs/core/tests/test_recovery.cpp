@@ -1,0 +1,143 @@
+// Power cuts and dead processes: what recovery promises, tried at random moments over many lives of one volume.
+#include <catch2/catch.hpp>
+
+#include "harness.hpp"
+
+using namespace hlfs;
+using namespace hlfs::testing;
+
+namespace {
+
+constexpr std::uint64_t kSmallBytes = std::uint64_t{1} << 20;
+
+// What was done to a volume, and how much of it must survive.
+struct History {
+    Bytes model;  // before the first change
+    std::vector<Change> changes;
+    std::size_t flushed = 0;  // so many of them were flushed
+
+    // The longest prefix that is exactly `found`, if it holds all that was flushed.
+    [[nodiscard]] std::optional<std::size_t> prefix(const Bytes& found) const {
+        std::optional<std::size_t> match;
+        Bytes state = model;
+        for (std::size_t done = 0;; ++done) {
+            if (done >= flushed && state == found)
+                match = done;
+            if (done == changes.size())
+                return match;
+            changes[done].apply(state);
+        }
+    }
+
+    void settle(std::size_t count) {
+        for (std::size_t i = 0; i < count; ++i)
+            changes[i].apply(model);
+        changes.clear();
+        flushed = 0;
+    }
+
+    void settle_all() { settle(changes.size()); }
+};
+
+void run_changes(Random& random, Host& host, Log& log, Volume& volume, History& history, int count,
+                 std::uint64_t& stamp, Bytes& now) {
+    for (int i = 0; i < count; ++i) {
+        Change change = Change::random(random, ++stamp, kSmallBytes, now.size());
+        INFO("change " << stamp << " kind " << static_cast<int>(change.kind));
+        REQUIRE(change.run(host, log, volume) == 0);
+        change.apply(now);
+        history.changes.push_back(change);
+        if (change.kind == Change::Kind::flush || change.kind == Change::Kind::checkpoint || change.durable)
+            history.flushed = history.changes.size();
+    }
+}
+
+}  // namespace
+
+TEST_CASE("power cuts leave a prefix that holds all that was flushed") {
+    FaultyDisk::instance().reset();
+    Random random(test_seed("power cuts"));
+    for (int round = 0; round < test_rounds(3); ++round) {
+        auto log = std::make_unique<Log>(1);
+        History history;
+        std::uint64_t stamp = 0;
+        for (int life = 0; life < 25; ++life) {
+            INFO("round " << round << " life " << life);
+            std::unique_ptr<Log> left;
+            {
+                HostOptions options;
+                options.answer_discards = random() % 2 == 0;
+                Host host(options);
+                const auto opened = host.open(*log);
+                INFO(opened.report.damage);
+                REQUIRE_FALSE(opened.report.read_only);
+                Bytes now = content(*opened.volume);
+                const auto survived = history.prefix(now);
+                REQUIRE(survived);
+                history.settle(*survived);
+                REQUIRE((history.model == now));
+                run_changes(random, host, *log, *opened.volume, history, static_cast<int>(random() % 40), stamp, now);
+                left = log->after_power_cut(random);
+            }
+            log = std::move(left);
+        }
+    }
+}
+
+TEST_CASE("the death of the process loses nothing that was acknowledged") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Random random(test_seed("process deaths"));
+    for (int round = 0; round < test_rounds(2); ++round) {
+        auto log = std::make_unique<Log>(1);
+        std::unique_ptr<LeftRing> ring;
+        Bytes now;
+        std::uint64_t stamp = 0;
+        for (int life = 0; life < 20; ++life) {
+            INFO("round " << round << " life " << life);
+            std::unique_ptr<Log> left;
+            {
+                Host host;
+                // A recovery that dies half-way is repeated by the next.
+                if (ring && random() % 2 == 0) {
+                    std::unique_ptr<Log> half;
+                    std::unique_ptr<LeftRing> half_ring;
+                    {
+                        auto victim = log->copy();
+                        Host dying;
+                        half_ring = ring->copy();
+                        disk.fail_writes(1000000, ESTALE, static_cast<int>(random() % 3));
+                        std::thread recovery([&] { dying.open(*victim, half_ring->ring()); });
+                        std::this_thread::sleep_for(std::chrono::milliseconds(random() % 20));
+                        half = victim->copy();
+                        disk.fail_writes(0, 0);
+                        recovery.join();
+                    }
+                    log = std::move(half);
+                    ring = std::move(half_ring);
+                }
+                const auto opened = host.open(*log, ring ? ring->ring() : nullptr);
+                INFO(opened.report.damage);
+                REQUIRE_FALSE(opened.report.read_only);
+                REQUIRE((content(*opened.volume) == now));
+                REQUIRE(opened.volume->attr().size_bytes == now.size());
+                // Then all stays in the ring, which must have room for it.
+                const bool held = random() % 2 == 0;
+                if (held)
+                    disk.hold_writes();
+                for (int i = static_cast<int>(random() % (held ? 12 : 40)); i > 0; --i) {
+                    Change change = Change::random(random, ++stamp, kSmallBytes, now.size());
+                    change.durable = false;
+                    if (change.kind == Change::Kind::flush || change.kind == Change::Kind::checkpoint)
+                        disk.release_writes();
+                    REQUIRE(change.run(host, *log, *opened.volume) == 0);
+                    change.apply(now);
+                }
+                ring = host.left_ring();
+                left = log->copy();
+                disk.release_writes();
+            }
+            log = std::move(left);
+        }
+    }
+}
