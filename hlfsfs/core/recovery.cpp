@@ -383,8 +383,8 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
             continue;
         found.push_back(&chunk);
     }
-    // All of them before the first is written: the new epoch is on disk from then on. Should the log fail meanwhile, they
-    // count in the epochs that follow too.
+    // All of them before the first is written: the new epoch is on disk from then on. Should the log fail meanwhile,
+    // they count in the epochs that follow too.
     struct Recovering {
         Volume& volume;
         Recovering(Volume& of, const std::vector<ChunkDescriptor*>& chunks) : volume(of) {

@@ -364,7 +364,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
 
     // failure of the log
     bool broken_ = false;
-    std::uint64_t log_generation_ = 0;  // grows with each new epoch begun while running
+    std::uint64_t log_generation_ = 0;          // grows with each new epoch begun while running
     std::vector<ChunkDescriptor*> recovering_;  // chunks of a dead process's ring that are being written again
     std::uint64_t retry_segment_ns_ = 0;
 
