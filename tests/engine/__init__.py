@@ -1,0 +1,1 @@
+"""Tests of the engine: model, ring life cycle, damage, check."""

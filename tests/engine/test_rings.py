@@ -1,0 +1,287 @@
+"""What happens to acknowledged writes between the death of an engine and the next one: the ring's life cycle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hlfsfs.engine import EngineOptions
+from hlfsfs.store import open_store
+from hlfsfs.store.ring_file import list_rings, remove_ring
+from tests.engine.host import QUIET, EngineHost, log_directory, record_of
+from tests.engine.remote import Died, Remote
+from tests.engine.rings import lock_record, ring_of
+
+DISCARD = replace(QUIET, discard_ring=True)
+DATA = b"acknowledged, and never flushed " * 200
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Path]:
+    """An empty directory; rings of the store in it go at the end."""
+    path = tmp_path / "store"
+    path.mkdir()
+    yield path
+    for made in tmp_path.glob("*/.hlfs"):
+        remove_rings(made.parent)
+
+
+def remove_rings(store: Path) -> None:
+    opened = open_store(f"local://{store}", read_only=True)
+    for path in list_rings(opened.uuid):
+        remove_ring(path)
+    opened.close()
+
+
+def killed(store: Path, volumes: int = 1, data: bytes = DATA) -> None:
+    """Makes volumes, writes each, and kills the engine before anything of it is in the log."""
+    engine = Remote(EngineHost, str(store))
+    for number in range(volumes):
+        engine.call("make", number)
+        engine.call("do", number, "write", 0, b"%08d" % number + data)
+    engine.kill()
+    for number in range(volumes):
+        forget_writes(store, number)
+
+
+def forget_writes(store: Path, number: int) -> None:
+    """What nobody flushed need not have reached the disk: of a log's segments only the headers are left."""
+    for path in log_directory(store, number).glob("*.seg"):
+        size_bytes = path.stat().st_size
+        os.truncate(path, 4096)
+        os.truncate(path, size_bytes)
+
+
+def opened(store: Path, options: EngineOptions = QUIET, **environment: str) -> Remote:
+    engine = Remote(EngineHost, str(store), options, environment=environment)
+    engine.call("")
+    return engine
+
+
+def expect_data(engine: Remote, number: int = 0, data: bytes = DATA) -> None:
+    assert engine.call("do", number, "read", 0, len(data) + 9) == b"%08d" % number + data
+
+
+def closed(engine: Remote) -> None:
+    engine.call("close")
+    engine.end()
+
+
+def state_of(store: Path) -> dict[str, bytes]:
+    """Every file of a store."""
+    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+def set_lock_record(store: Path, **fields: Any) -> None:
+    record = {**lock_record(store), **fields}
+    (store / ".hlfs" / "lock").write_text(json.dumps(record).ljust(4096))
+
+
+def test_the_ring_is_recovered_and_goes(store: Path) -> None:
+    killed(store, volumes=3)
+    ring = ring_of(store)
+    assert Path(ring).exists()
+    engine = opened(store)
+    assert sorted(engine.call("attached")) == [0, 1, 2]
+    for number in range(3):
+        expect_data(engine, number)
+    assert not Path(ring).exists()
+    assert lock_record(store)["ring"] != ring
+    closed(engine)
+    assert lock_record(store)["clean"] is True
+    assert not list(Path("/dev/shm").glob(f"*{open_store(f'local://{store}').uuid}*"))
+
+
+def test_a_lost_ring_is_refused_and_nothing_changed(store: Path) -> None:
+    killed(store)
+    ring = ring_of(store)
+    remove_ring(ring)
+    before = state_of(store)
+    with pytest.raises(
+        RuntimeError, match=r"RingMissing: .*ended uncleanly.*to go on without them: -o discard_ring"
+    ) as caught:
+        opened(store)
+    assert "\n" not in str(caught.value)
+    assert ring in str(caught.value)
+    assert state_of(store) == before
+    engine = opened(store, DISCARD)
+    assert engine.call("do", 0, "read", 0, 100) in (b"", b"%08d" % 0 + DATA[:92])
+    closed(engine)
+    closed(opened(store))
+
+
+def test_after_a_boot_only_the_log_counts(store: Path) -> None:
+    killed(store)
+    ring = ring_of(store)
+    set_lock_record(store, boot_id="another boot")
+    remove_ring(ring)
+    engine = opened(store)
+    assert engine.call("get", 0, "damage") == ""
+    closed(engine)
+
+
+def test_a_copy_leaves_the_original_alone(store: Path, tmp_path: Path) -> None:
+    killed(store)
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    ring = ring_of(store)
+    content = Path(ring).read_bytes()
+    with pytest.raises(RuntimeError, match="RingMissing"):
+        opened(copy)
+    engine = opened(copy, DISCARD)
+    assert Path(ring).read_bytes() == content
+    original = opened(store)
+    expect_data(original)
+    closed(original)
+    closed(engine)
+
+
+def test_a_ring_of_another_store_is_not_used(store: Path, tmp_path: Path) -> None:
+    killed(store)
+    other = tmp_path / "other"
+    other.mkdir()
+    killed(other, data=b"foreign" * 100)
+    own, foreign = ring_of(store), ring_of(other)
+    set_lock_record(store, ring=foreign)
+    with pytest.raises(RuntimeError, match="RingMissing"):
+        opened(store)
+    set_lock_record(store, ring=own)
+    engine = opened(store)
+    expect_data(engine)
+    closed(engine)
+    engine = opened(other)
+    expect_data(engine, data=b"foreign" * 100)
+    closed(engine)
+
+
+@pytest.mark.parametrize("spoil", ["mode", "owner", "symlink", "directory"])
+def test_a_ring_that_others_could_have_made_is_refused(store: Path, tmp_path: Path, spoil: str) -> None:
+    killed(store)
+    ring = Path(ring_of(store))
+    aside = tmp_path / "aside"
+    shutil.copy(ring, aside)
+    match spoil:
+        case "mode":
+            ring.chmod(0o660)
+        case "owner":
+            if os.geteuid() != 0:
+                pytest.skip("needs root")
+            os.chown(ring, 12345, 12345)
+        case "symlink":
+            ring.unlink()
+            ring.symlink_to(aside)
+        case "directory":
+            ring.unlink()
+            ring.mkdir()
+    try:
+        with pytest.raises(RuntimeError, match=r"RingRefused: .*not used as a ring.*-o discard_ring"):
+            opened(store)
+    finally:
+        ring.rmdir() if spoil == "directory" else ring.unlink()
+    shutil.copy(aside, ring)
+    ring.chmod(0o600)
+    engine = opened(store)
+    expect_data(engine)
+    closed(engine)
+
+
+def test_a_read_only_engine_needs_one_that_writes_first(store: Path) -> None:
+    killed(store)
+    ring = ring_of(store)
+    with pytest.raises(RuntimeError, match=r"ReadOnly: .*mount it read-write once"):
+        Remote(EngineHost, str(store), QUIET, True).call("")
+    assert Path(ring).exists()
+    engine = opened(store)
+    expect_data(engine)
+    closed(engine)
+
+
+def test_a_read_only_engine_leaves_an_empty_ring(store: Path) -> None:
+    engine = opened(store)
+    engine.kill()
+    reader = Remote(EngineHost, str(store), QUIET, True)
+    reader.call("close")
+    reader.end()
+    closed(opened(store))
+
+
+@pytest.mark.parametrize(
+    "point", ["ring-chunk:1", "ring-chunk:2", "segment:1", "segment:2", "published:1", "published:3"]
+)
+def test_a_recovery_cut_again_and_again(store: Path, point: str) -> None:
+    """Each cut begins an epoch; the ring's writes belong to all of them."""
+    data = os.urandom(5 << 20)
+    killed(store, volumes=2, data=data)
+    for _ in range(3):
+        recovery = Remote(EngineHost, str(store), QUIET, environment={"HLFS_FAILPOINT": point})
+        with pytest.raises(Died):
+            recovery.call("")
+        recovery.kill()
+        for number in range(2):
+            forget_writes(store, number)
+    for point_after in ("chunk-write:2", "chunk-written:1", "ring-durable:1", "ring-durable:2"):
+        recovery = Remote(EngineHost, str(store), QUIET, environment={"HLFS_FAILPOINT": point_after})
+        with suppress(Died):
+            recovery.call("")
+        recovery.kill()
+    engine = opened(store)
+    for number in range(2):
+        assert engine.call("get", number, "damage") == ""
+        expect_data(engine, number, data)
+    closed(engine)
+
+
+def test_a_damaged_volume_keeps_its_ring(store: Path) -> None:
+    """The others are recovered; once the volume is repaired, so is its part."""
+    killed(store, volumes=2)
+    ring = ring_of(store)
+    checkpoint = log_directory(store, 0) / "checkpoint"
+    good = checkpoint.read_bytes()
+    checkpoint.write_bytes(b"\xff" * len(good))
+    for _ in range(2):
+        engine = opened(store)
+        expect_data(engine, 1)
+        with pytest.raises(RuntimeError, match="CheckpointDamaged"):
+            engine.call("do", 0, "read", 0, 1)
+        assert Path(ring).exists()
+        closed(engine)
+    checkpoint.write_bytes(good)
+    engine = opened(store)
+    expect_data(engine, 0)
+    expect_data(engine, 1)
+    assert not Path(ring).exists()
+    closed(engine)
+
+
+def test_a_deleted_volume_in_the_ring(store: Path) -> None:
+    killed(store, volumes=2)
+    (store / "v0").unlink()
+    (store / ".hlfs" / "volumes" / f"{record_of(0).id:016x}").unlink()
+    shutil.rmtree(log_directory(store, 0))
+    ring = ring_of(store)
+    engine = opened(store)
+    expect_data(engine, 1)
+    assert not Path(ring).exists()
+    closed(engine)
+
+
+def test_an_unused_ring_of_a_start_that_was_cut_is_swept(store: Path) -> None:
+    closed(opened(store))
+    stray = Path(ring_of(store))
+    killed(store)
+    mine = ring_of(store)
+    stray = Path(mine.replace(".ring", "0.ring"))
+    shutil.copy(mine, stray)
+    stray.chmod(0o600)
+    engine = opened(store)
+    expect_data(engine)
+    assert not stray.exists()
+    closed(engine)
