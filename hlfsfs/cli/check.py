@@ -48,7 +48,7 @@ def _check(store: Store, path: bytes, uri: str) -> dict[str, Any]:
     with _progress() as bar:
         total = sum(log_bytes(store, volume.record) for volume in names.volumes)
         task = bar.add_task("checking", total=total)
-        for volume in names.volumes:
+        for volume in sorted(names.volumes, key=lambda found: found.name):
             bar.update(task, description=volume.name)
             result = check_volume(store, volume.record, _advance(bar, task))
             damage = [{**asdict(one), "text": str(one)} for one in result.damage]

@@ -1,5 +1,6 @@
 #include "check.hpp"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -71,6 +72,10 @@ void LogCheck::scan(std::uint64_t segno, int fd, bool newest) {
     ++counts_.segments;
     Scanned scanned;
     scanned.log = scan_chunks(segno, fd, newest);
+    struct stat info {};
+    if (fstat(fd, &info) == 0 && static_cast<std::uint64_t>(info.st_size) % kBlockBytes != 0)
+        found("the segment's file is cut short",
+              std::pair{segno, static_cast<std::uint32_t>(info.st_size / kBlockBytes)});
     WindowReader reader(fd);
     scanned.crcs.reserve(reader.blocks());
     for (std::uint32_t slot = 0; slot < reader.blocks();) {
