@@ -7,6 +7,7 @@ hang the tests with it.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from hlfsfs.fuse.mountinfo import find_mount
 
 HLFS = (sys.executable, "-m", "hlfsfs.cli.main")
 START_TIMEOUT_S = 60
-END_TIMEOUT_S = 120
+END_TIMEOUT_S = 60
 COMMAND_TIMEOUT_S = 60
 
 # For tests that need a kernel mount of their own.
@@ -55,8 +56,12 @@ class Mounted:
 
     def unmount(self) -> None:
         """Unmounts as a user does, and expects a clean end."""
-        run(*HLFS, "umount", self.path, timeout_s=END_TIMEOUT_S)
-        assert self.server.wait(END_TIMEOUT_S) == 0, self.log_text()
+        try:
+            run(*HLFS, "umount", self.path, timeout_s=END_TIMEOUT_S)
+            status = self.server.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired as exc:
+            raise AssertionError(f"the server does not end\n{self.log_text()}\n{stacks(self.server.pid)}") from exc
+        assert status == 0, self.log_text()
 
     def kill(self) -> None:
         """kill -9 of the server; the dead mount is taken away, the store stays as it is."""
@@ -76,6 +81,15 @@ def run(*command: str | Path, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
     )
     assert done.returncode == 0, f"{command}: status {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
+
+
+def stacks(pid: int) -> str:
+    """What every thread of a process is doing, as far as this host can tell."""
+    if shutil.which("gdb") is None:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return "\n".join(f"{(task / 'comm').read_text().strip()}: {(task / 'wchan').read_text()}" for task in tasks)
+    gdb = ["gdb", "-p", str(pid), "-batch", "-ex", "thread apply all backtrace 16"]
+    return subprocess.run(gdb, capture_output=True, text=True, check=False, timeout=120).stdout
 
 
 def hlfs(*arguments: str | Path, timeout_s: float = END_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
