@@ -34,7 +34,14 @@ def filesystem(tmp_path: Path) -> Iterator[Path]:
 def start_writes(mount: Mounted) -> "subprocess.Popen[str]":
     """512 MiB in requests of 1 MiB, all at once, to a volume of their own; verified when all are through."""
     job = ["--name=parked", "--bs=1M", f"--size={WRITES}M", f"--iodepth={WRITES}", f"--iodepth_batch={WRITES}"]
-    how = ["--rw=write", "--direct=1", "--ioengine=libaio", "--verify=crc32c", "--fallocate=none"]
+    how = [
+        "--rw=write",
+        "--direct=1",
+        "--ioengine=libaio",
+        "--verify=crc32c",
+        "--verify_state_save=0",
+        "--fallocate=none",
+    ]
     command = ["timeout", "120", "fio", *job, *how, f"--filename={mount.path}/parked"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
