@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import UUID
 
 import hypothesis
 import pytest
+
+from hlfsfs.store.ring_file import list_rings, remove_ring
 
 # A slow shared machine must not turn a found example into a time-out; failures print how to run them again.
 hypothesis.settings.register_profile(
@@ -27,9 +31,13 @@ def hlfs_mountpoints() -> set[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_mount_is_left() -> Iterator[None]:
-    """Fail the session when tests leave an HLFS mount behind."""
-    before = hlfs_mountpoints()
+def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail the session when its tests leave an HLFS mount behind; remove the rings of stores they killed for good."""
+    base = tmp_path_factory.getbasetemp()
     yield
-    left = hlfs_mountpoints() - before
-    assert not left, f"tests left HLFS mounted at {sorted(left)}"
+    left = sorted(path for path in hlfs_mountpoints() if path.startswith(f"{base}/"))
+    assert not left, f"tests left HLFS mounted at {left}"
+    for record in base.rglob(".hlfs/store.json"):
+        for found in re.findall(r'"uuid": *"([0-9a-f-]{36})"', record.read_text(errors="replace"))[:1]:
+            for ring in list_rings(UUID(found)):
+                remove_ring(ring)

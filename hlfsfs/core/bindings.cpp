@@ -419,6 +419,8 @@ void bind_format(nb::module_& m) {
 
 NB_MODULE(_core, m) {
     m.doc() = "The native core of HLFS.";
+    // What lives until the process ends is no leak worth a line on the user's terminal.
+    nb::set_leak_warnings(false);
     nb::exception<hlfs::FormatError>(m, "FormatError", PyExc_ValueError);
     nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
         try {
