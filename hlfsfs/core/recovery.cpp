@@ -355,6 +355,8 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
     epoch_ = disk_epoch + 1;
     core_.overlay_entries.fetch_add(overlay_.entries(), std::memory_order_relaxed);
     log_slots_at_checkpoint_ = 0;
+    // Idle from now on: many volumes recovered at once must not all be checkpointed at once.
+    last_publish_ns_ = monotonic_ns();
     if (report.read_only)
         read_only_ = true;
     if (!read_only_) {
