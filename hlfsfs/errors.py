@@ -308,6 +308,19 @@ class NoSpace(HlfsError):
         self.what = what
 
 
+class SharedMemoryFull(HlfsError):
+    """No room for a ring: acknowledged writes that are not yet on disk live in shared memory."""
+
+    errno = _errno.ENOSPC
+
+    def __init__(self, directory: str, needed_bytes: int) -> None:
+        super().__init__(
+            f"{directory}: no room for {needed_bytes >> 20} MiB of shared memory, where acknowledged writes wait "
+            "for the disk; enlarge it (mount -o remount,size=…) or remove what fills it"
+        )
+        self.needed_bytes = needed_bytes
+
+
 class StoreFailed(HlfsError):
     """A system call on the store failed in a way that has no class of its own."""
 

@@ -44,13 +44,14 @@ class Engine:
     def __init__(self, store: Store, options: EngineOptions | None = None) -> None:
         """Locks the store, and makes durable what its last user had acknowledged and died with.
 
-        Nothing is changed when this raises StoreLocked, RingMissing, ReadOnly or NoSpace. After a crash in here the
-        next engine finds everything again.
+        Nothing is changed when this raises StoreLocked, RingMissing, ReadOnly or SharedMemoryFull. After a
+        crash in here the next engine finds everything again.
 
         Raises:
             StoreLocked: somebody uses the store.
             RingMissing: acknowledged writes were in a ring that is gone.
-            NoSpace: no shared memory for a ring, or no space to write recovered data.
+            SharedMemoryFull: no room for a ring.
+            NoSpace: no space to write recovered data.
         """
         self._store = store
         self._options = options or EngineOptions()

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from hlfsfs import _core
 from hlfsfs.engine.options import MIB, EngineOptions
-from hlfsfs.errors import NoSpace, ReadOnly, RingMissing
+from hlfsfs.errors import ReadOnly, RingMissing, SharedMemoryFull
 from hlfsfs.store import Store
 from hlfsfs.store.records import LockRecord
 from hlfsfs.store.ring_file import (
@@ -104,13 +104,14 @@ def _last_users(stack: ExitStack, store: Store, path: str, options: EngineOption
 
 
 def affordable_bytes(options: EngineOptions) -> tuple[int, int]:
-    """(ring_bytes, spill_bytes) that fit into shared memory. Raises NoSpace below the smallest ring."""
+    """(ring_bytes, spill_bytes) that fit into shared memory. Raises SharedMemoryFull below the smallest ring."""
     free = shared_memory_free_bytes()
     ring_bytes = max(options.ring_bytes, MIN_RING_BYTES)
     while ring_bytes > MIN_RING_BYTES and _core.ring_file_bytes(ring_bytes, 0) > free * 3 // 4:
         ring_bytes = max(MIN_RING_BYTES, ring_bytes // 2)
-    if _core.ring_file_bytes(ring_bytes, 0) > free:
-        raise NoSpace(f"{RING_DIR} (needed for what is acknowledged and not yet on disk; enlarge it)")
+    needed_bytes = _core.ring_file_bytes(ring_bytes, 0)
+    if needed_bytes > free:
+        raise SharedMemoryFull(RING_DIR, needed_bytes)
     if ring_bytes < options.ring_bytes:
         log.warning(
             "%s has only %d MiB free: the ring has %d MiB instead of %d; writers wait earlier",
@@ -123,7 +124,7 @@ def affordable_bytes(options: EngineOptions) -> tuple[int, int]:
 
 
 def make_core(store: Store, options: EngineOptions) -> tuple[str, "_core.Core"]:
-    """A new ring and the core that uses it. The caller removes the file at the returned path. Raises NoSpace."""
+    """A new ring and the core that uses it. The caller removes the file at the path. Raises SharedMemoryFull."""
     ring_bytes, spill_bytes = affordable_bytes(options)
     path, fd = create_ring(store.uuid)
     try:
@@ -146,7 +147,7 @@ def make_core(store: Store, options: EngineOptions) -> tuple[str, "_core.Core"]:
         )
     except OSError as exc:
         remove_ring(path)
-        raise NoSpace(RING_DIR) from exc
+        raise SharedMemoryFull(RING_DIR, _core.ring_file_bytes(ring_bytes, 0)) from exc
     finally:
         os.close(fd)
     return path, core

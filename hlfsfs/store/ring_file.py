@@ -5,7 +5,7 @@ import secrets
 import stat
 from uuid import UUID
 
-from hlfsfs.errors import HlfsError, NoSpace, StoreFailed
+from hlfsfs.errors import HlfsError, SharedMemoryFull, StoreFailed
 
 # Memory that survives the process and not the boot.
 RING_DIR = "/dev/shm"
@@ -35,15 +35,15 @@ def create_ring(store_uuid: UUID) -> tuple[str, int]:
         Its path and a descriptor the caller closes.
 
     Raises:
-        NoSpace, StoreFailed: there is no shared memory to be had.
+        SharedMemoryFull, StoreFailed: there is no shared memory to be had.
     """
     path = f"{RING_DIR}/hlfs-{os.getuid()}-{store_uuid}-{secrets.token_hex(4)}.ring"
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return path, os.open(path, flags, 0o600)
     except OSError as exc:
-        if exc.errno == NoSpace.errno:
-            raise NoSpace(RING_DIR) from exc
+        if exc.errno == SharedMemoryFull.errno:
+            raise SharedMemoryFull(RING_DIR, 0) from exc
         raise StoreFailed(path, exc) from exc
 
 
