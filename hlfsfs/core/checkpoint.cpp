@@ -67,7 +67,7 @@ void Volume::load_node_waiting(Pointer pointer, Node& out) {
                 event.segno = segment->identity.segno;
                 core_.post(std::move(event));
             }
-            changed_.wait(lock);
+            wait_change(lock);
             if (!segment->fd && !segment->fd_requested)
                 throw std::system_error(EIO, std::generic_category(), "opening a segment");
         }
@@ -114,7 +114,7 @@ void Volume::place_node_chunk(std::vector<std::array<std::byte, kEntryBytes>> en
             want_segment();
         }
         wake();
-        changed_.wait_for(lock, std::chrono::milliseconds(20));
+        wait_change(lock);
     }
     auto* chunk = new LiveChunk;
     chunk->number = next_number();
@@ -143,7 +143,7 @@ void Volume::place_node_chunk(std::vector<std::array<std::byte, kEntryBytes>> en
         });
     };
     while (waiting() > 4 && !broken_)
-        changed_.wait_for(lock, std::chrono::milliseconds(20));
+        wait_change(lock);
 }
 
 // --- the merge -------------------------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ void Volume::freeze(Lock& lock) {
             throw std::system_error(EIO, std::generic_category(), "the log failed");
         want_segment();
         wake();
-        changed_.wait_for(lock, std::chrono::milliseconds(20));
+        wait_change(lock);
     }
     freeze_ = std::make_unique<Freeze>();
     Freeze& frozen = *freeze_;
@@ -482,7 +482,7 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
     {
         Lock lock(mutex_);
         while (checkpointing_)
-            changed_.wait(lock);
+            wait_change(lock);
         checkpoint_requested_ = false;
         if (read_only_ || (publishes_ == publishes_at_checkpoint_ && !frozen_))
             return std::nullopt;
@@ -492,7 +492,7 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
         {
             Lock lock(mutex_);
             while (broken_)
-                changed_.wait_for(lock, std::chrono::milliseconds(100));
+                wait_change(lock);
             // One that failed after its freeze left the frozen part behind: finish that one.
             if (!frozen_)
                 freeze(lock);
@@ -510,7 +510,7 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
         while (durable_number_ < end && generation == log_generation_ && !broken_) {
             sync_target_ = std::max(sync_target_, end);
             wake();
-            changed_.wait_for(lock, std::chrono::milliseconds(100));
+            wait_change(lock);
         }
         if (generation != log_generation_ || broken_)
             throw std::system_error(EIO, std::generic_category(), "the log failed during a checkpoint");
@@ -584,7 +584,7 @@ Volume::CloseResult Volume::close_log(bool only_if_idle) {
             sync_target_ = next_number();
             wake();
         }
-        changed_.wait_for(lock, std::chrono::milliseconds(20));
+        wait_change(lock);
     }
     // Nothing is open, so nothing that was acknowledged counts on the space of either segment.
     if (prepared_) {

@@ -51,6 +51,13 @@ Core::Core(std::unique_ptr<Ring> ring, const CoreOptions& options)
 
 Core::~Core() {
     stop();
+    for (const auto& volume : all_volumes())
+        volume->shut_down();
+    // Reads under way end, and those that found a descriptor missing meanwhile.
+    reader_->drain();
+    for (const auto& volume : all_volumes())
+        volume->shut_down();
+    work_.clear();
     ring_->abandon(cursor_);
     volumes_.clear();
     findable_.clear();
@@ -78,9 +85,17 @@ void Core::publish_volume(const std::shared_ptr<Volume>& volume) {
 }
 
 void Core::remove_volume(std::uint64_t id) noexcept {
-    const std::unique_lock lock(volumes_mutex_);
-    findable_.erase(id);
-    volumes_.erase(id);
+    std::shared_ptr<Volume> removed;
+    {
+        const std::unique_lock lock(volumes_mutex_);
+        findable_.erase(id);
+        const auto it = volumes_.find(id);
+        if (it == volumes_.end())
+            return;
+        removed = std::move(it->second);
+        volumes_.erase(it);
+    }
+    removed->shut_down();
 }
 
 std::vector<std::shared_ptr<Volume>> Core::all_volumes() const {

@@ -75,6 +75,7 @@ class Core final : public VolumeTable {
     std::shared_ptr<Volume> add_volume(const VolumeConfig& config);
     // Makes the volume findable by the channel; only after its recovery.
     void publish_volume(const std::shared_ptr<Volume>& volume);
+    // What it still waits for ends with ESHUTDOWN.
     void remove_volume(std::uint64_t id) noexcept;
     // Waits for the next event; nullopt after `timeout_ms`, or at once when stopped.
     std::optional<Event> next_event(int timeout_ms);

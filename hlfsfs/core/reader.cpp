@@ -70,12 +70,18 @@ class UringReader final : public Reader {
 
     void submit(ReadRequest* request) noexcept override {
         const std::lock_guard lock(mutex_);
+        ++unfinished_;
         if (!waiting_.empty() || !room_for(request)) {
             waiting_.push(request);
             return;
         }
         start(request);
         io_uring_submit(&ring_);
+    }
+
+    void drain() noexcept override {
+        std::unique_lock lock(mutex_);
+        drained_.wait(lock, [this] { return unfinished_ == 0; });
     }
 
     [[nodiscard]] const char* name() const noexcept override { return "io_uring"; }
@@ -117,6 +123,9 @@ class UringReader final : public Reader {
                     io_uring_submit(&ring_);
             }
             request->done(request, result);
+            const std::lock_guard lock(mutex_);
+            if (--unfinished_ == 0)
+                drained_.notify_all();
         }
     }
 
@@ -124,6 +133,8 @@ class UringReader final : public Reader {
     bool ready_ = false;
     std::thread reaper_;
     std::mutex mutex_;  // guards the submission side and what follows
+    std::condition_variable drained_;
+    std::size_t unfinished_ = 0;  // submitted, and `done` has not returned
     RequestQueue waiting_;
     unsigned in_flight_ = 0;
     std::size_t in_flight_bytes_ = 0;
@@ -152,9 +163,15 @@ class ThreadReader final : public Reader {
     void submit(ReadRequest* request) noexcept override {
         {
             const std::lock_guard lock(mutex_);
+            ++unfinished_;
             waiting_.push(request);
         }
         arrived_.notify_one();
+    }
+
+    void drain() noexcept override {
+        std::unique_lock lock(mutex_);
+        drained_.wait(lock, [this] { return unfinished_ == 0; });
     }
 
     [[nodiscard]] const char* name() const noexcept override { return "threads"; }
@@ -172,11 +189,15 @@ class ThreadReader final : public Reader {
                 pread(request->fd, request->buffer, request->size_bytes, static_cast<off_t>(request->offset));
             request->done(request, got >= 0 ? static_cast<std::int32_t>(got) : -errno);
             lock.lock();
+            if (--unfinished_ == 0)
+                drained_.notify_all();
         }
     }
 
     std::mutex mutex_;
     std::condition_variable arrived_;
+    std::condition_variable drained_;
+    std::size_t unfinished_ = 0;  // submitted, and `done` has not returned
     RequestQueue waiting_;
     bool stopping_ = false;
     std::vector<std::thread> threads_;

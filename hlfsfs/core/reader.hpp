@@ -27,6 +27,8 @@ class Reader {
 
     virtual ~Reader() = default;
     virtual void submit(ReadRequest* request) noexcept = 0;
+    // Waits until no read is under way, those submitted by `done` included.
+    virtual void drain() noexcept = 0;
     [[nodiscard]] virtual const char* name() const noexcept = 0;
 
     static std::unique_ptr<Reader> create();

@@ -1,7 +1,13 @@
 #include "volume.hpp"
 
+#include <cerrno>
+#include <chrono>
+#include <system_error>
+#include <utility>
+
 #include "checkpoint.hpp"
 #include "mutation.hpp"
+#include "read_op.hpp"
 
 namespace hlfs {
 
@@ -19,14 +25,45 @@ Volume::~Volume() {
         if (segment && segment->fd && segment->state == SegmentState::sealed)
             core_.open_descriptors.fetch_sub(1, std::memory_order_relaxed);
     }
-    for (Mutation* mutation : parked_)
-        finish(mutation, -ESHUTDOWN);
     for (LiveChunk* chunk : live_)
         unpin(core_, chunk);
     core_.published_pages.fetch_sub(live_pages_, std::memory_order_relaxed);
     core_.overlay_entries.fetch_sub(overlay_.entries() + (frozen_ ? frozen_->entries() : 0), std::memory_order_relaxed);
-    if (counted_parked_)
-        core_.parked_volumes.fetch_sub(1, std::memory_order_relaxed);
+}
+
+void Volume::shut_down() noexcept {
+    std::deque<Mutation*> parked;
+    std::deque<FlushWaiter> flushes;
+    std::vector<ReadOp*> reads;
+    {
+        const Lock lock(mutex_);
+        shut_down_ = true;
+        parked.swap(parked_);
+        flushes.swap(flush_waiters_);
+        for (const auto& segment : table_) {
+            if (segment)
+                reads.insert(reads.end(), segment->fd_waiters.begin(), segment->fd_waiters.end());
+            if (segment)
+                segment->fd_waiters.clear();
+        }
+        if (std::exchange(counted_parked_, false))
+            core_.parked_volumes.fetch_sub(1, std::memory_order_relaxed);
+        changed_.notify_all();
+    }
+    for (Mutation* mutation : parked)
+        finish(mutation, -ESHUTDOWN);
+    for (const FlushWaiter& waiter : flushes)
+        waiter.done->complete(-ESHUTDOWN);
+    for (ReadOp* op : reads) {
+        op->error = ESHUTDOWN;
+        finish_read(op);
+    }
+}
+
+void Volume::wait_change(Lock& lock) {
+    changed_.wait_for(lock, std::chrono::milliseconds(20));
+    if (shut_down_)
+        throw std::system_error(ESHUTDOWN, std::generic_category(), "the volume is closed");
 }
 
 Volume::Stats Volume::stats() const {

@@ -160,6 +160,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void wake_if_parked() noexcept;
     // Closes descriptors of sealed segments, all but the `keep` used last.
     void trim_descriptors(std::size_t keep) noexcept;
+    // Nobody answers its events any more: what still waits for one ends with ESHUTDOWN.
+    void shut_down() noexcept;
     [[nodiscard]] std::uint64_t id() const noexcept { return config_.id; }
 
   private:
@@ -244,6 +246,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void note_unsynced(Segment* segment);
     void log_broke(Lock& lock, int error, const char* what);
     void start_new_epoch();
+    void want_room_for_open();
     void replace_chunks();
     void drain_parked(Lock& lock);
     void complete_flushes(Lock& lock, int error);
@@ -251,6 +254,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void publish_waiting(std::span<const PublishItem> items, std::size_t data_blocks, std::size_t side_bytes);
     [[nodiscard]] std::uint64_t next_number() const noexcept { return first_place_ + places_.size(); }
     void wait_durable(Lock& lock, std::uint64_t end_number);
+    // A moment, or until something changes. Throws std::system_error once the volume is shut down.
+    void wait_change(Lock& lock);
 
     // reads (volume_read.cpp)
     bool resolve(std::uint64_t first_block, std::uint32_t blocks, BlockSource* sources, Missing& missing);
@@ -301,6 +306,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     mutable std::mutex mutex_;  // guards all below
     std::condition_variable changed_;
     bool read_only_;
+    bool shut_down_ = false;
 
     // attributes
     std::uint64_t size_bytes_ = 0;
@@ -363,7 +369,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::uint64_t read_clock_ = 0;
 
     // failure of the log
-    bool broken_ = false;
+    bool broken_ = false;                       // until everything unretired has its place in a new epoch
+    bool epoch_ended_ = false;                  // broken, and the new epoch not begun
     std::uint64_t log_generation_ = 0;          // grows with each new epoch begun while running
     std::vector<ChunkDescriptor*> recovering_;  // chunks of a dead process's ring that are being written again
     std::uint64_t retry_segment_ns_ = 0;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <utility>
 
 #include "failpoint.hpp"
 #include "volume.hpp"
@@ -381,7 +382,7 @@ void Volume::flush(Completion& done) noexcept {
 }
 
 void Volume::log_broke(Lock& lock, int error, const char* what) {
-    broken_ = true;
+    broken_ = epoch_ended_ = true;
     Event event;
     event.kind = EventKind::log_failed;
     event.volume_id = config_.id;
@@ -398,7 +399,7 @@ void Volume::log_broke(Lock& lock, int error, const char* what) {
 // Nothing is under way any more. Everything not known to be durable is placed again in a segment of a new epoch, whose
 // header records where the old one ended.
 void Volume::start_new_epoch() {
-    if (current_ != nullptr && current_->identity.epoch == epoch_) {
+    if (std::exchange(epoch_ended_, false) && current_ != nullptr) {
         ++log_generation_;
         ++epoch_;
         previous_end_ = durable_position_;
@@ -447,6 +448,8 @@ void Volume::replace_chunks() {
             used = summary_bytes(chunk->entries.size(), chunk->payload_blocks, 0);
         }
         const std::uint32_t total = chunk->summary_blocks + chunk->payload_blocks;
+        if (!fits_current(total, used) && prepared_ && 1 + total > prepared_->allocated_slots)
+            roll_segment();
         if (current_ != nullptr && fits_current(total, used) &&
             current_->tail_slot + total > current_->allocated_slots) {
             const auto from = static_cast<off_t>(current_->allocated_slots) * static_cast<off_t>(kBlockBytes);
@@ -461,6 +464,27 @@ void Volume::replace_chunks() {
     if (open_ != nullptr)
         open_->descriptor->epoch = epoch_;
     broken_ = false;
+    want_room_for_open();
+}
+
+// The open chunk was acknowledged on space of the old epoch's segment.
+void Volume::want_room_for_open() {
+    if (open_ == nullptr)
+        return;
+    const ChunkDescriptor& descriptor = *open_->descriptor;
+    const std::uint32_t count = descriptor.count.load(std::memory_order_relaxed);
+    const std::size_t used = summary_bytes(count, descriptor.payload_blocks, descriptor.side_bytes);
+    const std::uint32_t total =
+        summary_blocks(count, descriptor.payload_blocks, descriptor.side_bytes) + descriptor.payload_blocks;
+    if (backed(total, used))
+        return;
+    if (!fits_current(total, used) && prepared_)
+        roll_segment();
+    if (fits_current(total, used)) {
+        want_growth(total);
+    } else {
+        want_segment();
+    }
 }
 
 void Volume::want_sync() noexcept {
@@ -504,6 +528,8 @@ void Volume::tick(std::uint64_t now_ns) noexcept {
     }
     if (broken_ && !requested_ && !prepared_)
         want_segment();
+    if (!broken_)
+        want_room_for_open();
     if (!parked_.empty())
         wake();
     const bool idle = last_publish_ns_ + core_.options().idle_checkpoint_ns < now_ns;
@@ -521,7 +547,7 @@ void Volume::wait_durable(Lock& lock, std::uint64_t end_number) {
     while (durable_number_ < end_number) {
         sync_target_ = std::max(sync_target_, end_number);
         wake();
-        changed_.wait(lock);
+        wait_change(lock);
     }
 }
 

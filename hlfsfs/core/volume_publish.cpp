@@ -117,7 +117,8 @@ void Volume::supply_segment(std::uint64_t segno, int fd, std::uint64_t allocated
         prepared_ = std::move(requested_);
         space_refused_ = 0;
     }
-    if (broken_)
+    // Writes still under way end first: what they wrote from is placed again.
+    if (broken_ && writing_ == 0 && !syncing_)
         start_new_epoch();
     changed_.notify_all();
     wake();
@@ -380,7 +381,7 @@ void Volume::publish_waiting(std::span<const PublishItem> items, std::size_t dat
             throw std::system_error(error, std::generic_category(), "writing the log");
         }
         wake();
-        changed_.wait_for(lock, std::chrono::milliseconds(20));
+        wait_change(lock);
     }
     publish(items, nullptr);
 }

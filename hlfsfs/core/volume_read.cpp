@@ -380,7 +380,8 @@ void Volume::load_missing(Lock& lock, const Missing& missing, ReadOp* op) noexce
 
 void Volume::node_read_done(ReadRequest* request, std::int32_t result) noexcept {
     auto* op = static_cast<ReadOp*>(request->context);
-    Volume& volume = *op->volume;
+    const std::shared_ptr<Volume> self = op->volume;
+    Volume& volume = *self;
     const bool whole = result == static_cast<std::int32_t>(kBlockBytes);
     if (!whole || (crc32c_block(op->node_buffer) & kCheckMask) != pointer_check(op->node)) {
         volume.report_damage(op->node_segment, pointer_slot(op->node));

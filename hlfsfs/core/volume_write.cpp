@@ -278,8 +278,8 @@ void Volume::advance(Mutation* mutation) noexcept {
 // edge's block changed, merge again.
 bool Volume::try_publish(Lock&, Mutation* mutation, std::int64_t& result, bool& parked) {
     Mutation& m = *mutation;
-    if (read_only_) {
-        result = -EROFS;
+    if (read_only_ || shut_down_) {
+        result = shut_down_ ? -ESHUTDOWN : -EROFS;
         return true;
     }
     for (Mutation::Edge& edge : m.edges) {

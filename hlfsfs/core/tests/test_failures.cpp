@@ -1,0 +1,333 @@
+// Disks that fail and fill up, memory that runs short, damage: what a volume does then.
+#include <unistd.h>
+
+#include <catch2/catch.hpp>
+#include <thread>
+
+#include "harness.hpp"
+
+using namespace hlfs;
+using namespace hlfs::testing;
+
+namespace {
+
+constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
+
+bool wait_until(const std::function<bool()>& condition) {
+    for (int i = 0; i < 5000; ++i) {
+        if (condition())
+            return true;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return false;
+}
+
+}  // namespace
+
+TEST_CASE("a failed write or sync is reported once, and nothing is lost") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Random random(test_seed("failing disk"));
+    for (int round = 0; round < test_rounds(10); ++round) {
+        Log log(1);
+        Bytes model(4 * kMiB);
+        std::unique_ptr<Log> left;
+        {
+            Host host;
+            const auto opened = host.open(log);
+            Volume& volume = *opened.volume;
+            REQUIRE(resize(volume, model.size()) == 0);
+            for (std::uint64_t stamp = 1; stamp < 60; ++stamp) {
+                if (random() % 12 == 0)
+                    disk.fail_writes(1, EIO, static_cast<int>(random() % 3));
+                if (random() % 12 == 0)
+                    disk.fail_syncs(1, EIO);
+                const Change change{.kind = Change::Kind::write,
+                                    .offset = random() % 3'000'000,
+                                    .size_bytes = random() % 200'000 + 1,
+                                    .stamp = stamp};
+                const std::int64_t result = change.run(host, log, volume);
+                for (const Event& event : host.damage())
+                    UNSCOPED_INFO("damage in segment " << event.segno << " block " << event.slot);
+                REQUIRE(result == 0);
+                change.apply(model);
+                if (random() % 6 == 0)
+                    flush(volume);
+                if (random() % 20 == 0) {
+                    try {
+                        host.checkpoint(log);
+                    } catch (const std::system_error& error) {
+                        REQUIRE(error.code().value() == EIO);
+                    }
+                }
+            }
+            disk.fail_writes(0, 0);
+            disk.fail_syncs(0, 0);
+            REQUIRE((content(volume) == model));
+            // One failure can still be on its way to a flush.
+            flush(volume);
+            REQUIRE(flush(volume) == 0);
+            left = log.after_power_cut(random);
+        }
+        Host host;
+        const auto opened = host.open(*left);
+        INFO(opened.report.damage);
+        REQUIRE_FALSE(opened.report.read_only);
+        REQUIRE((content(*opened.volume) == model));
+        host.close(*left);
+        REQUIRE(host.core().ring().pages_in_use() == 0);
+    }
+}
+
+TEST_CASE("a flush tells of a failure once") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1);
+    Host host;
+    const auto opened = host.open(log);
+    REQUIRE(write(host, *opened.volume, 0, pattern(kBlockBytes, 1)) > 0);
+    disk.fail_syncs(1, EIO);
+    REQUIRE(flush(*opened.volume) == -EIO);
+    REQUIRE(flush(*opened.volume) == 0);
+    REQUIRE(host.failures() == 1);
+    REQUIRE(opened.volume->stats().epoch == 2);
+    host.close(log);
+}
+
+TEST_CASE("the largest chunks find room in the new epoch") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1, 26);
+    HostOptions options;
+    options.geometry.ring_extents = 32;
+    Host host(options);
+    const auto opened = host.open(log);
+    Volume& volume = *opened.volume;
+    Bytes model;
+    disk.hold_writes();
+    for (std::uint64_t i = 0; i < 20; ++i) {
+        const Change change{.offset = i * kMiB, .size_bytes = kMiB, .stamp = i + 1};
+        REQUIRE(change.run(host, log, volume) == 0);
+        change.apply(model);
+        if (i < 4)
+            disk.wait_held_writes(static_cast<unsigned>(i) + 1);
+    }
+    disk.release_writes(EIO);
+    flush(volume);
+    REQUIRE(flush(volume) == 0);
+    REQUIRE((content(volume) == model));
+    host.close(log);
+}
+
+TEST_CASE("a full disk refuses writes before they are acknowledged, and takes them again later") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    const bool in_prepare = GENERATE(false, true);
+    Log log(1);
+    Host host;
+    const auto opened = host.open(log);
+    Volume& volume = *opened.volume;
+    Bytes model;
+    std::uint64_t stamp = 0;
+    if (in_prepare) {
+        log.refuse_segments = ENOSPC;
+    } else {
+        disk.set_space(3 * static_cast<std::int64_t>(kMiB));
+    }
+    std::int64_t result = 0;
+    while (result == 0) {
+        const Change change{.offset = stamp % 8 * kMiB, .size_bytes = kMiB, .stamp = stamp + 1};
+        result = change.run(host, log, volume);
+        if (result == 0)
+            change.apply(model);
+        REQUIRE(++stamp < 100);
+    }
+    REQUIRE(result == -ENOSPC);
+    REQUIRE((content(volume) == model));
+    REQUIRE(flush(volume) == 0);
+    {
+        const auto lock = disk.freeze();
+        log.refuse_segments = 0;
+    }
+    disk.set_space(-1);
+    const Change change{.offset = 0, .size_bytes = kMiB, .stamp = 1000};
+    REQUIRE(wait_until([&] { return change.run(host, log, volume) == 0; }));
+    change.apply(model);
+    REQUIRE((content(volume) == model));
+    host.close(log);
+    REQUIRE(host.core().ring().pages_in_use() == 0);
+}
+
+TEST_CASE("a full disk during a checkpoint leaves the older one") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Random random(1);
+    Log log(1);
+    Bytes model(kMiB);
+    Host host;
+    const auto opened = host.open(log);
+    REQUIRE(write(host, *opened.volume, 0, model = pattern(kMiB, 5)) > 0);
+    REQUIRE(flush(*opened.volume) == 0);
+    disk.set_space(0);
+    log.refuse_segments = ENOSPC;
+    bool refused = false;
+    for (std::uint64_t i = 0; i < 2000 && !refused; ++i) {
+        const Change change{.offset = 0, .size_bytes = kBlockBytes, .stamp = i + 10};
+        if (change.run(host, log, *opened.volume) != 0)
+            break;
+        change.apply(model);
+        try {
+            host.checkpoint(log);
+        } catch (const std::system_error& error) {
+            refused = error.code().value() == ENOSPC;
+        }
+    }
+    REQUIRE(refused);
+    REQUIRE((content(*opened.volume) == model));
+    const auto left = log.after_power_cut(random, FaultyDisk::Fate::all_kept);
+    {
+        const auto lock = disk.freeze();
+        log.refuse_segments = 0;
+    }
+    disk.set_space(-1);
+    host.close(log);
+    Host second;
+    REQUIRE((content(*second.open(*left).volume) == model));
+}
+
+TEST_CASE("a tiny ring slows many volumes and stops none") {
+    FaultyDisk::instance().reset();
+    HostOptions options;
+    options.geometry = {.slots = 16, .chunks = 24, .ring_extents = 4, .spill_extents = 4};
+    options.core.commit_ns = 50'000'000;
+    std::vector<std::unique_ptr<Log>> logs;
+    Host host(options);
+    std::vector<std::shared_ptr<Volume>> volumes;
+    constexpr std::size_t kVolumes = 300;
+    for (std::size_t i = 0; i < kVolumes; ++i) {
+        logs.push_back(std::make_unique<Log>(i + 1));
+        volumes.push_back(host.open(*logs.back()).volume);
+    }
+    std::vector<std::thread> writers;
+    std::atomic<int> failures{0};
+    for (std::size_t t = 0; t < 4; ++t) {
+        writers.emplace_back([&, t] {
+            Random random(t);
+            for (std::size_t i = 0; i < kVolumes * 2; ++i) {
+                const std::size_t v = random() % kVolumes;
+                // Each writer has a place of its own in every volume.
+                const Bytes data = pattern(random() % 2 == 0 ? 8192 : 5000, v * 4 + t + 1);
+                failures += write(host, *volumes[v], t * 16384 + 100, data) < 0 ? 1 : 0;
+            }
+        });
+    }
+    for (std::thread& writer : writers)
+        writer.join();
+    REQUIRE(failures == 0);
+    for (std::size_t v = 0; v < kVolumes; ++v) {
+        for (std::size_t t = 0; t < 4; ++t) {
+            Bytes part;
+            read(*volumes[v], t * 16384 + 100, 4096, part);
+            const bool never = part.empty() || std::count(part.begin(), part.end(), std::byte{0}) == 4096;
+            if (!never)
+                REQUIRE((part == pattern(4096, v * 4 + t + 1)));
+        }
+    }
+    for (const auto& log : logs)
+        host.close(*log);
+    REQUIRE(host.core().ring().pages_in_use() == 0);
+}
+
+TEST_CASE("large writes through a small ring are parked and complete") {
+    FaultyDisk::instance().reset();
+    HostOptions options;
+    options.geometry = {.slots = 16, .chunks = 16, .ring_extents = 2, .spill_extents = 6};
+    Log log(1);
+    Host host(options);
+    const auto volume = host.open(log).volume;
+    std::vector<std::thread> writers;
+    std::atomic<int> failures{0};
+    for (std::uint64_t t = 0; t < 4; ++t) {
+        writers.emplace_back([&, t] {
+            for (std::uint64_t i = 0; i < 12; ++i) {
+                const std::uint64_t odd = i % 2;
+                const Bytes data = pattern(kMiB - odd * 777, t * 100 + i + 1);
+                failures += write(host, *volume, (t * 12 + i) * kMiB + odd * 333, data, i % 5 == 0) < 0 ? 1 : 0;
+            }
+        });
+    }
+    for (std::thread& writer : writers)
+        writer.join();
+    REQUIRE(failures == 0);
+    for (std::uint64_t t = 0; t < 4; ++t) {
+        for (std::uint64_t i = 0; i < 12; ++i) {
+            const std::uint64_t odd = i % 2;
+            Bytes part;
+            read(*volume, (t * 12 + i) * kMiB + odd * 333, static_cast<std::uint32_t>(kMiB - odd * 777), part);
+            REQUIRE((part == pattern(kMiB - odd * 777, t * 100 + i + 1)));
+        }
+    }
+    host.close(log);
+    REQUIRE(host.core().ring().pages_in_use() == 0);
+}
+
+TEST_CASE("writers of parts of the same blocks lose no update") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Host host;
+    const auto volume = host.open(log).volume;
+    constexpr std::uint64_t kPiece = 700;  // crosses blocks now and then
+    std::vector<std::thread> threads;
+    std::atomic<int> failures{0};
+    std::atomic<bool> stop{false};
+    for (std::uint64_t t = 0; t < 6; ++t) {
+        threads.emplace_back([&, t] {
+            for (std::uint64_t i = 0; i < 60; ++i) {
+                // In a round-robin of pieces each has its own writer, who sees what it wrote last.
+                const std::uint64_t at = (i % 4 * 6 + t) * kPiece;
+                const Bytes data = pattern(kPiece, t * 1000 + i + 1);
+                failures += write(host, *volume, at, data) != static_cast<std::int64_t>(kPiece) ? 1 : 0;
+                Bytes back;
+                read(*volume, at, kPiece, back);
+                failures += back != data ? 1 : 0;
+            }
+        });
+    }
+    std::thread background([&] {
+        while (!stop) {
+            flush(*volume);
+            host.checkpoint(log);
+        }
+    });
+    for (std::thread& thread : threads)
+        thread.join();
+    stop = true;
+    background.join();
+    REQUIRE(failures == 0);
+    for (std::uint64_t t = 0; t < 6; ++t) {
+        for (std::uint64_t i = 56; i < 60; ++i) {
+            Bytes back;
+            read(*volume, (i % 4 * 6 + t) * kPiece, kPiece, back);
+            REQUIRE((back == pattern(kPiece, t * 1000 + i + 1)));
+        }
+    }
+    host.close(log);
+    REQUIRE(host.core().ring().pages_in_use() == 0);
+}
+
+TEST_CASE("requests under way when the core ends are answered") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Wait parked;
+    Wait flushed;
+    {
+        Log log(1);
+        Host host;
+        const auto volume = host.open(log).volume;
+        host.hold_segments = true;
+        volume->write_copy(0, pattern(kMiB, 1), false, parked);
+        volume->flush(flushed);
+    }
+    REQUIRE(parked.result() == -ESHUTDOWN);
+    REQUIRE(flushed.ended());
+}
