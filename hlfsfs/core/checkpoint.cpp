@@ -57,16 +57,7 @@ void Volume::load_node_waiting(Pointer pointer, Node& out) {
             return;
         }
         while (!segment->fd) {
-            if (!segment->fd_requested) {
-                segment->fd_requested = true;
-                Event event;
-                event.kind = EventKind::open_segment;
-                event.volume_id = config_.id;
-                event.index = segment->index;
-                event.log_no = segment->log_no;
-                event.segno = segment->identity.segno;
-                core_.post(std::move(event));
-            }
+            request_descriptor(segment);
             wait_change(lock);
             if (!segment->fd && !segment->fd_requested)
                 throw std::system_error(EIO, std::generic_category(), "opening a segment");

@@ -270,6 +270,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     static void node_read_done(ReadRequest* request, std::int32_t result) noexcept;
     static void data_read_done(ReadRequest* request, std::int32_t result) noexcept;
     std::shared_ptr<SharedFd> descriptor_of(Segment* segment, ReadOp* waiter);
+    void request_descriptor(Segment* segment);
 
     // mutations (volume_write.cpp)
     void start(Mutation* mutation) noexcept;

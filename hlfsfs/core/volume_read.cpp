@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <utility>
 
 #include "mutation.hpp"
 #include "read_op.hpp"
@@ -233,17 +234,20 @@ std::shared_ptr<SharedFd> Volume::descriptor_of(Segment* segment, ReadOp* waiter
     if (segment->fd)
         return segment->fd;
     segment->fd_waiters.push_back(waiter);
-    if (!segment->fd_requested) {
-        segment->fd_requested = true;
-        Event event;
-        event.kind = EventKind::open_segment;
-        event.volume_id = config_.id;
-        event.index = segment->index;
-        event.log_no = segment->log_no;
-        event.segno = segment->identity.segno;
-        core_.post(std::move(event));
-    }
+    request_descriptor(segment);
     return nullptr;
+}
+
+void Volume::request_descriptor(Segment* segment) {
+    if (std::exchange(segment->fd_requested, true))
+        return;
+    Event event;
+    event.kind = EventKind::open_segment;
+    event.volume_id = config_.id;
+    event.index = segment->index;
+    event.log_no = segment->log_no;
+    event.segno = segment->identity.segno;
+    core_.post(std::move(event));
 }
 
 void Volume::supply_descriptor(std::uint32_t index, int fd, int error) {
