@@ -8,6 +8,7 @@ Safe for any number of threads: paths are constant, the kernel does the rest. On
 """
 
 import os
+import stat
 import time
 from contextlib import suppress
 from uuid import uuid4
@@ -73,6 +74,13 @@ def find_root(path: bytes) -> bytes | None:
         path = os.path.dirname(path)
 
 
+def _is_directory(path: bytes) -> bool:
+    """Unlike os.path.isdir, what this user may not look at is an error and not a no."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    return False
+
+
 def open_local(root: bytes, *, create: bool, read_only: bool, disk: Disk | None = None) -> LocalStore:
     """Opens the store in a directory.
 
@@ -91,7 +99,7 @@ def open_local(root: bytes, *, create: bool, read_only: bool, disk: Disk | None 
     uri = "local://" + printable(root)
     meta = os.path.join(root, META)
     with reading(uri):
-        if not os.path.isdir(root):
+        if not _is_directory(root):
             raise StoreMissing(uri)
         if not os.path.exists(os.path.join(meta, b"store.json")):
             _require_creatable(root, uri, disk, allowed=create and not read_only)
