@@ -228,6 +228,7 @@ struct Volume::Replay {
 RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const std::byte> slot1,
                                std::vector<std::pair<std::uint64_t, int>> segments, Ring* old_ring) {
     RecoveryReport report;
+    Lock lock(mutex_);
     const NewestCheckpoint newest = choose(slot0, slot1);
     newest_slot_ = newest.slot;
     Replay replay{.volume = *this, .report = report, .expected = 1, .end = {}, .cuts = {}};
@@ -366,6 +367,8 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
                 throw std::system_error(errno, std::generic_category(), "fdatasync of a recovered segment");
         }
     }
+    opened_ = true;
+    lock.unlock();
     if (old_ring != nullptr && !report.read_only)
         replay_ring(*old_ring, disk_epoch, report);
     return report;
@@ -411,6 +414,7 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
         if (chunk->first_sequence + count <= expected)
             continue;
         if (chunk->first_sequence > expected) {
+            const Lock lock(mutex_);
             read_only_ = report.read_only = true;
             report.damage =
                 "the ring lacks what was acknowledged before sequence " + std::to_string(chunk->first_sequence);

@@ -304,6 +304,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     const VolumeConfig config_;
     const std::uint32_t segment_slots_;
 
+    // Set once the log has been read: before, timer and errands leave the volume alone.
+    std::atomic<bool> opened_{false};
+
     mutable std::mutex mutex_;  // guards all below
     std::condition_variable changed_;
     bool read_only_;

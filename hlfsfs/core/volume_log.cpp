@@ -488,6 +488,8 @@ void Volume::want_room_for_open() {
 }
 
 void Volume::want_sync() noexcept {
+    if (!opened_)
+        return;
     const Lock lock(mutex_);
     if (durable_end_ == next_sequence_)
         return;
@@ -496,6 +498,8 @@ void Volume::want_sync() noexcept {
 }
 
 void Volume::trim_descriptors(std::size_t keep) noexcept {
+    if (!opened_)
+        return;
     const Lock lock(mutex_);
     std::vector<Segment*> open;
     for (const auto& segment : table_) {
@@ -515,12 +519,16 @@ void Volume::trim_descriptors(std::size_t keep) noexcept {
 }
 
 void Volume::wake_if_parked() noexcept {
+    if (!opened_)
+        return;
     const Lock lock(mutex_);
     if (!parked_.empty())
         wake();
 }
 
 void Volume::tick(std::uint64_t now_ns) noexcept {
+    if (!opened_)
+        return;
     const Lock lock(mutex_);
     if (!live_.empty() && live_.front()->opened_ns + core_.options().commit_ns < now_ns && !broken_) {
         sync_target_ = next_number();
