@@ -13,7 +13,14 @@ from tests.system.tools import MIB, changes, lose_power
 pytestmark = needs_fuse
 
 FIO_TIMEOUT_S = 120
-COMMON = ("--thread", "--fallocate=none", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--randseed=11")
+COMMON = (
+    "--thread",
+    "--fallocate=none",
+    "--verify=crc32c",
+    "--verify_fatal=1",
+    "--verify_state_save=0",
+    "--randseed=11",
+)
 
 # Mixed sizes at any sector: fio's own map of what it wrote keeps blocks from overlapping.
 SECTORS = ("--bssplit=512/30:1536/10:4k/30:64k/20:256k/10", "--blockalign=512")
