@@ -1,0 +1,250 @@
+"""libvirt as the distribution installs it: a pool of type `dir` on a mount, and a guest that lives on a volume.
+
+QEMU runs as a user of its own here: what it may open is up to libvirt's chown and to the mount's default options.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from contrib.demo.guest import SUCCESS
+from contrib.demo.image import build_image, check_guest_filesystem, read_guest_file
+from tests.fuse.mounts import Mounted, mounted, needs_fuse, run
+from tests.system.libvirt_daemon import libvirt_daemons, virsh
+from tests.system.tools import KIB, MIB, random_file, sh, wait_for
+
+pytestmark = needs_fuse
+
+POOL = "hlfs-test"
+GUEST = "hlfs-test"
+BOOT_TIMEOUT_S = 120
+
+DOMAIN = """<domain type='qemu'>
+  <name>{name}</name>
+  <memory unit='MiB'>256</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='pc'>hvm</type><boot dev='hd'/></os>
+  <features><acpi/></features>
+  <on_reboot>destroy</on_reboot>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw' cache='none' discard='unmap'/>
+      <source file='{volume}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+    <serial type='file'><source path='{serial}'/></serial>
+    <memballoon model='none'/>
+  </devices>
+</domain>
+"""
+
+
+@pytest.fixture(scope="module")
+def scratch() -> Iterator[Path]:
+    """A directory that QEMU's user can get into, unlike pytest's own."""
+    path = Path(tempfile.mkdtemp(prefix="hlfs-libvirt-", dir="/var/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def mount(scratch: Path) -> Iterator[Mounted]:
+    with mounted(scratch / "store") as mount:
+        yield mount
+
+
+@pytest.fixture(scope="module")
+def daemon(mount: Mounted, scratch: Path) -> Iterator[None]:
+    """libvirtd, which ends before the mount does."""
+    with libvirt_daemons(scratch):
+        yield
+
+
+@pytest.fixture
+def pool(daemon: None, mount: Mounted, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A running pool of libvirt on a pool of the store."""
+    path = mount.path / request.node.name
+    mount.run("mkdir", path)
+    virsh("pool-create-as", POOL, "dir", "--target", path)
+    yield path
+    virsh("pool-destroy", POOL)
+
+
+def in_pool(command: str, *words: str | Path) -> str:
+    """A command of virsh on a volume: its name comes first, then the pool, then other words."""
+    return virsh(command, words[0], "--pool", POOL, *words[1:])
+
+
+def figures(command: str, *words: str) -> dict[str, int]:
+    """What `vol-info` or `pool-info` says in bytes."""
+    lines = virsh(command, *words, "--bytes").splitlines()
+    pairs = (line.partition(":") for line in lines)
+    return {name: int(value.split()[0]) for name, _, value in pairs if value.split()[0].isdigit()}
+
+
+def volume_figures(volume: str) -> dict[str, int]:
+    """Capacity and Allocation of a volume, in bytes."""
+    return figures("vol-info", volume, "--pool", POOL)
+
+
+def test_a_pool_that_is_defined_built_and_deleted(daemon: None, mount: Mounted) -> None:
+    path = mount.path / "defined"
+    virsh("pool-define-as", POOL, "dir", "--target", path)
+    try:
+        virsh("pool-build", POOL)
+        assert sh(mount.path, "stat -c %F defined") == "directory\n"
+        virsh("pool-start", POOL)
+        found = figures("pool-info", POOL)
+        blocks, block_bytes = sh(mount.path, "stat -f -c '%b %S' .").split()
+        assert found["Capacity"] == int(blocks) * int(block_bytes)
+        assert 0 < found["Available"] < found["Capacity"]
+        virsh("pool-refresh", POOL)
+        virsh("pool-destroy", POOL)
+        virsh("pool-delete", POOL)
+        assert "defined" not in sh(mount.path, "ls")
+    finally:
+        virsh("pool-undefine", POOL)
+
+
+def test_a_volume_from_upload_to_deletion(pool: Path, scratch: Path) -> None:
+    source = random_file(scratch / "source", 1, 6 * MIB)
+    virsh("vol-create-as", POOL, "disk", "32M", "--format", "raw")
+    assert volume_figures("disk") == {"Capacity": 32 * MIB, "Allocation": 0}
+    in_pool("vol-upload", "disk", source)
+    sh(pool, 'cmp -n 6291456 "$1" disk', source)
+    allocation = volume_figures("disk")["Allocation"]
+    assert allocation == int(sh(pool, "stat -c %b disk")) * 512
+    assert 6 * MIB <= allocation <= 8 * MIB
+    part = random_file(scratch / "part", 2, 70_001)
+    in_pool("vol-upload", "disk", part, "--offset", "10000000", "--length", "70001")
+    in_pool("vol-download", "disk", scratch / "part-back", "--offset", "10000000", "--length", "70001")
+    run("cmp", part, scratch / "part-back")
+    in_pool("vol-clone", "disk", "clone")
+    sh(pool, "cmp disk clone")
+    assert volume_figures("clone")["Allocation"] <= allocation + MIB
+    in_pool("vol-resize", "clone", "48M")
+    assert volume_figures("clone")["Capacity"] == 48 * MIB
+    with pytest.raises(AssertionError, match="below existing allocation"):
+        in_pool("vol-resize", "clone", "4M", "--shrink")
+    in_pool("vol-resize", "clone", "8M", "--shrink")
+    assert sh(pool, 'cmp -n 6291456 "$1" clone; stat -c %s clone', source) == f"{8 * MIB}\n"
+    in_pool("vol-download", "disk", scratch / "whole")
+    run("cmp", scratch / "whole", pool / "disk")
+    in_pool("vol-wipe", "disk")
+    sh(pool, "cmp -n 33554432 disk /dev/zero")
+    assert virsh("vol-list", POOL).split()[0::2] == ["clone", "disk"]
+    for name in ("disk", "clone"):
+        in_pool("vol-delete", name)
+    assert sh(pool, "ls -A") == ""
+
+
+def test_sparse_upload_and_download(pool: Path, scratch: Path) -> None:
+    random_file(scratch / "piece", 3, MIB)
+    sh(scratch, "truncate -s 64M sparse; dd if=piece of=sparse bs=1M seek=32 conv=notrunc status=none")
+    virsh("vol-create-as", POOL, "disk", "64M")
+    in_pool("vol-upload", "disk", scratch / "sparse", "--sparse")
+    sh(pool, 'cmp disk "$1"', scratch / "sparse")
+    assert MIB <= volume_figures("disk")["Allocation"] <= 2 * MIB
+    in_pool("vol-download", "disk", scratch / "back", "--sparse")
+    run("cmp", scratch / "sparse", scratch / "back")
+    assert int(sh(scratch, "stat -c %b back")) * 512 <= 2 * MIB
+
+
+def test_kinds_of_volumes(pool: Path) -> None:
+    virsh("vol-create-as", POOL, "full", "16M", "--allocation", "16M")
+    virsh("vol-create-as", POOL, "odd name % @.img", str(16 * MIB + 512) + "B")
+    virsh("vol-create-as", POOL, "base.qcow2", "16M", "--format", "qcow2")
+    virsh("vol-create-as", POOL, "child.qcow2", "16M", "--format", "qcow2", "--backing-vol", "base.qcow2",
+          "--backing-vol-format", "qcow2")  # fmt: skip
+    # Zeros, allocated or not: a thin volume takes nothing for them.
+    assert volume_figures("full") == {"Capacity": 16 * MIB, "Allocation": 0}
+    assert volume_figures("odd name % @.img")["Capacity"] == 16 * MIB + 512
+    for name in ("base.qcow2", "child.qcow2"):
+        run("qemu-img", "check", pool / name)
+        assert volume_figures(name)["Capacity"] == 16 * MIB
+        assert volume_figures(name)["Allocation"] <= MIB
+    for name in ("full", "odd name % @.img", "child.qcow2", "base.qcow2"):
+        in_pool("vol-delete", name)
+
+
+def test_what_others_put_there_is_found(pool: Path) -> None:
+    sh(pool, "truncate -s 3M by-hand; mkdir nested; echo data >nested/deeper")
+    assert virsh("vol-list", POOL) == ""
+    virsh("pool-refresh", POOL)
+    # A directory is a volume of type `dir` to libvirt.
+    assert virsh("vol-list", POOL).split()[0::2] == ["by-hand", "nested"]
+    assert volume_figures("by-hand")["Capacity"] == 3 * MIB
+    in_pool("vol-delete", "by-hand")
+    assert sh(pool, "ls") == "nested\n"
+
+
+def test_refreshing_many_volumes_changes_none(pool: Path) -> None:
+    sh(pool, "for i in $(seq 200); do echo $i >volume-$i; done")
+    before = sh(pool, "stat -c '%n %y %z %b' *")
+    virsh("pool-refresh", POOL)
+    assert len(virsh("vol-list", POOL).splitlines()) == 200
+    assert sh(pool, "stat -c '%n %y %z %b' *") == before
+
+
+def test_a_guest_lives_on_a_volume(pool: Path, scratch: Path) -> None:
+    build_image(scratch / "image")
+    virsh("vol-create-as", POOL, "disk", "64M")
+    in_pool("vol-upload", "disk", scratch / "image")
+    serial = scratch / "serial.log"
+    start_guest(GUEST, pool / "disk", serial, "--paused")
+    try:
+        qemu_user = pwd.getpwnam("libvirt-qemu")
+        assert sh(pool, "stat -c '%U %a' disk") == f"{qemu_user.pw_name} 600\n"
+        assert qemu_owner() == qemu_user.pw_uid
+        assert "Capacity:       67108864" in virsh("domblkinfo", GUEST, "vda")
+        with pytest.raises(AssertionError, match='Failed to get "write" lock'):
+            start_guest(GUEST + "-second", pool / "disk", scratch / "second.log")
+        virsh("resume", GUEST)
+        wait_for(lambda: GUEST not in virsh("list", "--name").split(), "the guest powers off", BOOT_TIMEOUT_S)
+    finally:
+        end_guest(GUEST)
+    said = serial.read_text(errors="replace")
+    assert SUCCESS in said.split(), said
+    letter = next(line.split()[2] for line in said.splitlines() if line.startswith("guest: wrote "))
+    assert read_guest_file(pool / "disk", "letter.txt").decode().strip() == letter
+    check_guest_filesystem(pool / "disk")
+    # libvirt gives the volume back to whom it belonged, by what it keeps in trusted.libvirt.*
+    assert sh(pool, "stat -c %U disk; getfattr -m trusted.libvirt -d disk") == "root\n"
+    in_pool("vol-delete", "disk")
+
+
+def start_guest(name: str, volume: Path, serial: Path, *words: str) -> None:
+    """Starts a guest without KVM. Raises AssertionError with libvirt's words."""
+    definition = serial.with_suffix(".xml")
+    definition.write_text(DOMAIN.format(name=name, volume=volume, serial=serial))
+    virsh("create", definition, *words, timeout_s=BOOT_TIMEOUT_S)
+
+
+def end_guest(name: str) -> None:
+    """No guest of the tests stays."""
+    if name in virsh("list", "--name").split():
+        virsh("destroy", name)
+
+
+def qemu_owner() -> int:
+    """The user as whom the guest's QEMU runs."""
+    pid = int(Path(f"/run/libvirt/qemu/{GUEST}.pid").read_text())
+    return os.stat(f"/proc/{pid}").st_uid
+
+
+def test_a_small_volume_costs_little(pool: Path, mount: Mounted, scratch: Path) -> None:
+    """A seed image, as for cloud-init."""
+    random_file(scratch / "seed", 4, 370 * KIB)
+    virsh("vol-create-as", POOL, "seed.iso", f"{370 * KIB}B")
+    in_pool("vol-upload", "seed.iso", scratch / "seed")
+    run("cmp", scratch / "seed", pool / "seed.iso")
+    assert 370 * KIB <= volume_figures("seed.iso")["Allocation"] <= MIB
+    in_pool("vol-delete", "seed.iso")
