@@ -276,11 +276,7 @@ struct Volume::Merge {
             const bool punched = overlay.leaf_punched(*leaf_no);
             if (leaf == nullptr) {
                 // A range without entries is cut out of the parents; skip to its end or its next leaf with entries.
-                const auto range = std::prev(overlay.punched().upper_bound(*leaf_no));
-                std::uint64_t next = *leaf_no + 1;
-                while (next < range->second && overlay.leaf(next) == nullptr)
-                    ++next;
-                leaf_no = next - 1;
+                leaf_no = overlay.punched_until(*leaf_no) - 1;
                 continue;
             }
             old_node(0, *leaf_no, node);
@@ -367,11 +363,7 @@ struct Volume::Merge {
             if (overlay.leaf(*leaf_no) != nullptr) {
                 highest = (*leaf_no + 1) << kNodeShift;
             } else {
-                const auto range = std::prev(overlay.punched().upper_bound(*leaf_no));
-                std::uint64_t next = *leaf_no + 1;
-                while (next < range->second && overlay.leaf(next) == nullptr)
-                    ++next;
-                leaf_no = next - 1;
+                leaf_no = overlay.punched_until(*leaf_no) - 1;
             }
         }
         return highest;

@@ -176,17 +176,24 @@ std::optional<std::uint64_t> Overlay::next_leaf(std::uint64_t leaf_no) const noe
         return leaf_no;
     if (const auto range = punched_.lower_bound(leaf_no); range != punched_.end())
         best = range->first;
+    const auto entries = next_entries(leaf_no);
+    return best && entries ? std::min(*best, *entries) : best ? best : entries;
+}
+
+std::optional<std::uint64_t> Overlay::next_entries(std::uint64_t leaf_no) const noexcept {
     for (auto it = groups_.lower_bound(leaf_no >> kGroupShift); it != groups_.end(); ++it) {
         const std::uint64_t base = it->first << kGroupShift;
-        if (best && base >= *best)
-            break;
         for (std::uint64_t i = base < leaf_no ? leaf_no - base : 0; i < kNodeEntries; ++i) {
-            if (!(*it->second)[i])
-                continue;
-            return best ? std::min(*best, base + i) : base + i;
+            if ((*it->second)[i])
+                return base + i;
         }
     }
-    return best;
+    return std::nullopt;
+}
+
+std::uint64_t Overlay::punched_until(std::uint64_t leaf_no) const noexcept {
+    const std::uint64_t end = std::prev(punched_.upper_bound(leaf_no))->second;
+    return std::min(end, next_entries(leaf_no).value_or(end));
 }
 
 }  // namespace hlfs

@@ -57,6 +57,10 @@ class Overlay {
 
     // The first leaf at or after `leaf_no` that has entries or is punched.
     [[nodiscard]] std::optional<std::uint64_t> next_leaf(std::uint64_t leaf_no) const noexcept;
+    // The first leaf at or after `leaf_no` that has entries.
+    [[nodiscard]] std::optional<std::uint64_t> next_entries(std::uint64_t leaf_no) const noexcept;
+    // From `leaf_no`, which is punched: where its range ends, or a leaf with entries comes first.
+    [[nodiscard]] std::uint64_t punched_until(std::uint64_t leaf_no) const noexcept;
     // Punched ranges of whole leaves, [first, second), disjoint and sorted.
     [[nodiscard]] const std::map<std::uint64_t, std::uint64_t>& punched() const noexcept { return punched_; }
 

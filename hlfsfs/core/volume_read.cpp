@@ -512,7 +512,11 @@ void Volume::seek_step(ReadOp* op) noexcept {
                     break;
                 Missing missing;
                 std::uint64_t after = next + 1;
-                if (levels_ == 0 || next >= span_of(levels_ - 1)) {
+                if (overlay_.leaf_punched(next)) {
+                    after = overlay_.punched_until(next);
+                } else if (frozen_ && frozen_->leaf_punched(next)) {
+                    after = frozen_->punched_until(next);
+                } else if (levels_ == 0 || next >= span_of(levels_ - 1)) {
                     after = UINT64_MAX;
                 } else {
                     Pointer pointer = root_;
@@ -536,10 +540,10 @@ void Volume::seek_step(ReadOp* op) noexcept {
                     if (unknown || pointer != kHole)
                         break;
                 }
-                if (const auto other = overlay_.next_leaf(next); other)
+                if (const auto other = overlay_.next_entries(next); other)
                     after = std::min(after, std::max(*other, next + 1));
                 if (frozen_) {
-                    if (const auto other = frozen_->next_leaf(next); other)
+                    if (const auto other = frozen_->next_entries(next); other)
                         after = std::min(after, std::max(*other, next + 1));
                 }
                 next = after;

@@ -215,6 +215,8 @@ void Host::answer(const Event& event) {
             ++prepare_asked;
             while (hold_segments && !stopping_)
                 std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            if (stopping_)
+                return;
             const int fd = log->prepare(event.segno, event.header, event.allocate_bytes);
             if (fd < 0) {
                 volume->segment_failed(event.segno, -fd);

@@ -57,7 +57,7 @@ void check_sparse(Volume& volume, const Sparse& model) {
 
 }  // namespace
 
-TEST_CASE("maps grow from one level to four, are cut and punched, and say the same after each checkpoint") {
+TEST_CASE("maps that grow and are cut and punched say the same after each checkpoint") {
     FaultyDisk::instance().reset();
     Random random(test_seed("sparse maps"));
     for (int round = 0; round < test_rounds(3); ++round) {
@@ -156,7 +156,7 @@ TEST_CASE("a map larger than its cache is read by many") {
     host.close(log);
 }
 
-TEST_CASE("two checkpoints at once, and writes between, lose nothing") {
+TEST_CASE("two checkpoints at once lose nothing") {
     FaultyDisk::instance().reset();
     Log log(1);
     {
@@ -225,7 +225,7 @@ TEST_CASE("a damaged slot leaves the other; two leave none") {
     REQUIRE_THROWS_AS(host.open(log), FormatError);
 }
 
-TEST_CASE("writers, readers, flushes and checkpoints together") {
+TEST_CASE("writers and readers go on through flushes and checkpoints") {
     FaultyDisk::instance().reset();
     Log log(1);
     constexpr std::uint64_t kBlocks = 2000;

@@ -24,7 +24,7 @@ bool wait_until(const std::function<bool()>& condition) {
 
 }  // namespace
 
-TEST_CASE("a failed write or sync is reported once, and nothing is lost") {
+TEST_CASE("a failed write or sync loses nothing") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
     Random random(test_seed("failing disk"));
@@ -119,7 +119,7 @@ TEST_CASE("the largest chunks find room in the new epoch") {
     host.close(log);
 }
 
-TEST_CASE("a full disk refuses writes before they are acknowledged, and takes them again later") {
+TEST_CASE("a full disk refuses writes before they are acknowledged and takes them again later") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
     const bool in_prepare = GENERATE(false, true);

@@ -1,6 +1,7 @@
 // A volume against a byte array: content, size, holes; clean and unclean ends; many threads.
 #include <unistd.h>
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 
 #include "harness.hpp"
@@ -19,8 +20,9 @@ void check_holes(Volume& volume, const Bytes& model) {
         const std::uint64_t data_at = data == -ENXIO ? model.size() : static_cast<std::uint64_t>(data);
         REQUIRE(data_at >= at);
         REQUIRE(data_at <= model.size());
-        for (std::uint64_t i = at; i < data_at; ++i)
-            REQUIRE(model[i] == std::byte{0});
+        const auto from = model.begin() + static_cast<std::ptrdiff_t>(at);
+        const auto to = model.begin() + static_cast<std::ptrdiff_t>(data_at);
+        REQUIRE(std::all_of(from, to, [](std::byte b) { return b == std::byte{0}; }));
         if (data == -ENXIO)
             break;
         const std::int64_t hole = seek(volume, data_at, SEEK_HOLE);

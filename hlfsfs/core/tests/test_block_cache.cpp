@@ -1,0 +1,95 @@
+// The block cache: what is found is what was put there, pinned blocks stay, and threads do not disturb each other.
+#include <catch2/catch.hpp>
+#include <cstring>
+#include <thread>
+
+#include "../block_cache.hpp"
+#include "harness.hpp"
+
+using namespace hlfs;
+using namespace hlfs::testing;
+
+TEST_CASE("a cache returns what was put at an address, or nothing") {
+    BlockCache cache(std::size_t{1} << 20);
+    const std::size_t frames = cache.size_bytes() / kBlockBytes;
+    std::size_t hits = 0;
+    for (std::uint32_t i = 0; i < frames * 3; ++i)
+        cache.put({1, i}, pattern(kBlockBytes, i + 1).data());
+    for (std::uint32_t i = 0; i < frames * 3; ++i) {
+        BlockCache::Frame* frame = cache.get({1, i});
+        if (frame == nullptr)
+            continue;
+        ++hits;
+        REQUIRE(std::memcmp(frame->data, pattern(kBlockBytes, i + 1).data(), kBlockBytes) == 0);
+        BlockCache::release(frame);
+    }
+    REQUIRE(hits > 0);
+    REQUIRE(hits <= frames);
+    REQUIRE(cache.get({2, 0}) == nullptr);
+}
+
+TEST_CASE("a pinned block is not given up") {
+    BlockCache cache(1);
+    cache.put({1, 1}, pattern(kBlockBytes, 42).data());
+    BlockCache::Frame* pinned = cache.get({1, 1});
+    REQUIRE(pinned != nullptr);
+    for (std::uint32_t i = 2; i < 5000; ++i)
+        cache.put({1, i}, pattern(kBlockBytes, i).data());
+    REQUIRE(std::memcmp(pinned->data, pattern(kBlockBytes, 42).data(), kBlockBytes) == 0);
+    BlockCache::release(pinned);
+    // With every frame pinned nothing can be put, and nothing breaks.
+    std::vector<BlockCache::Frame*> held;
+    for (std::uint32_t i = 0; i < 5000; ++i) {
+        if (BlockCache::Frame* frame = cache.get({1, i}))
+            held.push_back(frame);
+    }
+    for (std::uint32_t i = 6000; i < 6100; ++i)
+        cache.put({1, i}, pattern(kBlockBytes, i).data());
+    for (BlockCache::Frame* frame : held)
+        BlockCache::release(frame);
+}
+
+TEST_CASE("a scan takes only frames that nobody uses") {
+    BlockCache cache(1);
+    const std::size_t frames = cache.size_bytes() / kBlockBytes;
+    for (std::uint32_t i = 0; i < frames * 4; ++i)
+        cache.put({1, i}, pattern(kBlockBytes, i).data());
+    const auto here = [&](std::uint32_t uid) {
+        std::size_t count = 0;
+        for (std::uint32_t i = 0; i < frames * 4; ++i) {
+            if (BlockCache::Frame* frame = cache.get({uid, i})) {
+                ++count;
+                BlockCache::release(frame);
+            }
+        }
+        return count;
+    };
+    const std::size_t before = here(1);
+    for (std::uint32_t i = 0; i < frames * 4; ++i)
+        cache.put({2, i}, pattern(kBlockBytes, i).data(), true);
+    REQUIRE(here(1) == before);
+}
+
+TEST_CASE("threads share a cache") {
+    BlockCache cache(std::size_t{256} << 10);
+    std::atomic<int> wrong{0};
+    std::vector<std::thread> threads;
+    for (std::uint64_t t = 0; t < 4; ++t) {
+        threads.emplace_back([&, t] {
+            Random random(t);
+            for (int i = 0; i < 3000; ++i) {
+                const auto slot = static_cast<std::uint32_t>(random() % 200);
+                if (BlockCache::Frame* frame = cache.get({1, slot})) {
+                    wrong += std::memcmp(frame->data, pattern(kBlockBytes, slot + 1).data(), kBlockBytes) != 0 ? 1 : 0;
+                    BlockCache::release(frame);
+                } else {
+                    cache.put({1, slot}, pattern(kBlockBytes, slot + 1).data());
+                }
+            }
+        });
+    }
+    for (std::thread& thread : threads)
+        thread.join();
+    REQUIRE(wrong == 0);
+    REQUIRE(cache.hits() + cache.misses() == 12000);
+}

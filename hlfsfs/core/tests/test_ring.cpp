@@ -1,0 +1,136 @@
+// The ring: pages and descriptors handed out once, all free again in the end, and found by a successor.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <catch2/catch.hpp>
+#include <cstring>
+#include <set>
+#include <thread>
+
+#include "../format.hpp"
+#include "../ring.hpp"
+#include "harness.hpp"
+
+using namespace hlfs;
+using namespace hlfs::testing;
+
+namespace {
+
+constexpr RingGeometry kGeometry{.slots = 4, .chunks = 3, .ring_extents = 2, .spill_extents = 2};
+
+struct RingFile {
+    int fd = memfd_create("hlfs-test-ring", MFD_CLOEXEC);
+    ~RingFile() { close(fd); }
+};
+
+}  // namespace
+
+TEST_CASE("a ring hands out each page once, spill last, and takes all back") {
+    const RingFile file;
+    const auto ring = Ring::create(file.fd, kGeometry, {});
+    RunCursor cursor;
+    std::set<std::uint32_t> pages;
+    std::vector<PageRun> runs;
+    while (ring->reserve(cursor, 200)) {
+        const PageRun run = ring->take(cursor, 200);
+        runs.push_back(run);
+        for (std::uint32_t i = 0; i < run.count; ++i)
+            REQUIRE(pages.insert(run.first + i).second);
+    }
+    REQUIRE(runs.size() == 8);  // two of 200 in each extent of 512
+    REQUIRE(ring->pages_in_use() == 1600);
+    REQUIRE(ring->extents_taken() == 4);
+    for (const PageRun& run : runs)
+        ring->free_pages(run);
+    ring->abandon(cursor);
+    REQUIRE(ring->pages_in_use() == 0);
+    REQUIRE(ring->extents_taken() == 0);
+    REQUIRE(ring->reserve(cursor, kExtentPages));
+    ring->abandon(cursor);
+}
+
+TEST_CASE("chunk descriptors and slots run out and come back") {
+    const RingFile file;
+    const auto ring = Ring::create(file.fd, kGeometry, {});
+    std::vector<ChunkDescriptor*> chunks;
+    while (ChunkDescriptor* chunk = ring->acquire_chunk())
+        chunks.push_back(chunk);
+    REQUIRE(chunks.size() == kGeometry.chunks);
+    ring->release_chunk(chunks.back());
+    REQUIRE(ring->acquire_chunk() == chunks.back());
+    std::vector<Slot*> slots;
+    for (std::uint32_t i = 0; i < kGeometry.slots; ++i)
+        slots.push_back(ring->acquire_slot());
+    std::thread waiter([&] { ring->release_slot(ring->acquire_slot()); });
+    ring->release_slot(slots[0]);
+    waiter.join();
+}
+
+TEST_CASE("a successor finds what a ring held, and nothing but a ring is taken for one") {
+    const RingFile file;
+    {
+        const auto ring = Ring::create(file.fd, kGeometry, {.store_uuid = {1, 2, 3}, .store_device = 4});
+        RunCursor cursor;
+        REQUIRE(ring->reserve(cursor, 1));
+        const PageRun run = ring->take(cursor, 1);
+        std::memcpy(ring->page(run.first), pattern(kBlockBytes, 8).data(), kBlockBytes);
+        ChunkDescriptor* chunk = ring->acquire_chunk();
+        chunk->volume_id = 99;
+        chunk->pages[0] = run.first;
+        chunk->count = 1;
+        chunk->state = ChunkState::open;
+    }
+    {
+        const auto ring = Ring::attach(file.fd);
+        REQUIRE(ring->identity().store_uuid[2] == 3);
+        REQUIRE(ring->identity().store_device == 4);
+        const ChunkDescriptor& chunk = ring->chunks()[0];
+        REQUIRE(chunk.volume_id == 99);
+        REQUIRE(std::memcmp(ring->page(chunk.pages[0]), pattern(kBlockBytes, 8).data(), kBlockBytes) == 0);
+    }
+    for (const off_t at : {0, 8, 20, 70}) {
+        std::byte byte{};
+        REQUIRE(pread(file.fd, &byte, 1, at) == 1);
+        const std::byte other = byte ^ std::byte{1};
+        REQUIRE(pwrite(file.fd, &other, 1, at) == 1);
+        REQUIRE_THROWS_AS(Ring::attach(file.fd), FormatError);
+        REQUIRE(pwrite(file.fd, &byte, 1, at) == 1);
+    }
+    REQUIRE(ftruncate(file.fd, static_cast<off_t>(Ring::file_bytes(kGeometry) - 1)) == 0);
+    REQUIRE_THROWS_AS(Ring::attach(file.fd), FormatError);
+}
+
+TEST_CASE("threads share a ring's pages") {
+    const RingFile file;
+    const auto ring = Ring::create(file.fd, {.slots = 4, .chunks = 3, .ring_extents = 8, .spill_extents = 0}, {});
+    std::atomic<int> wrong{0};
+    std::vector<std::thread> threads;
+    for (std::uint32_t t = 0; t < 4; ++t) {
+        threads.emplace_back([&, t] {
+            Random random(t);
+            RunCursor cursor;
+            std::vector<PageRun> held;
+            for (int i = 0; i < 2000; ++i) {
+                const auto count = static_cast<std::uint32_t>(random() % 60 + 1);
+                if (ring->reserve(cursor, count)) {
+                    const PageRun run = ring->take(cursor, count);
+                    std::memset(ring->page(run.first), static_cast<int>(t), kBlockBytes);
+                    held.push_back(run);
+                }
+                while (held.size() > random() % 8) {
+                    wrong += *ring->page(held.front().first) != static_cast<std::byte>(t) ? 1 : 0;
+                    ring->free_pages(held.front());
+                    held.erase(held.begin());
+                }
+            }
+            for (const PageRun& run : held)
+                ring->free_pages(run);
+            ring->abandon(cursor);
+        });
+    }
+    for (std::thread& thread : threads)
+        thread.join();
+    REQUIRE(wrong == 0);
+    REQUIRE(ring->pages_in_use() == 0);
+    REQUIRE(ring->extents_taken() == 0);
+}
