@@ -152,7 +152,7 @@ void Log::write_block(std::uint64_t segno, std::uint32_t slot, const Bytes& bloc
 
 void Log::damage(std::uint64_t segno, std::uint32_t slot) {
     Bytes block = read_block(segno, slot);
-    block[100] ^= std::byte{0x10};
+    block[20] ^= std::byte{0x10};
     write_block(segno, slot, block);
 }
 
