@@ -122,9 +122,13 @@ void Log::remove(std::uint64_t segno) {
 }
 
 std::unique_ptr<Log> Log::after_power_cut(Random& random, FaultyDisk::Fate fate) {
+    const auto lock = FaultyDisk::instance().freeze();
+    return copy_frozen(random, fate);
+}
+
+std::unique_ptr<Log> Log::copy_frozen(Random& random, FaultyDisk::Fate fate) {
     FaultyDisk& disk = FaultyDisk::instance();
     auto left = std::make_unique<Log>(id, segment_shift);
-    const auto lock = disk.freeze();
     for (const std::uint64_t segno : segnos())
         disk.copy_after_power_cut(file(segno), left->file(segno), fate, random);
     left->slots = slots;
@@ -345,6 +349,14 @@ void Host::close(Log& log) {
 
 std::unique_ptr<LeftRing> Host::left_ring() const {
     return std::make_unique<LeftRing>(ring_fd_, Ring::file_bytes(options_.geometry));
+}
+
+std::pair<std::unique_ptr<Log>, std::unique_ptr<LeftRing>> Host::after_death(Log& log) const {
+    // Nothing reaches the disk meanwhile. The disk first: what retires in between was on it before.
+    const auto lock = FaultyDisk::instance().freeze();
+    Random unused(0);
+    auto left = log.copy_frozen(unused, FaultyDisk::Fate::all_kept);
+    return {std::move(left), left_ring()};
 }
 
 LeftRing::LeftRing(int ring_fd, std::size_t size_bytes)

@@ -77,6 +77,8 @@ class Log {
     [[nodiscard]] std::unique_ptr<Log> after_power_cut(Random& random,
                                                        FaultyDisk::Fate fate = FaultyDisk::Fate::random);
     [[nodiscard]] std::unique_ptr<Log> copy();
+    // The same for a caller that holds FaultyDisk::freeze().
+    [[nodiscard]] std::unique_ptr<Log> copy_frozen(Random& random, FaultyDisk::Fate fate);
 
     Bytes read_block(std::uint64_t segno, std::uint32_t slot) const;
     void write_block(std::uint64_t segno, std::uint32_t slot, const Bytes& block);
@@ -135,6 +137,8 @@ class Host {
 
     // A ring with what this one holds right now, as a successor finds it; nobody may be writing.
     [[nodiscard]] std::unique_ptr<LeftRing> left_ring() const;
+    // What the death of the process leaves, of one moment.
+    [[nodiscard]] std::pair<std::unique_ptr<Log>, std::unique_ptr<LeftRing>> after_death(Log& log) const;
     [[nodiscard]] Core& core() { return *core_; }
     [[nodiscard]] std::vector<Event> damage();
     [[nodiscard]] unsigned failures() const { return failures_; }

@@ -1,5 +1,8 @@
 // Power cuts and dead processes: what recovery promises, tried at random moments over many lives of one volume.
 #include <catch2/catch.hpp>
+#include <system_error>
+#include <thread>
+#include <tuple>
 
 #include "harness.hpp"
 
@@ -123,6 +126,7 @@ TEST_CASE("the death of the process loses nothing that was acknowledged") {
                 REQUIRE(opened.volume->attr().size_bytes == now.size());
                 // Then all stays in the ring, which must have room for it.
                 const bool held = random() % 2 == 0;
+                const bool failing = random() % 2 == 0;
                 if (held)
                     disk.hold_writes();
                 for (int i = static_cast<int>(random() % (held ? 12 : 40)); i > 0; --i) {
@@ -130,12 +134,19 @@ TEST_CASE("the death of the process loses nothing that was acknowledged") {
                     change.durable = false;
                     if (change.kind == Change::Kind::flush || change.kind == Change::Kind::checkpoint)
                         disk.release_writes();
-                    REQUIRE(change.run(host, *log, *opened.volume) == 0);
+                    if (failing && random() % 8 == 0)
+                        disk.fail_writes(1, EIO);
+                    try {
+                        const std::int64_t result = change.run(host, *log, *opened.volume);
+                        REQUIRE((result == 0 || (change.kind == Change::Kind::flush && result == -EIO)));
+                    } catch (const std::system_error& error) {
+                        REQUIRE(error.code().value() == EIO);  // a checkpoint
+                    }
                     change.apply(now);
                 }
-                ring = host.left_ring();
-                left = log->copy();
+                std::tie(left, ring) = host.after_death(*log);
                 disk.release_writes();
+                disk.fail_writes(0, 0);
             }
             log = std::move(left);
         }
