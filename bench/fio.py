@@ -40,7 +40,7 @@ def measure(file: Path, job: Job, size_bytes: int, runtime_s: float) -> dict[str
     Returns:
         `value` in operations or bytes per second, and latencies in microseconds.
     """
-    options = {"direct": "1", "size": str(size_bytes), "time_based": "1", "ramp_time": "1", "refill_buffers": "1"}
+    options = {"direct": "1", "size": str(size_bytes), "time_based": "1", "ramp_time": "1"}
     result = run_fio(file, {**options, "runtime": f"{runtime_s:g}", **job.fio})[job.direction]
     percentiles = result["clat_ns"].get("percentile", {})
     return {

@@ -70,11 +70,9 @@ void BlockCache::unlink(Shard& shard, Frame* frame) noexcept {
     *link = frame->next;
 }
 
-BlockCache::Frame* BlockCache::victim(Shard& shard, bool if_room) noexcept {
+BlockCache::Frame* BlockCache::victim(Shard& shard) noexcept {
     if (shard.fresh < shard.frame_count)
         return &shard.frames[shard.fresh++];
-    if (if_room)
-        return nullptr;
     for (std::size_t tries = 0; tries < 2 * shard.frame_count; ++tries) {
         Frame& frame = shard.frames[shard.hand];
         shard.hand = shard.hand + 1 == shard.frame_count ? 0 : shard.hand + 1;
@@ -90,14 +88,14 @@ BlockCache::Frame* BlockCache::victim(Shard& shard, bool if_room) noexcept {
     return nullptr;
 }
 
-void BlockCache::put(BlockAddress address, const std::byte* block, bool if_room) noexcept {
+void BlockCache::put(BlockAddress address, const std::byte* block) noexcept {
     const std::uint64_t key = address.key();
     const std::uint64_t hash = mix(key);
     Shard& shard = shard_of(hash);
     const std::lock_guard lock(shard.mutex);
     if (find(shard, hash, key) != nullptr)
         return;
-    Frame* frame = victim(shard, if_room);
+    Frame* frame = victim(shard);
     if (frame == nullptr)
         return;
     std::memcpy(frame->data, block, kBlockBytes);

@@ -40,8 +40,8 @@ class BlockCache {
     Frame* get(BlockAddress address) noexcept;
     static void release(Frame* frame) noexcept { frame->pins.fetch_sub(1, std::memory_order_release); }
 
-    // Copies the block in, in the place of one not used lately. `if_room`: only where nothing must give way.
-    void put(BlockAddress address, const std::byte* block, bool if_room = false) noexcept;
+    // Copies the block in, in the place of one that was not asked for again lately: what is read once passes through.
+    void put(BlockAddress address, const std::byte* block) noexcept;
 
     [[nodiscard]] std::uint64_t hits() const noexcept { return hits_.load(std::memory_order_relaxed); }
     [[nodiscard]] std::uint64_t misses() const noexcept { return misses_.load(std::memory_order_relaxed); }
@@ -61,7 +61,7 @@ class BlockCache {
     static std::uint64_t mix(std::uint64_t key) noexcept;
     Shard& shard_of(std::uint64_t hash) noexcept { return shards_[hash & (kShards - 1)]; }
     static Frame* find(Shard& shard, std::uint64_t hash, std::uint64_t key) noexcept;
-    static Frame* victim(Shard& shard, bool if_room) noexcept;
+    static Frame* victim(Shard& shard) noexcept;
     static void unlink(Shard& shard, Frame* frame) noexcept;
 
     std::size_t arena_bytes_;

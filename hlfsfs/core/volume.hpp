@@ -229,6 +229,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     [[nodiscard]] bool fits_current(std::uint32_t total, std::size_t used_bytes) const;
     [[nodiscard]] bool backed(std::uint32_t total, std::size_t used_bytes) const;
     [[nodiscard]] bool eligible_to_seal() const;
+    [[nodiscard]] bool worth_gathering() const;
     void wake();
     void touch(std::uint64_t now_ns) noexcept;
     [[nodiscard]] std::uint64_t mapped_estimate() const;
@@ -249,6 +250,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void want_room_for_open();
     void replace_chunks();
     void drain_parked(Lock& lock);
+    void gather(Lock& lock);
     void complete_flushes(Lock& lock, int error);
     static void unpin(Core& core, LiveChunk* chunk) noexcept;
     void publish_waiting(std::span<const PublishItem> items, std::size_t data_blocks, std::size_t side_bytes);
@@ -346,6 +348,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::uint64_t durable_end_ = 1;
     LogPosition durable_position_;
     std::uint64_t last_publish_ns_ = 0;
+    std::uint64_t publishes_since_flush_ = 0;
+    bool gathering_ = false;  // a worker lets the open chunk grow for a moment
 
     // flushing
     std::deque<FlushWaiter> flush_waiters_;

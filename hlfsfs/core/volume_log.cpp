@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
+#include <thread>
 #include <utility>
 
 #include "failpoint.hpp"
@@ -15,6 +17,7 @@ namespace hlfs {
 namespace {
 
 constexpr std::size_t kMaxVectors = 1024;
+constexpr std::chrono::microseconds kGatherTime{100};
 // With at least one fdatasync for every so many blocks of log, the log is written ahead.
 constexpr std::uint32_t kOftenSyncedSlots = 64;
 constexpr std::uint32_t kRegrowSlots = 2048;  // a chunk and its footer fit in any case
@@ -94,6 +97,8 @@ void Volume::work() noexcept {
         }
         if (!parked_.empty())
             drain_parked(lock);
+        if (worth_gathering())
+            gather(lock);
         if (LiveChunk* chunk = next_to_write()) {
             if (!to_write_.empty() || eligible_to_seal())
                 wake();
@@ -114,6 +119,14 @@ void Volume::work() noexcept {
         }
         return;
     }
+}
+
+void Volume::gather(Lock& lock) {
+    gathering_ = true;
+    lock.unlock();
+    std::this_thread::sleep_for(kGatherTime);
+    lock.lock();
+    gathering_ = false;
 }
 
 LiveChunk* Volume::next_to_write() {
@@ -370,6 +383,7 @@ void Volume::flush(Completion& done) noexcept {
     flushes_.fetch_add(1, std::memory_order_relaxed);
     {
         const Lock lock(mutex_);
+        publishes_since_flush_ = 0;
         if (durable_end_ < next_sequence_) {
             flush_waiters_.push_back({.end_number = next_number(), .done = &done, .result = 0});
             // A chunk under way is followed up by its own writer; anything else needs somebody to begin.

@@ -18,6 +18,8 @@ constexpr std::uint64_t kFloorPages = 256;
 // An open chunk of this size goes out although another is under way.
 constexpr std::uint32_t kEagerBlocks = 64;
 constexpr std::uint32_t kChunksInFlight = 4;
+// After so many requests without a flush the next one is not expected at once.
+constexpr std::uint64_t kUnflushedPublishes = 256;
 // A volume of a few hundred KiB takes less than 1 MiB.
 constexpr std::uint32_t kFirstSegmentSlots = 192;
 constexpr std::uint32_t kGrowthSlots = 1024;
@@ -230,9 +232,17 @@ bool Volume::eligible_to_seal() const {
         return false;
     if (!flush_waiters_.empty() && flush_waiters_.back().end_number > open_->number)
         return true;
-    if (sync_target_ > open_->number || writing_ == 0)
+    if (sync_target_ > open_->number || (writing_ == 0 && !gathering_))
         return true;
     return open_->descriptor->payload_blocks >= kEagerBlocks && writing_ < kChunksInFlight;
+}
+
+// Whether nobody is likely to ask soon for what is open, so that a larger chunk is worth a moment's wait. Whoever does
+// ask, or fills it, has another worker write it at once.
+bool Volume::worth_gathering() const {
+    return open_ != nullptr && !gathering_ && !broken_ && writing_ == 0 && to_write_.empty() && parked_.empty() &&
+           publishes_since_flush_ > kUnflushedPublishes && flush_waiters_.empty() && sync_target_ <= open_->number &&
+           open_->descriptor->payload_blocks < kEagerBlocks;
 }
 
 Volume::Admission Volume::admit(std::size_t entries, std::size_t blocks, std::size_t side_bytes) {
@@ -355,6 +365,7 @@ void Volume::publish(std::span<const PublishItem> items, std::atomic<std::uint64
     next_sequence_ += items.size();
     open_->end_sequence = next_sequence_;
     ++publishes_;
+    ++publishes_since_flush_;
     if (note != nullptr)
         note->store(next_sequence_ - 1, std::memory_order_release);
     chunk.count.store(count + static_cast<std::uint32_t>(items.size()), std::memory_order_release);

@@ -15,8 +15,6 @@ namespace hlfs {
 namespace {
 
 constexpr std::uint32_t kRequestBlocks = kMaxRequestPages + 1;
-// A read this long only fills read-cache frames that nobody uses yet.
-constexpr std::uint32_t kScanBlocks = 32;
 constexpr std::uint32_t kSeekLeavesPerStep = 512;
 
 constexpr std::uint64_t span_of(std::uint32_t level) noexcept {
@@ -420,7 +418,7 @@ void Volume::finish_read(ReadOp* op) noexcept {
             op->error = EIO;
             break;
         }
-        core_.read_cache().put(source.from.segment->address(source.slot), block, op->blocks >= kScanBlocks);
+        core_.read_cache().put(source.from.segment->address(source.slot), block);
     }
     if (op->purpose == ReadOp::Purpose::edge) {
         op->mutation->edge_loaded(op->edge, op->error == 0 ? op->buffer : nullptr,

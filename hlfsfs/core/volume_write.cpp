@@ -122,6 +122,7 @@ void Volume::write(std::uint64_t offset, std::uint32_t size_bytes, PageRun paylo
     }
     publish({items.data(), count}, sequence_note);
     if (durable) {
+        publishes_since_flush_ = 0;
         flush_waiters_.push_back({.end_number = next_number(), .done = &done, .result = size_bytes});
         if (eligible_to_seal())
             wake();
@@ -420,6 +421,7 @@ bool Volume::try_publish(Lock&, Mutation* mutation, std::int64_t& result, bool& 
         }
     }
     if (m.durable) {
+        publishes_since_flush_ = 0;
         flush_waiters_.push_back({.end_number = next_number(), .done = m.done, .result = m.result});
         m.done = nullptr;
         if (eligible_to_seal())

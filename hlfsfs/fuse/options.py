@@ -1,9 +1,8 @@
 """Mount options: HLFS's own, and the words of mount(8) and fstab that come along with them. Pure functions, no I/O."""
 
-import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hlfsfs.errors import BadOption, BadSize, UnknownOption
@@ -32,11 +31,6 @@ IGNORED_PREFIXES = ("x-", "X-", "comment=", "helper=", "uhelper=")
 SELINUX_KEYS = frozenset({"context", "fscontext", "defcontext", "rootcontext"})
 
 
-def default_threads() -> int:
-    """Readers never wait for anything but the kernel: more than there are processors only get in each other's way."""
-    return max(2, min(4, os.cpu_count() or 2))
-
-
 @dataclass(frozen=True)
 class MountOptions:
     """What `-o` says. None: the default of whoever it concerns.
@@ -59,7 +53,7 @@ class MountOptions:
     gid: int | None = None
     mode: int | None = None
     dataplane: bool = True
-    threads: int = field(default_factory=default_threads)
+    threads: int = 4
     map_cache_bytes: int | None = None
     read_cache_bytes: int | None = None
     ring_bytes: int | None = None
