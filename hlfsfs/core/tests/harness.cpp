@@ -226,6 +226,12 @@ void Host::answer(const Event& event) {
                 volume->segment_failed(event.segno, -fd);
                 return;
             }
+            while (hold_supply && !stopping_)
+                std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            if (stopping_) {
+                ::close(fd);
+                return;
+            }
             FaultyDisk::instance().watch(fd);
             volume->supply_segment(event.segno, fd, event.allocate_bytes);
             return;

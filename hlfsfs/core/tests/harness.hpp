@@ -144,6 +144,7 @@ class Host {
     [[nodiscard]] unsigned failures() const { return failures_; }
 
     std::atomic<bool> hold_segments{false};  // prepare_segment is not answered while set
+    std::atomic<bool> hold_supply{false};    // the file is made, but the volume not told, while set
     std::atomic<unsigned> prepare_asked{0};
 
   private:

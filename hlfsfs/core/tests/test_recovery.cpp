@@ -152,3 +152,34 @@ TEST_CASE("the death of the process loses nothing that was acknowledged") {
         }
     }
 }
+
+TEST_CASE("a death between a new epoch's first header and its first chunk loses nothing") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1);
+    Bytes model;
+    std::unique_ptr<Log> left;
+    std::unique_ptr<LeftRing> ring;
+    {
+        Host host;
+        const auto volume = host.open(log).volume;
+        const auto add = [&](std::uint64_t stamp) {
+            const Change change{.offset = stamp * 5000, .size_bytes = 9000, .stamp = stamp};
+            REQUIRE(change.run(host, log, *volume) == 0);
+            change.apply(model);
+        };
+        add(1);
+        REQUIRE(flush(*volume) == 0);
+        host.hold_supply = true;
+        const std::size_t segments = log.segnos().size();
+        disk.fail_writes(1, EIO);
+        add(2);
+        while (log.segnos().size() == segments)
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        std::tie(left, ring) = host.after_death(log);
+    }
+    Host host;
+    const auto opened = host.open(*left, ring->ring());
+    REQUIRE_FALSE(opened.report.read_only);
+    REQUIRE((content(*opened.volume) == model));
+}
