@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "volume.hpp"
@@ -43,8 +44,8 @@ struct Mutation {
     bool durable = false;
     bool keep_size = true;
     bool grow_only = false;
-    std::uint64_t mtime_ns = 0;
-    std::uint64_t ctime_ns = 0;
+    std::optional<std::uint64_t> mtime_ns;
+    std::optional<std::uint64_t> ctime_ns;
     std::atomic<std::uint64_t>* note = nullptr;
     std::int64_t result = 0;
 

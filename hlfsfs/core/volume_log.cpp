@@ -557,6 +557,8 @@ void Volume::tick(std::uint64_t now_ns) noexcept {
     const bool idle = last_publish_ns_ + core_.options().idle_checkpoint_ns < now_ns;
     if (idle && !read_only_ && !checkpoint_requested_ && !checkpointing_ && publishes_ > publishes_at_checkpoint_) {
         checkpoint_requested_ = true;
+        // One that fails, as on a full disk, is tried again after as long a time, not at every tick.
+        last_publish_ns_ = now_ns;
         Event event;
         event.kind = EventKind::checkpoint_due;
         event.volume_id = config_.id;

@@ -381,8 +381,8 @@ bool Volume::try_publish(Lock&, Mutation* mutation, std::int64_t& result, bool& 
         case Mutation::Kind::times: {
             PublishItem item{};
             item.kind = EntryKind::ext;
-            item.mtime_ns = m.mtime_ns != 0 ? m.mtime_ns : mtime_ns_;
-            item.ctime_ns = m.ctime_ns != 0 ? m.ctime_ns : std::max(realtime_ns(), ctime_ns_ + 1);
+            item.mtime_ns = m.mtime_ns.value_or(mtime_ns_);
+            item.ctime_ns = m.ctime_ns.value_or(std::max(realtime_ns(), ctime_ns_ + 1));
             items.push_back(item);
             side += sizeof(ExtTimes);
             break;
@@ -564,8 +564,8 @@ void Volume::set_times(std::optional<std::uint64_t> mtime_ns, std::optional<std:
     mutation->volume = shared_from_this();
     mutation->kind = Mutation::Kind::times;
     mutation->done = &done;
-    mutation->mtime_ns = mtime_ns.value_or(0);
-    mutation->ctime_ns = ctime_ns.value_or(0);
+    mutation->mtime_ns = mtime_ns;
+    mutation->ctime_ns = ctime_ns;
     start(mutation);
 }
 

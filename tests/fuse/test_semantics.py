@@ -259,6 +259,9 @@ def test_owner_mode_times_and_attributes_stay(mount: Mounted, plane: str) -> Non
         os.utime("disk", ns=(5_000_000_001, 1_234_567_890_123_456_789))
         os.utime("pool", ns=(5_000_000_001, 987_654_321_123_456_789))
         assert os.stat("disk").st_mtime_ns == 1_234_567_890_123_456_789
+        write("epoch", b"x")
+        os.utime("epoch", ns=(0, 0))
+        assert os.stat("epoch").st_mtime_ns == 0
         for name in ("disk", "pool"):
             os.setxattr(name, "user.note", b"\\x00binary\\xff")
             os.setxattr(name, "trusted.libvirt.security.dac", b"+0:+0")
@@ -279,6 +282,7 @@ def test_owner_mode_times_and_attributes_stay(mount: Mounted, plane: str) -> Non
         mount,
         plane,
         """
+        assert os.stat("epoch").st_mtime_ns == 0
         disk, pool = os.stat("disk"), os.stat("pool")
         assert (disk.st_mode, disk.st_uid, disk.st_gid) == (stat.S_IFREG | 0o604, 107, 64055)
         assert (pool.st_mode, pool.st_uid, pool.st_gid) == (stat.S_IFDIR | 0o750, 1000, 0)
