@@ -140,19 +140,6 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     };
     [[nodiscard]] Stats stats() const;
 
-    // Every map pointer, looked up and its block verified, by the caller: visits (level, first block, segno, slot,
-    // check). Level 0 is data. Throws FormatError at a damaged node unless `on_damage` takes it.
-    struct MapVisitor {
-        virtual void pointer(int level, std::uint64_t block, std::uint64_t segno, std::uint32_t slot,
-                             std::uint32_t check) = 0;
-        virtual void damaged_node(int level, std::uint64_t block, std::uint64_t segno, std::uint32_t slot) = 0;
-        virtual bool out_of_table(int level, std::uint64_t block) = 0;
-
-      protected:
-        ~MapVisitor() = default;
-    };
-    void visit_map(MapVisitor& visitor);
-
     // --- for the core's threads
     void work() noexcept;
     void tick(std::uint64_t now_ns) noexcept;
