@@ -124,7 +124,10 @@ class Engine:
     # --- volumes ----------------------------------------------------------------------------------------------
 
     def create_log(self, record: VolumeRecord) -> None:
-        """Makes the log of a new volume; durable. A log without a record is swept at the next mount.
+        """Makes the log of a new volume, whose record is there already and says that it has no name yet; durable.
+
+        A crash in here leaves no log, one without its first checkpoint, or all of it; the next mount sweeps any of them
+        away with the record.
 
         Its first checkpoint keeps the time it was made, which nothing else does until something is written.
         """
