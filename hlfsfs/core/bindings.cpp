@@ -262,6 +262,7 @@ void bind_core(nb::module_& m) {
         .def("next_event", &Core::next_event, nb::arg("timeout_ms"), nb::call_guard<nb::gil_scoped_release>())
         .def("stop_events", &Core::stop_events)
         .def("stop", &Core::stop, nb::call_guard<nb::gil_scoped_release>())
+        .def("leave_ring", &Core::leave_ring)
         .def("statistics", [](Core& core) {
             nb::dict out;
             out["ring_pages"] = core.ring().ring_pages();

@@ -20,6 +20,7 @@ namespace hlfs {
 namespace {
 
 constexpr std::uint32_t kBatchNodes = 256;
+constexpr std::ptrdiff_t kNodeChunksInMemory = 16;
 // Nodes looked at, at most, to count what a punched subtree held.
 constexpr std::uint32_t kCountBudget = 8192;
 
@@ -127,14 +128,13 @@ void Volume::place_node_chunk(std::vector<std::array<std::byte, kEntryBytes>> en
         chunk->checks[i] = crc32c_block(payload + i * kBlockBytes);
     nodes_written_ += blocks;
     wake();
-    // Bounds the memory of a merge: only so many node chunks wait for their write.
-    const auto waiting = [this] {
-        return std::count_if(live_.begin(), live_.end(), [](const LiveChunk* c) {
-            return c->descriptor == nullptr && c->state != LiveChunk::State::written;
-        });
-    };
-    while (waiting() > 4 && !broken_)
+    // Bounds the memory of a merge: only so many node chunks wait to be durable.
+    const auto is_node_chunk = [](const LiveChunk* c) { return c->descriptor == nullptr; };
+    while (std::count_if(live_.begin(), live_.end(), is_node_chunk) > kNodeChunksInMemory && !broken_) {
+        sync_target_ = std::max(sync_target_, next_number());
+        wake();
         wait_change(lock);
+    }
 }
 
 // --- the merge -------------------------------------------------------------------------------------------------------
@@ -474,8 +474,9 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
     try {
         {
             Lock lock(mutex_);
+            const std::uint64_t refusals = refusals_;
             while (broken_)
-                wait_change(lock);
+                wait_disk(lock, refusals);
             // One that failed after its freeze left the frozen part behind: finish that one.
             if (!frozen_)
                 freeze(lock);
@@ -562,12 +563,13 @@ Volume::CloseResult Volume::close_log(bool only_if_idle) {
     const auto busy = [this] { return !live_.empty() || growing_ || writing_ != 0 || syncing_ || checkpointing_; };
     if (only_if_idle && (busy() || broken_ || publishes_ != publishes_at_checkpoint_))
         return result;
+    const std::uint64_t refusals = refusals_;
     while (busy()) {
         if (!live_.empty()) {
             sync_target_ = next_number();
             wake();
         }
-        wait_change(lock);
+        wait_disk(lock, refusals);
     }
     // Nothing is open, so nothing that was acknowledged counts on the space of either segment.
     if (prepared_) {

@@ -83,6 +83,9 @@ class Core final : public VolumeTable {
     void stop_events() noexcept;
     // Ends workers and timer. Volumes must be idle; pending events are dropped.
     void stop() noexcept;
+    // After stop(), when not everything could be made durable: the ring keeps it for the next mount, whatever becomes
+    // of this core and its volumes.
+    void leave_ring() noexcept { ring_->leave(); }
 
     // --- services for volumes
     [[nodiscard]] Ring& ring() noexcept { return *ring_; }

@@ -55,6 +55,7 @@ struct Mutation {
     std::vector<bool> zero;
 
     Edge edges[2];
+    std::uint32_t lost_races = 0;  // since it last waited in the queue
 
     // old: the block's content, nullptr where it could not be read.
     void edge_loaded(int index, const std::byte* old, bool hole) noexcept;

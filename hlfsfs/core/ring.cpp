@@ -175,6 +175,12 @@ Ring::~Ring() {
     munmap(base_, file_bytes(geometry_));
 }
 
+void Ring::leave() noexcept {
+    left_ = true;
+    // Private pages in the same place: pointers stay good, and what is freed or changed is so for this process only.
+    mmap(base_, file_bytes(geometry_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd_, 0);
+}
+
 Slot* Ring::acquire_slot() noexcept {
     std::unique_lock lock(mutex_);
     slot_freed_.wait(lock, [this] { return !free_slots_.empty(); });
@@ -226,7 +232,8 @@ void Ring::drop_extent(std::uint32_t extent) noexcept {
         } else {
             const Layout layout = layout_of(geometry_);
             const auto at = static_cast<off_t>(layout.pages + std::size_t{extent} * kExtentBytes);
-            fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, static_cast<off_t>(kExtentBytes));
+            if (!left_)
+                fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, static_cast<off_t>(kExtentBytes));
             free_spill_extents_.push_back(extent);
         }
         extents_taken_.fetch_sub(1, std::memory_order_relaxed);

@@ -132,6 +132,9 @@ class Ring {
     ChunkDescriptor* acquire_chunk() noexcept;
     void release_chunk(ChunkDescriptor* chunk) noexcept;
 
+    // The file stays for the next mount as it stands now: nothing that follows in this process reaches it.
+    void leave() noexcept;
+
     // Pages handed out and not yet freed, and pages of the ring proper: the engine holds writers back by these.
     [[nodiscard]] std::uint64_t pages_in_use() const noexcept { return pages_in_use_.load(std::memory_order_relaxed); }
     [[nodiscard]] std::uint64_t ring_pages() const noexcept {
@@ -157,6 +160,8 @@ class Ring {
     Slot* slots_;
     ChunkDescriptor* chunks_;
     std::byte* pages_;
+
+    std::atomic<bool> left_{false};
 
     // live[e]: pages of extent e in use, plus one while a cursor stands in it
     std::unique_ptr<std::atomic<std::uint32_t>[]> live_;

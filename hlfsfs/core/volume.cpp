@@ -11,6 +11,12 @@
 
 namespace hlfs {
 
+namespace {
+
+constexpr std::uint64_t kRefusalsBeforeGivingUp = 3;
+
+}  // namespace
+
 Volume::Volume(Core& core, const VolumeConfig& config)
     : core_(core),
       config_(config),
@@ -64,6 +70,12 @@ void Volume::wait_change(Lock& lock) {
     changed_.wait_for(lock, std::chrono::milliseconds(20));
     if (shut_down_)
         throw std::system_error(ESHUTDOWN, std::generic_category(), "the volume is closed");
+}
+
+void Volume::wait_disk(Lock& lock, std::uint64_t refusals) {
+    wait_change(lock);
+    if (broken_ && refusals_ >= refusals + kRefusalsBeforeGivingUp)
+        throw std::system_error(EIO, std::generic_category(), "the disk takes no writes");
 }
 
 Volume::Stats Volume::stats() const {

@@ -127,7 +127,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         std::optional<std::uint64_t> discard_segno;  // a prepared segment never used
     };
     // Footer and trim of the open segment: it takes what it holds and no more. The next write opens another. Waits;
-    // with `only_if_idle` does nothing if there is anything to wait for.
+    // with `only_if_idle` does nothing if there is anything to wait for. Throws std::system_error (EIO: the disk takes
+    // no writes).
     CloseResult close_log(bool only_if_idle);
 
     struct Stats {
@@ -245,6 +246,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void wait_durable(Lock& lock, std::uint64_t end_number);
     // A moment, or until something changes. Throws std::system_error once the volume is shut down.
     void wait_change(Lock& lock);
+    // The same for who needs the disk: throws EIO once a new epoch was refused several times since `refusals`.
+    void wait_disk(Lock& lock, std::uint64_t refusals);
 
     // reads (volume_read.cpp)
     bool resolve(std::uint64_t first_block, std::uint32_t blocks, BlockSource* sources, Missing& missing);

@@ -505,7 +505,8 @@ void Volume::want_sync() noexcept {
     if (!opened_)
         return;
     const Lock lock(mutex_);
-    if (durable_end_ == next_sequence_)
+    // Asked again for the same chunks while they are on their way: their workers go on by themselves.
+    if (durable_end_ == next_sequence_ || sync_target_ == next_number())
         return;
     sync_target_ = next_number();
     wake();
@@ -554,6 +555,9 @@ void Volume::tick(std::uint64_t now_ns) noexcept {
         want_room_for_open();
     if (!parked_.empty())
         wake();
+    // Its entries count against the bound of all volumes, although nobody writes to this one.
+    if (!read_only_)
+        maybe_checkpoint();
     const bool idle = last_publish_ns_ + core_.options().idle_checkpoint_ns < now_ns;
     if (idle && !read_only_ && !checkpoint_requested_ && !checkpointing_ && publishes_ > publishes_at_checkpoint_) {
         checkpoint_requested_ = true;
@@ -568,10 +572,11 @@ void Volume::tick(std::uint64_t now_ns) noexcept {
 }
 
 void Volume::wait_durable(Lock& lock, std::uint64_t end_number) {
+    const std::uint64_t refusals = refusals_;
     while (durable_number_ < end_number) {
         sync_target_ = std::max(sync_target_, end_number);
         wake();
-        wait_change(lock);
+        wait_disk(lock, refusals);
     }
 }
 

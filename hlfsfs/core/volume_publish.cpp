@@ -96,7 +96,8 @@ void Volume::want_growth(std::uint32_t needed_slots) {
                                : current_->tail_slot < 4 * kGrowthSlots ? kGrowthSlots
                                                                         : 4 * kGrowthSlots;
     growth_wanted_ = std::max(growth_wanted_, std::max(step, needed_slots));
-    wake();
+    if (!growing_)
+        wake();
 }
 
 void Volume::supply_segment(std::uint64_t segno, int fd, std::uint64_t allocated_bytes) {

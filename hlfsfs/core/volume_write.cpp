@@ -16,6 +16,7 @@ namespace hlfs {
 
 namespace {
 
+constexpr std::uint32_t kRacesBeforeQueue = 32;
 const std::array<std::byte, kBlockBytes> kZeroBlock{};
 const std::uint32_t kZeroCrc = crc32c_block(kZeroBlock.data());
 
@@ -267,7 +268,9 @@ void Volume::advance(Mutation* mutation) noexcept {
         finish(mutation, result);
         return;
     }
-    if (parked) {
+    // Blocks that change again and again below it would have it call itself for ever deeper.
+    if (parked || ++mutation->lost_races == kRacesBeforeQueue) {
+        mutation->lost_races = 0;
         park(mutation);
         return;
     }

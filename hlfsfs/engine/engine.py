@@ -307,9 +307,13 @@ class Engine:
             except HlfsError as exc:
                 log.error("volume %016x: not durable at the end: %s", volume_id, exc)
                 failure = exc
+                # A checkpoint of it that waits for the disk ends, and so can its thread.
+                self.core.remove_volume(volume_id)
         self._service.stop()
         self.core.stop()
         if failure is not None:
+            # Nothing writes to a log any more, so the ring fits the logs as they stand.
+            self.core.leave_ring()
             self._store.unlock()
             raise failure
         if not self._store.read_only:

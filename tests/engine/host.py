@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import resource
 import threading
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,16 @@ class EngineHost:
         self.store.unlink_name(b"v%d" % number)
         self.store.delete_log(record.log_uuid)
         self.store.remove_volume(record.id)
+
+    def fail_disk(self, failing: bool) -> None:
+        """While `failing`, no write to a file past its first block succeeds, as on a disk that died."""
+        limit_bytes = 4096 if failing else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+
+    def forget_engine(self) -> None:
+        """Drops the engine as the end of its process does."""
+        del self.engine
+        gc.collect()
 
     def close(self) -> None:
         """A clean end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -284,4 +285,26 @@ def test_an_unused_ring_of_a_start_that_was_cut_is_swept(store: Path) -> None:
     engine = opened(store)
     expect_data(engine)
     assert not stray.exists()
+    closed(engine)
+
+
+def test_what_a_dead_disk_did_not_take_waits_in_the_ring(store: Path) -> None:
+    """The end comes although the disk stays dead, says so, and costs nothing that was acknowledged."""
+    engine = opened(store, replace(QUIET, idle_checkpoint_s=0.2))
+    for number in range(2):
+        engine.call("make", number)
+        engine.call("do", number, "write", 0, b"old")
+        engine.call("do", number, "flush")
+    engine.call("fail_disk", True)
+    engine.call("do", 0, "write", 0, b"%08d" % 0 + DATA)
+    time.sleep(0.5)  # an idle checkpoint begins, and waits for the disk
+    with pytest.raises(RuntimeError, match="StoreFailed"):
+        engine.call("close")
+    engine.call("forget_engine")
+    engine.call("fail_disk", False)
+    engine.end()
+    assert lock_record(store)["clean"] is False
+    engine = opened(store)
+    expect_data(engine)
+    assert engine.call("do", 1, "read", 0, 3) == b"old"
     closed(engine)

@@ -271,6 +271,37 @@ TEST_CASE("large writes through a small ring are parked and complete") {
     REQUIRE(host.core().ring().pages_in_use() == 0);
 }
 
+TEST_CASE("requests that wait for a slow disk cost no processor time") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    HostOptions options;
+    options.geometry = {.slots = 16, .chunks = 32, .ring_extents = 4, .spill_extents = 16};
+    Log log(1);
+    Host host(options);
+    const auto volume = host.open(log).volume;
+    REQUIRE(write(host, *volume, 0, pattern(kMiB, 1)) > 0);
+    REQUIRE(flush(*volume) == 0);
+    disk.hold_syncs();
+    std::array<Wait, 20> writes;
+    for (std::size_t i = 0; i < writes.size(); ++i)
+        volume->write_copy(i * kMiB, pattern(kMiB, i + 2), false, writes[i]);
+    REQUIRE(wait_until([&] { return volume->stats().parked > 4; }));
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    const auto processor_ns = [] {
+        timespec now{};
+        clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+        return now.tv_sec * 1'000'000'000 + now.tv_nsec;
+    };
+    const auto before = processor_ns();
+    std::this_thread::sleep_for(std::chrono::milliseconds(400));
+    const auto used_ms = (processor_ns() - before) / 1'000'000;
+    disk.release_syncs();
+    for (Wait& write : writes)
+        REQUIRE(write.result() > 0);
+    CHECK(used_ms < 100);
+    host.close(log);
+}
+
 TEST_CASE("writers of parts of the same blocks lose no update") {
     FaultyDisk::instance().reset();
     Log log(1);
