@@ -173,6 +173,9 @@ nb::dict stats_of(const Volume& volume) {
     HLFS_FIELD(nodes_written);
     HLFS_FIELD(map_levels);
     HLFS_FIELD(parked);
+    HLFS_FIELD(live_bytes);
+    HLFS_FIELD(cleaned_bytes);
+    HLFS_FIELD(moved_bytes);
     HLFS_FIELD(read_only);
 #undef HLFS_FIELD
     return out;
@@ -307,6 +310,14 @@ void bind_recovery(nb::class_<Volume>& volume, nb::module_& m) {
         nb::arg("slot0"), nb::arg("slot1"), nb::arg("segments"), nb::arg("old_ring").none());
 }
 
+// (slot number, its bytes), or None.
+nb::object slot_of(const std::optional<std::pair<int, std::vector<std::byte>>>& made) {
+    if (!made)
+        return nb::none();
+    const auto& bytes = made->second;
+    return nb::make_tuple(made->first, nb::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size()));
+}
+
 void bind_control(nb::class_<Volume>& volume) {
     volume
         .def("supply_segment", &Volume::supply_segment, nb::arg("segno"), nb::arg("fd"), nb::arg("allocated_bytes"),
@@ -322,10 +333,7 @@ void bind_control(nb::class_<Volume>& volume) {
                      const nb::gil_scoped_release unlocked;
                      made = self.checkpoint();
                  }
-                 if (!made)
-                     return nb::none();
-                 return nb::make_tuple(
-                     made->first, nb::bytes(reinterpret_cast<const char*>(made->second.data()), made->second.size()));
+                 return slot_of(made);
              })
         .def("checkpoint_installed", &Volume::checkpoint_installed, nb::call_guard<nb::gil_scoped_release>())
         .def("checkpoint_failed", &Volume::checkpoint_failed, nb::call_guard<nb::gil_scoped_release>())
@@ -344,6 +352,41 @@ void bind_control(nb::class_<Volume>& volume) {
              })
         .def("set_owner", &Volume::set_owner, nb::arg("mode"), nb::arg("uid"), nb::arg("gid"), nb::arg("nlink"),
              nb::call_guard<nb::gil_scoped_release>());
+}
+
+void bind_cleaner(nb::class_<Volume>& volume, nb::module_& m) {
+    nb::enum_<Volume::CleanHow>(m, "CleanHow")
+        .value("LOOK", Volume::CleanHow::look)
+        .value("PUNCH", Volume::CleanHow::punch)
+        .value("MOVE", Volume::CleanHow::move);
+    nb::class_<Volume::CleanCandidate>(m, "CleanCandidate")
+        .def_ro("index", &Volume::CleanCandidate::index)
+        .def_ro("segno", &Volume::CleanCandidate::segno)
+        .def_ro("live_blocks_hint", &Volume::CleanCandidate::live_blocks_hint)
+        .def_ro("punched", &Volume::CleanCandidate::punched)
+        .def_ro("moved", &Volume::CleanCandidate::moved);
+    nb::class_<Volume::Cleaned>(m, "Cleaned")
+        .def_ro("blocks", &Volume::Cleaned::blocks)
+        .def_ro("live_blocks", &Volume::Cleaned::live_blocks)
+        .def_ro("freed_blocks", &Volume::Cleaned::freed_blocks)
+        .def_ro("moved_blocks", &Volume::Cleaned::moved_blocks)
+        .def_ro("removable", &Volume::Cleaned::removable);
+    volume
+        .def("repeat_checkpoint",
+             [](Volume& self) -> nb::object {
+                 std::optional<std::pair<int, std::vector<std::byte>>> made;
+                 {
+                     const nb::gil_scoped_release unlocked;
+                     made = self.repeat_checkpoint();
+                 }
+                 return slot_of(made);
+             })
+        .def("checkpoint_repeated", &Volume::checkpoint_repeated, nb::arg("written"),
+             nb::call_guard<nb::gil_scoped_release>())
+        .def("clean_candidates", &Volume::clean_candidates, nb::call_guard<nb::gil_scoped_release>())
+        .def("clean_segment", &Volume::clean_segment, nb::arg("index"), nb::arg("fd"), nb::arg("how"),
+             nb::arg("min_run"), nb::call_guard<nb::gil_scoped_release>())
+        .def("release_segment", &Volume::release_segment, nb::arg("index"), nb::call_guard<nb::gil_scoped_release>());
 }
 
 void bind_io(nb::class_<Volume>& volume) {
@@ -436,6 +479,7 @@ NB_MODULE(_core, m) {
     nb::class_<hlfs::Volume> volume(m, "Volume");
     hlfs::bind_recovery(volume, m);
     hlfs::bind_control(volume);
+    hlfs::bind_cleaner(volume, m);
     hlfs::bind_io(volume);
     hlfs::bind_channel(m);
     hlfs::bind_check(m);

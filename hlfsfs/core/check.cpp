@@ -15,6 +15,12 @@ namespace {
 constexpr std::size_t kOpenSegments = 256;
 constexpr std::uint32_t kWindowBlocks = 64;
 
+// Of a block that the cleaner punched out.
+std::uint32_t punched_crc() {
+    static const std::vector<std::byte> zeros(kBlockBytes);
+    return crc32c_block(zeros.data());
+}
+
 bool all_zero(std::span<const std::byte> bytes) {
     return std::ranges::all_of(bytes, [](std::byte b) { return b == std::byte{0}; });
 }
@@ -117,7 +123,9 @@ void LogCheck::compare_with_footer(int fd, const ScannedSegment& segment) {
     for (const ChunkSummary& chunk : segment.chunks) {
         const auto there =
             decode_summary(reader.at(chunk.header.slot, kMaxSummaryBlocks), chunk.header.slot, segment.identity);
-        if (!there || there->header.crc != chunk.header.crc)
+        const bool punched =
+            !replayed(chunk.header) && all_zero(reader.at(chunk.header.slot, chunk.header.summary_blocks));
+        if (!punched && (!there || there->header.crc != chunk.header.crc))
             found("chunk summary damaged; the segment's footer has a copy of it",
                   std::pair{segment.header.segno, std::uint32_t{chunk.header.slot}}, std::nullopt, false);
     }
@@ -239,6 +247,10 @@ void LogCheck::check_chunk(const Scanned& scanned, const ChunkSummary& chunk) {
             const bool good = slot < scanned.crcs.size() && (scanned.crcs[slot] ^ shift) == chunk.checks[index];
             if (good || !owed || sequence >= limit)
                 continue;
+            // Whether it may be, the map tells.
+            const bool punched = slot < scanned.crcs.size() && scanned.crcs[slot] == punched_crc();
+            if (punched && segment.from_footer && !replayed(chunk.header))
+                continue;
             const bool data = entry.kind == EntryKind::data;
             found(data ? "data does not match its checksum" : "map node does not match its checksum",
                   std::pair{segment.header.segno, slot}, data ? std::optional(entry.block + i) : std::nullopt,
@@ -290,8 +302,6 @@ void LogCheck::load_table() {
                 found("segment table and segment headers disagree about index " + std::to_string(header.first + i),
                       place);
             known = entry.segno;
-            if (!segments_.contains(entry.segno))
-                found("the segment is missing", std::pair{entry.segno, 0U});
         }
         pointer = header.next;
         segno = header.next_segno;
@@ -309,8 +319,12 @@ bool LogCheck::check_pointer(Pointer pointer, std::uint32_t level, std::uint64_t
     const std::uint64_t segno = *table_[index];
     const std::uint32_t slot = pointer_slot(pointer);
     const auto at = segments_.find(segno);
-    if (at != segments_.end() && slot < at->second.crcs.size() &&
-        (at->second.crcs[slot] & kCheckMask) == pointer_check(pointer))
+    if (at == segments_.end()) {
+        // Without a use it may have gone, just before a crash that the table outlived.
+        found("the segment is missing", std::pair{segno, 0U});
+        return false;
+    }
+    if (slot < at->second.crcs.size() && (at->second.crcs[slot] & kCheckMask) == pointer_check(pointer))
         return true;
     found(level == 0 ? "data is not what the map points at" : "map node is not what its parent points at",
           std::pair{segno, slot}, block);

@@ -35,6 +35,12 @@ std::uint32_t levels_for(std::uint64_t blocks) noexcept {
     return levels;
 }
 
+std::uint64_t hint_after(const Segment& segment, const std::vector<std::int64_t>& live_delta) noexcept {
+    const std::int64_t delta = segment.index < live_delta.size() ? live_delta[segment.index] : 0;
+    return static_cast<std::uint64_t>(
+        std::max<std::int64_t>(static_cast<std::int64_t>(segment.live_blocks_hint) + delta, 0));
+}
+
 std::int64_t mapped_in(const Node& node) noexcept {
     return static_cast<std::int64_t>(kNodeEntries) - std::count(node.begin(), node.end(), kHole);
 }
@@ -156,6 +162,7 @@ struct Volume::Merge {
     std::uint32_t count_budget = kCountBudget;
 
     std::vector<Change> changes;  // of the level being written, sorted by index
+    std::vector<std::int64_t> live_delta;
     std::byte* batch = nullptr;
     std::vector<std::array<std::byte, kEntryBytes>> batch_entries;
     std::vector<std::size_t> batch_changes;
@@ -187,12 +194,32 @@ struct Volume::Merge {
         return pointer;
     }
 
+    // A node that is written anew, so that the old one dies.
     void old_node(std::uint32_t level, std::uint64_t index, Node& node) {
         const Pointer pointer = old_pointer(level, index);
         if (pointer == kHole) {
             node.fill(kHole);
         } else {
             volume.load_node_waiting(pointer, node);
+            tally(pointer, -1);
+        }
+    }
+
+    void tally(Pointer pointer, std::int64_t by) {
+        if (pointer == kHole)
+            return;
+        const std::uint32_t segment = pointer_segment(pointer);
+        if (segment >= live_delta.size())
+            live_delta.resize(std::size_t{segment} + 1);
+        live_delta[segment] += by;
+    }
+
+    void tally_leaf(const Node& before, const Node& after) {
+        for (std::uint32_t i = 0; i < kNodeEntries; ++i) {
+            if (before[i] == after[i])
+                continue;
+            tally(before[i], -1);
+            tally(after[i], 1);
         }
     }
 
@@ -205,8 +232,12 @@ struct Volume::Merge {
         --count_budget;
         Node node;
         volume.load_node_waiting(pointer, node);
-        if (level == 0)
+        tally(pointer, -1);
+        if (level == 0) {
+            for (const Pointer data : node)
+                tally(data, -1);
             return mapped_in(node);
+        }
         std::int64_t sum = 0;
         for (const Pointer child : node)
             sum += count(child, level - 1);
@@ -242,8 +273,10 @@ struct Volume::Merge {
                                     [&](const Segment& segment, std::uint32_t slot) {
                                         for (std::uint32_t i = 0; i < nodes; ++i) {
                                             const std::byte* node = payload + std::size_t{i} * kBlockBytes;
-                                            changes[batch_changes[i]].pointer =
+                                            const Pointer pointer =
                                                 make_pointer(segment.index, slot + i, crc32c_block(node));
+                                            changes[batch_changes[i]].pointer = pointer;
+                                            tally(pointer, 1);
                                             volume.core_.map_cache().put(segment.address(slot + i), node);
                                         }
                                     });
@@ -280,11 +313,13 @@ struct Volume::Merge {
                 continue;
             }
             old_node(0, *leaf_no, node);
+            const Node before = node;
             mapped -= mapped_in(node);
             if (punched)
                 node.fill(kHole);
             apply(*leaf, node);
             mapped += mapped_in(node);
+            tally_leaf(before, node);
             emit(0, *leaf_no, node);
         }
         flush_batch();
@@ -382,14 +417,19 @@ void Volume::freeze(Lock& lock) {
     }
     freeze_ = std::make_unique<Freeze>();
     Freeze& frozen = *freeze_;
-    frozen.replay_start =
-        current_ != nullptr
-            ? LogPosition{.segno = current_->identity.segno,
-                          .slot = current_->tail_slot,
-                          .reserved = 0,
-                          .sequence = next_sequence_}
-            : LogPosition{
-                  .segno = previous_end_.segno, .slot = previous_end_.slot, .reserved = 0, .sequence = next_sequence_};
+    frozen.replay_start = current_ != nullptr ? LogPosition{.segno = current_->identity.segno,
+                                                            .slot = current_->tail_slot,
+                                                            .reserved = 0,
+                                                            .sequence = next_sequence_}
+                                              : LogPosition{.segno = durable_position_.segno,
+                                                            .slot = durable_position_.slot,
+                                                            .reserved = 0,
+                                                            .sequence = next_sequence_};
+    // Never back to what the cleaner may have taken since.
+    if (frozen.replay_start.before(newest_.replay_start)) {
+        frozen.replay_start.segno = newest_.replay_start.segno;
+        frozen.replay_start.slot = newest_.replay_start.slot;
+    }
     frozen.size_bytes = size_bytes_;
     frozen.mtime_ns = mtime_ns_;
     frozen.ctime_ns = ctime_ns_;
@@ -400,7 +440,8 @@ void Volume::freeze(Lock& lock) {
     overlay_ = Overlay{};
 }
 
-void Volume::write_segment_table(std::uint64_t generation, Checkpoint& record) {
+void Volume::write_segment_table(std::uint64_t generation, const std::vector<std::int64_t>& live_delta,
+                                 Checkpoint& record) {
     std::size_t blocks = 0;
     {
         const Lock lock(mutex_);
@@ -437,6 +478,7 @@ void Volume::write_segment_table(std::uint64_t generation, Checkpoint& record) {
                             to.segno = from->identity.segno;
                             to.log_no = from->log_no;
                             to.state = from->state;
+                            to.live_blocks_hint = static_cast<std::uint32_t>(hint_after(*from, live_delta));
                             to.last_time_s = from->last_time_s;
                         }
                         std::memcpy(block + sizeof header + i * sizeof to, &to, sizeof to);
@@ -487,8 +529,9 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
         pending->root = merge.run(freeze_->size_bytes);
         pending->levels = pending->root == kHole ? 0 : merge.levels;
         pending->mapped = pending->root == kHole ? 0 : std::max<std::int64_t>(merge.mapped, 0);
-        Checkpoint record;
-        write_segment_table(generation, record);
+        pending->live_delta = std::move(merge.live_delta);
+        Checkpoint& record = pending->record;
+        write_segment_table(generation, pending->live_delta, record);
         Lock lock(mutex_);
         const std::uint64_t end = next_number();
         while (durable_number_ < end && generation == log_generation_ && !broken_) {
@@ -511,10 +554,9 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
         record.durable_sequence = durable_end_ - 1;
         record.next_segno = next_segno_;
         record.mapped_blocks = static_cast<std::uint64_t>(pending->mapped);
-        pending->time_ns = record.time_ns;
         pending_ = std::move(pending);
         Failpoint::pass("checkpoint");
-        return std::pair{1 - newest_slot_, encode(record)};
+        return std::pair{1 - newest_slot_, encode(pending_->record)};
     } catch (...) {
         checkpoint_failed();
         throw;
@@ -524,10 +566,19 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
 void Volume::checkpoint_installed() {
     {
         const Lock lock(mutex_);
+        older_ =
+            KeptMap{.root = root_, .levels = levels_, .generation = generation_, .replay_start = newest_.replay_start};
+        newest_ = pending_->record;
+        for (const auto& segment : table_) {
+            if (!segment)
+                continue;
+            segment->live_blocks_hint = hint_after(*segment, pending_->live_delta);
+            segment->moved = false;
+        }
         root_ = pending_->root;
         levels_ = pending_->levels;
         mapped_blocks_ = pending_->mapped;
-        checkpoint_time_ns_ = pending_->time_ns;
+        checkpoint_time_ns_ = newest_.time_ns;
         ++base_generation_;
         ++generation_;
         newest_slot_ = 1 - newest_slot_;
@@ -546,6 +597,30 @@ void Volume::checkpoint_installed() {
         maybe_checkpoint();
     }
     core_.wake_parked();
+}
+
+std::optional<std::pair<int, std::vector<std::byte>>> Volume::repeat_checkpoint() {
+    Lock lock(mutex_);
+    while (checkpointing_)
+        wait_change(lock);
+    if (read_only_ || !older_ || older_->replay_start.segno == newest_.replay_start.segno)
+        return std::nullopt;
+    checkpointing_ = true;
+    Checkpoint record = newest_;
+    ++record.generation;
+    return std::pair{1 - newest_slot_, encode(record)};
+}
+
+void Volume::checkpoint_repeated(bool written) noexcept {
+    const Lock lock(mutex_);
+    checkpointing_ = false;
+    if (written) {
+        older_ =
+            KeptMap{.root = root_, .levels = levels_, .generation = generation_, .replay_start = newest_.replay_start};
+        newest_.generation = ++generation_;
+        newest_slot_ = 1 - newest_slot_;
+    }
+    changed_.notify_all();
 }
 
 void Volume::checkpoint_failed() noexcept {

@@ -19,7 +19,8 @@ struct Volume::PendingCheckpoint {
     Pointer root = kHole;
     std::uint32_t levels = 0;
     std::int64_t mapped = 0;
-    std::uint64_t time_ns = 0;
+    Checkpoint record;
+    std::vector<std::int64_t> live_delta;  // by segment index: blocks that the new map leads to and the old one did not
 };
 
 }  // namespace hlfs

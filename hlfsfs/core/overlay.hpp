@@ -51,6 +51,8 @@ class Overlay {
     void put(std::uint64_t block, std::uint32_t count, std::uint64_t chunk, std::uint32_t index,
              const std::uint32_t* crcs);
     void punch(std::uint64_t block, std::uint64_t count);
+    // The next merge writes this leaf and the nodes above it anew, changed or not.
+    void touch(std::uint64_t leaf_no) { leaf_for(leaf_no); }
 
     [[nodiscard]] const Leaf* leaf(std::uint64_t leaf_no) const noexcept;
     [[nodiscard]] bool leaf_punched(std::uint64_t leaf_no) const noexcept;

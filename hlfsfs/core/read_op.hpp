@@ -47,6 +47,16 @@ struct ReadOp {
     Pointer node = 0;
     Segment* node_segment = nullptr;
 
+    // What may hold an address of the log, so that the cleaner waits for it: its epoch's parity; -1 before it looked.
+    int reader_epoch = -1;
+    // Under the volume's mutex.
+    void begin_reading() noexcept {
+        if (reader_epoch >= 0)
+            return;
+        reader_epoch = static_cast<int>(volume->reader_epoch_ & 1);
+        volume->readers_[static_cast<std::size_t>(reader_epoch)].fetch_add(1, std::memory_order_relaxed);
+    }
+
     ~ReadOp();
 };
 

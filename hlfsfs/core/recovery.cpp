@@ -22,6 +22,7 @@ namespace {
 struct NewestCheckpoint {
     std::optional<Checkpoint> checkpoint;
     int slot = 1;  // the next one goes to the other
+    std::optional<Checkpoint> older = std::nullopt;
 };
 
 NewestCheckpoint choose(std::span<const std::byte> slot0, std::span<const std::byte> slot1) {
@@ -38,9 +39,9 @@ NewestCheckpoint choose(std::span<const std::byte> slot0, std::span<const std::b
     if (!damage[0].empty() && !damage[1].empty())
         throw FormatError("both checkpoints are unreadable: " + damage[0] + "; " + damage[1]);
     if (found[0] && (!found[1] || found[0]->generation > found[1]->generation))
-        return {found[0], 0};
+        return {found[0], 0, found[1]};
     if (found[1])
-        return {found[1], 1};
+        return {found[1], 1, found[0]};
     // Nothing valid and at most one slot written: the very first checkpoint was cut, so the log is whole from its
     // start.
     return {std::nullopt, damage[0].empty() ? 1 : 0};
@@ -103,6 +104,7 @@ void Volume::load_segment_table(const Checkpoint& checkpoint,
             to->identity.slots = segment_slots_;
             to->state = from.state == SegmentState::open ? SegmentState::sealed : from.state;
             to->last_time_s = from.last_time_s;
+            to->live_blocks_hint = from.live_blocks_hint;
             table_[header.first + i] = std::move(to);
         }
         pointer = header.next;
@@ -200,6 +202,7 @@ struct Volume::Replay {
                const std::uint32_t* crcs) {
         switch (entry.kind) {
             case EntryKind::data:
+            case EntryKind::relocate:
                 volume.overlay_.put(entry.block, static_cast<std::uint32_t>(entry.count), number, index, crcs);
                 break;
             case EntryKind::punch:
@@ -234,6 +237,7 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
     Replay replay{.volume = *this, .report = report, .expected = 1, .end = {}, .cuts = {}};
     std::uint64_t disk_epoch = 0;
     std::uint32_t first_slot = 1;
+    std::uint32_t known_indexes = 0;
     if (newest.checkpoint) {
         const Checkpoint& from = *newest.checkpoint;
         if (from.log_uuid != config_.log_uuid)
@@ -252,6 +256,15 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
         replay.end = from.replay_start;
         replay.durable_upto = from.durable_sequence;
         first_slot = from.replay_start.slot;
+        newest_ = from;
+        if (newest.older && newest.older->log_uuid == config_.log_uuid) {
+            older_ = KeptMap{.root = newest.older->root,
+                             .levels = newest.older->levels,
+                             .generation = newest.older->generation,
+                             .replay_start = newest.older->replay_start};
+            known_indexes = newest.older->segment_table_count;
+        }
+        known_indexes = std::max(known_indexes, from.segment_table_count);
         load_segment_table(from, segments);
     }
 
@@ -344,8 +357,14 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
             report.unfinished_segments.push_back(scanned[s].header.segno);
         }
     }
-    while (!table_.empty() && !table_.back())
+    // An index that a kept checkpoint knows is not taken for a new one.
+    while (table_.size() > known_indexes && !table_.back())
         table_.pop_back();
+    table_.resize(std::max<std::size_t>(table_.size(), known_indexes));
+    for (std::uint32_t index = 0; index < table_.size(); ++index) {
+        if (!table_[index])
+            free_indexes_.emplace_back(index, generation_);
+    }
 
     report.unclean = replay.expected != began;
     next_sequence_ = written_end_ = durable_end_ = replay.expected;
@@ -440,7 +459,8 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
                 item.block = entry.block;
                 item.count = entry.count;
                 const std::byte* side = chunk->side + std::size_t{entry.aux} * 8;
-                if (entry.kind == EntryKind::data && wanted) {
+                const bool has_payload = entry.kind == EntryKind::data || entry.kind == EntryKind::relocate;
+                if (has_payload && wanted) {
                     std::optional<PageRun> run;
                     while (!(run = core_.take_pages(static_cast<std::uint32_t>(entry.count))))
                         core_.ring().wait_for_pages();

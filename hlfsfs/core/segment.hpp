@@ -50,7 +50,8 @@ struct Segment {
     std::vector<std::byte> footer_body;  // every summary so far, without padding
     std::uint32_t chunks = 0;
     std::uint64_t end_sequence = 0;
-    std::uint64_t live_blocks_hint = 0;
+    std::uint64_t live_blocks_hint = 0;  // blocks that the newest checkpoint's map leads to
+    bool moved = false;                  // the cleaner has published all of these again
     std::uint32_t last_time_s = 0;
 
     [[nodiscard]] BlockAddress address(std::uint32_t slot) const noexcept { return {uid, slot}; }

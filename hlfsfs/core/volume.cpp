@@ -22,6 +22,8 @@ Volume::Volume(Core& core, const VolumeConfig& config)
       config_(config),
       segment_slots_((1U << config.segment_shift) / static_cast<std::uint32_t>(kBlockBytes)),
       read_only_(config.read_only) {
+    if (config.segment_shift < kMinSegmentShift || config.segment_shift > kMaxSegmentShift)
+        throw FormatError("segments of 2^" + std::to_string(config.segment_shift) + " bytes");
     mtime_ns_ = ctime_ns_ = realtime_ns();
     table_.reserve(16);
 }
@@ -86,8 +88,12 @@ Volume::Stats Volume::stats() const {
     stats.dirty_bytes = live_pages_ * kBlockBytes;
     stats.overlay_entries = overlay_.entries() + (frozen_ ? frozen_->entries() : 0);
     stats.log_bytes = log_slots_ * kBlockBytes;
-    for (const auto& segment : table_)
+    for (const auto& segment : table_) {
         stats.segments += segment ? 1 : 0;
+        stats.live_bytes += segment ? segment->live_blocks_hint * kBlockBytes : 0;
+    }
+    stats.cleaned_bytes = cleaned_blocks_ * kBlockBytes;
+    stats.moved_bytes = moved_blocks_ * kBlockBytes;
     stats.epoch = epoch_;
     stats.sequence = next_sequence_ - 1;
     stats.durable_sequence = durable_end_ - 1;

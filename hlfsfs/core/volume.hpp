@@ -123,6 +123,38 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void checkpoint_installed();
     void checkpoint_failed() noexcept;
 
+    // The newest checkpoint once more, for the slot of the older one: what only the older one keeps from the cleaner is
+    // free then. nullopt where that would free nothing. Once it is written, or could not be: checkpoint_repeated().
+    std::optional<std::pair<int, std::vector<std::byte>>> repeat_checkpoint();
+    void checkpoint_repeated(bool written) noexcept;
+
+    // --- cleaning (cleaner.cpp), by one thread at a time; waits for I/O
+    struct CleanCandidate {
+        std::uint32_t index = 0;
+        std::uint64_t segno = 0;
+        std::uint64_t live_blocks_hint = 0;  // that the newest checkpoint maps
+        bool punched = false;
+        bool moved = false;  // what it holds has been written again; a checkpoint will tell
+    };
+    // Segments that both kept checkpoints have behind them, so that only their maps lead there.
+    [[nodiscard]] std::vector<CleanCandidate> clean_candidates() const;
+    struct Cleaned {
+        std::uint64_t blocks = 0;        // payload and summaries
+        std::uint64_t live_blocks = 0;   // that a map leads to
+        std::uint64_t freed_blocks = 0;  // punched now
+        std::uint64_t moved_blocks = 0;  // written again at the log's end
+        bool removable = false;          // no map leads into it: release_segment(), then the file may go
+    };
+    enum class CleanHow { look, punch, move };
+    // Looks up every block of a candidate in both kept maps. punch: gives the space of runs of at least `min_run`
+    // unreachable blocks back through `fd`, which is open for writing. move: what the newest map holds is published
+    // again where nobody has changed it meanwhile. Throws FormatError (damage on the way: the segment is left alone),
+    // std::system_error.
+    Cleaned clean_segment(std::uint32_t index, int fd, CleanHow how, std::uint32_t min_run);
+    // Waits for readers that began before, then forgets a removable segment. Its index is used again once no kept
+    // checkpoint knows the old meaning.
+    void release_segment(std::uint32_t index);
+
     struct CloseResult {
         std::optional<std::uint64_t> discard_segno;  // a prepared segment never used
     };
@@ -137,6 +169,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         std::uint64_t checkpoint_generation, checkpoint_time_ns, reads, read_bytes, writes, written_bytes, flushes,
             damaged_blocks;
         std::uint64_t chunks, nodes_written, map_levels, parked;
+        std::uint64_t live_bytes;  // of the log that the newest checkpoint's map holds, its nodes included
+        std::uint64_t cleaned_bytes, moved_bytes;
         bool read_only;
     };
     [[nodiscard]] Stats stats() const;
@@ -273,6 +307,22 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void finish(Mutation* mutation, std::int64_t result) noexcept;
     void seek_step(ReadOp* op) noexcept;
 
+    // cleaning (cleaner.cpp)
+    struct Survey;
+    struct KeptMap {
+        Pointer root = kHole;
+        std::uint32_t levels = 0;
+        std::uint64_t generation = 0;
+        LogPosition replay_start;
+    };
+    class MapCursor;
+    [[nodiscard]] bool cleanable(const Segment& segment) const;
+    Survey survey(std::uint32_t index, int fd);
+    std::uint64_t punch_dead(const Survey& survey, int fd, std::uint32_t min_run);
+    std::uint64_t move_live(const Survey& survey, int fd);
+    void wait_for_readers(Lock& lock);
+    [[nodiscard]] std::uint32_t next_index() const;
+
     // checkpoint (checkpoint.cpp)
     struct Merge;
     struct Freeze;
@@ -284,7 +334,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     template <typename Fill>
     void place_node_chunk(std::vector<std::array<std::byte, kEntryBytes>> entries, std::byte* payload,
                           std::size_t payload_bytes, std::uint64_t generation, Fill fill);
-    void write_segment_table(std::uint64_t generation, Checkpoint& record);
+    void write_segment_table(std::uint64_t generation, const std::vector<std::int64_t>& live_delta, Checkpoint& record);
 
     // recovery (recovery.cpp)
     struct Replay;
@@ -365,6 +415,11 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::uint64_t log_slots_ = 0;  // written since creation of this object, plus what recovery found
     std::uint64_t log_slots_at_checkpoint_ = 0;
     std::uint64_t read_clock_ = 0;
+    // Indexes that are free in the table, and the generation of the last checkpoint that may know them otherwise.
+    std::deque<std::pair<std::uint32_t, std::uint64_t>> free_indexes_;
+    // Who reads, by the parity of the epoch in which the read began.
+    std::array<std::atomic<std::uint32_t>, 2> readers_{};
+    std::uint32_t reader_epoch_ = 0;
 
     // failure of the log
     bool broken_ = false;                       // until everything unretired has its place in a new epoch
@@ -388,6 +443,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::uint64_t replay_time_ns_ = 0;  // while recovering: the time the replayed requests were made
     std::uint64_t generation_ = 0;
     int newest_slot_ = 1;
+    Checkpoint newest_;             // as it stands in its slot
+    std::optional<KeptMap> older_;  // what the other slot holds
     std::uint64_t checkpoint_time_ns_ = 0;
 
     // counters
@@ -395,6 +452,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         damaged_blocks_{0};
     std::uint64_t chunks_count_ = 0;
     std::uint64_t nodes_written_ = 0;
+    std::uint64_t cleaned_blocks_ = 0;
+    std::uint64_t moved_blocks_ = 0;
 };
 
 }  // namespace hlfs

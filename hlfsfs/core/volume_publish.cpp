@@ -64,7 +64,7 @@ void Volume::want_segment() {
         return;
     auto segment = std::make_unique<Segment>();
     segment->uid = core_.new_segment_uid();
-    segment->index = static_cast<std::uint32_t>(table_.size());
+    segment->index = next_index();
     if (getrandom(&segment->salt, sizeof segment->salt, 0) != sizeof segment->salt)
         segment->salt = realtime_ns();
     segment->identity = {
@@ -153,7 +153,12 @@ void Volume::roll_segment() {
     }
     current_ = prepared_.get();
     current_->footer_body.reserve(std::size_t{512} << 10);
-    table_.push_back(std::move(prepared_));
+    if (prepared_->index == table_.size()) {
+        table_.push_back(std::move(prepared_));
+    } else {
+        free_indexes_.pop_front();
+        table_[current_->index] = std::move(prepared_);
+    }
     growth_wanted_ = 0;
 }
 
@@ -320,7 +325,8 @@ void Volume::publish(std::span<const PublishItem> items, std::atomic<std::uint64
         entry.block = item.block;
         entry.count = item.count;
         switch (item.kind) {
-            case EntryKind::data: {
+            case EntryKind::data:
+            case EntryKind::relocate: {
                 const auto blocks = static_cast<std::uint32_t>(item.count);
                 entry.stored_blocks = static_cast<std::uint16_t>(blocks);
                 for (std::uint32_t b = 0; b < blocks; ++b) {
@@ -354,7 +360,10 @@ void Volume::publish(std::span<const PublishItem> items, std::atomic<std::uint64
         }
         chunk.entries[count + i] = encode(entry);
     }
-    if (!times_given) {
+    if (items.front().kind == EntryKind::relocate) {
+        // The same content: nothing happened that a reader could see.
+        chunk.time_ns = mtime_ns_;
+    } else if (!times_given) {
         if (replay_time_ns_ != 0) {
             mtime_ns_ = std::max(now, mtime_ns_);
             ctime_ns_ = std::max(now, ctime_ns_);

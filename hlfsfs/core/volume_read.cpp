@@ -24,6 +24,8 @@ constexpr std::uint64_t span_of(std::uint32_t level) noexcept {
 }  // namespace
 
 ReadOp::~ReadOp() {
+    if (reader_epoch >= 0)
+        volume->readers_[static_cast<std::size_t>(reader_epoch)].fetch_sub(1, std::memory_order_release);
     if (buffer != nullptr)
         volume->core_.buffers().give(buffer, std::size_t{blocks} * kBlockBytes);
     if (node_buffer != nullptr)
@@ -277,6 +279,7 @@ void Volume::start_read(ReadOp* op) noexcept {
         return;
     }
     Lock lock(mutex_);
+    op->begin_reading();
     Missing missing;
     op->sources.resize(op->blocks);
     if (op->purpose == ReadOp::Purpose::edge)
@@ -456,6 +459,7 @@ void Volume::seek_step(ReadOp* op) noexcept {
         delete op;
     };
     Lock lock(mutex_);
+    op->begin_reading();
     if (op->offset >= size_bytes_) {
         lock.unlock();
         end_with(-ENXIO);

@@ -8,11 +8,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from uuid import UUID
 
 from hlfsfs import _core
+from hlfsfs.engine.cleaner import Cleaner, CleanReport
 from hlfsfs.engine.options import EngineOptions
 from hlfsfs.engine.rings import left_rings, make_core, sweep_rings
 from hlfsfs.engine.service import Service
@@ -72,7 +73,9 @@ class Engine:
         with left_rings(self._store, previous, self._options) as left:
             self._ring_path, self.core = make_core(self._store, self._options)
             self._service = Service(self._store, self.attached, self._checkpoint_due)
+            self._cleaner = Cleaner(self._store, self.attached)
             self._service.start(self.core)
+            self._cleaner.start()
             try:
                 self._kept_rings = [found.path for found in left if not self._recover_ring(found.ring)]
                 self._enter_use()
@@ -117,6 +120,7 @@ class Engine:
 
     def _abandon(self) -> None:
         """Ends without durability; the old ring is still the one the lock record names."""
+        self._cleaner.stop()
         self._service.stop()
         self.core.stop()
         remove_ring(self._ring_path)
@@ -228,13 +232,68 @@ class Engine:
             volume.native.checkpoint_failed()
             raise
         volume.native.checkpoint_installed()
+        self._cleaner.wake(volume.id)
+
+    def repeat_checkpoint(self, volume: Volume) -> None:
+        """Has the newest checkpoint in both slots, where that lets the cleaner free more.
+
+        After a crash in here the newest one is in one slot at least.
+
+        Raises:
+            NoSpace, StoreFailed: the other slot may be unreadable.
+        """
+        try:
+            made = volume.native.repeat_checkpoint()
+        except OSError as exc:
+            raise volume.translated(exc) from exc
+        if made is None:
+            return
+        written = False
+        try:
+            self._store.write_checkpoint_slot(volume.log_uuid, *made)
+            written = True
+        finally:
+            volume.native.checkpoint_repeated(written)
+        self._cleaner.wake(volume.id)
 
     def _checkpoint_due(self, volume: Volume, idle: bool) -> None:
         self.checkpoint(volume)
+        if not idle:
+            return
         # A volume nobody writes to takes what it holds, not what it might have needed next.
-        unused = volume.native.close_log(only_if_idle=True) if idle else None
+        unused = volume.native.close_log(only_if_idle=True)
         if unused is not None:
             self._store.remove_segment(volume.log_uuid, unused)
+        self.repeat_checkpoint(volume)
+
+    def clean(
+        self, volume: Volume, *, dry_run: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> CleanReport:
+        """Gets back all space of a volume's log that nothing needs, whatever it costs; a dry run only looks.
+
+        A crash in here loses nothing: see `Cleaner`.
+
+        Args:
+            volume: attached.
+            dry_run: change nothing but checkpoints.
+            progress: is told how many segments are done, and of how many.
+
+        Raises:
+            NoSpace, StoreFailed: what was freed before stays free.
+        """
+        with self._cleaner.alone():
+            volume.flush()
+            self.checkpoint(volume)
+            self.repeat_checkpoint(volume)
+            report = self._cleaner.clean(volume, dry_run=dry_run, progress=progress)
+            if report.moved_bytes:
+                # The old places go once both checkpoints know the new ones.
+                self.checkpoint(volume)
+                self.repeat_checkpoint(volume)
+                emptied = self._cleaner.clean(volume, progress=progress)
+                report.freed_bytes += emptied.freed_bytes
+                report.removed_segments += emptied.removed_segments
+        return report
 
     def detach(self, volume_id: int) -> None:
         """Makes a volume durable, checkpoints and closes it. The caller sees to it that nobody uses it.
@@ -246,8 +305,9 @@ class Engine:
             volume = self.attached(volume_id)
             if volume is None:
                 return
-            self._settle(volume)
-            self._forget(volume_id)
+            with self._cleaner.kept_away(volume_id):
+                self._settle(volume)
+                self._forget(volume_id)
 
     def _settle(self, volume: Volume) -> None:
         if volume.read_only:
@@ -267,7 +327,7 @@ class Engine:
 
     def drop(self, volume_id: int) -> None:
         """Forgets a volume that is being deleted, durable or not."""
-        with self._exclusive(volume_id):
+        with self._exclusive(volume_id), self._cleaner.kept_away(volume_id):
             self._forget(volume_id)
 
     def _forget(self, volume_id: int) -> None:
@@ -301,6 +361,7 @@ class Engine:
             return
         self._closed = True
         failure: HlfsError | None = None
+        self._cleaner.stop()
         for volume_id in list(self._volumes):
             try:
                 self.detach(volume_id)

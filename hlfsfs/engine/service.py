@@ -103,7 +103,7 @@ class Service:
             log.warning("%s: no new segment: %s", volume.what, exc)
             volume.native.segment_failed(event.segno, to_errno(exc))
             return
-        volume.native.supply_segment(event.segno, fd, event.allocate_bytes)
+        volume.native.supply_segment(event.segno, fd, os.fstat(fd).st_size)
 
     def _open(self, volume: Volume | None, event: "_core.Event") -> None:
         if volume is None:

@@ -144,9 +144,10 @@ class Store(ABC):
 
     @abstractmethod
     def prepare_segment(self, log_uuid: UUID, segno: int, header: bytes, allocate_bytes: int) -> int:
-        """Makes a segment whose first bytes are `header`, backed by `allocate_bytes` of space, its length too.
+        """Makes a segment whose first bytes are `header`, backed by at least `allocate_bytes` of space.
 
-        Durable: the segment is never seen without its header and its space.
+        Durable: the segment is never seen without its header and its space. All of its length is backed. What follows
+        the header may be the content of a segment that was retired.
 
         Returns:
             fd for reading and writing, O_DIRECT where the filesystem has it.
@@ -168,6 +169,14 @@ class Store(ABC):
     @abstractmethod
     def remove_segment(self, log_uuid: UUID, segno: int) -> None:
         """Removes a segment; durable. A segment that does not exist is fine."""
+
+    @abstractmethod
+    def retire_segment(self, log_uuid: UUID, segno: int) -> None:
+        """Removes a segment as `remove_segment` does; its file may serve as a later one, which spares allocating."""
+
+    @abstractmethod
+    def drop_spares(self) -> int:
+        """Gives the space of all files kept for later segments back; returns how many bytes that was."""
 
     @abstractmethod
     def read_checkpoint_slots(self, log_uuid: UUID) -> tuple[bytes, bytes]:

@@ -11,13 +11,14 @@ from uuid import UUID
 from hlfsfs.errors import CheckpointDamaged, LogDamaged, NoSuchName, printable
 from hlfsfs.store.base import CHECKPOINT_SLOT_BYTES
 from hlfsfs.store.disk import Rename
-from hlfsfs.store.local_base import LocalPart, reading
+from hlfsfs.store.local_base import reading
+from hlfsfs.store.local_spares import LocalSpares
 
 _SEGMENT = re.compile(rb"([0-9a-f]{8,16})\.seg")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 
-class LocalLogs(LocalPart):
+class LocalLogs(LocalSpares):
     """The part of a local store the engine works on."""
 
     def log_path(self, log_uuid: UUID) -> bytes:
@@ -72,11 +73,12 @@ class LocalLogs(LocalPart):
 
         A crash leaves no segment of this number, or one with its header and all its space.
         """
-        aside = self.temporary(b"segment")
         with self._log(log_uuid), self.changing(f"log {log_uuid}: segment {segno}"):
-            fd = self.disk.create(aside)
+            spare = self.take_spare(allocate_bytes)
+            aside = spare or self.temporary(b"segment")
+            fd = self.disk.open(aside, os.O_RDWR) if spare else self.disk.create(aside)
             try:
-                self.disk.allocate(fd, allocate_bytes)
+                self._allocate(fd, allocate_bytes)
                 self.disk.write(fd, header, 0)
                 self.disk.fsync(fd)
                 self.disk.rename(aside, self.segment_path(log_uuid, segno), Rename.NOREPLACE)
@@ -88,6 +90,14 @@ class LocalLogs(LocalPart):
                     self.disk.unlink(aside)
                 raise
             return fd
+
+    def _allocate(self, fd: int, size_bytes: int) -> None:
+        try:
+            self.disk.allocate(fd, size_bytes)
+        except OSError as exc:
+            if exc.errno != errno.ENOSPC or self.drop_spares() == 0:
+                raise
+            self.disk.allocate(fd, size_bytes)
 
     def open_segment(self, log_uuid: UUID, segno: int, *, writable: bool = False) -> int:
         with self._log(log_uuid):
@@ -108,6 +118,14 @@ class LocalLogs(LocalPart):
         """Unlinks, then syncs the directory: a crash leaves the segment or not."""
         with self.changing(f"log {log_uuid}: segment {segno}"), suppress(FileNotFoundError):
             self.disk.unlink(self.segment_path(log_uuid, segno))
+            self.disk.fsync_dir(self.log_path(log_uuid))
+
+    def retire_segment(self, log_uuid: UUID, segno: int) -> None:
+        """Renames the file among the spares or unlinks it, then syncs the directory: a crash leaves it or not."""
+        with self.changing(f"log {log_uuid}: segment {segno}"), suppress(FileNotFoundError):
+            path = self.segment_path(log_uuid, segno)
+            if not self.keep_spare(path):
+                self.disk.unlink(path)
             self.disk.fsync_dir(self.log_path(log_uuid))
 
     def read_checkpoint_slots(self, log_uuid: UUID) -> tuple[bytes, bytes]:

@@ -115,6 +115,9 @@ class Owned(Features, kw_only=True):
     xattrs: dict[str, bytes] = {}
 
 
+MIN_SEGMENT_SHIFT, MAX_SEGMENT_SHIFT = 22, 27
+
+
 class VolumeRecord(Owned, kw_only=True):
     """A volume. Its size and times live in its log and checkpoint only.
 
@@ -138,6 +141,8 @@ class VolumeRecord(Owned, kw_only=True):
     def __post_init__(self) -> None:
         if sum(log.role == "own" for log in self.logs) != 1:
             raise ValueError("not exactly one log of its own")
+        if not MIN_SEGMENT_SHIFT <= self.segment_shift <= MAX_SEGMENT_SHIFT:
+            raise ValueError(f"segments of 2^{self.segment_shift} bytes")
 
 
 class PoolRecord(Owned, kw_only=True):

@@ -205,6 +205,34 @@ def test_removing_a_segment_twice_is_fine(store: Store, log: UUID) -> None:
     assert store.list_segments(log) == []
 
 
+def test_a_retired_segment_is_gone_and_may_serve_again(store: Store, log: UUID) -> None:
+    """A new segment has its header and all its space, wherever the file came from."""
+    size_bytes = 8 << 20
+    for segno in range(12):
+        header = (b"%d" % segno).ljust(4096, b"-")
+        fd = store.prepare_segment(log, segno, header, size_bytes)
+        assert os.fstat(fd).st_size >= size_bytes
+        assert os.fstat(fd).st_blocks * 512 >= os.fstat(fd).st_size
+        os.close(fd)
+        assert read_segment(store, log, segno)[:4096] == header
+        if segno % 3:
+            store.retire_segment(log, segno)
+            store.retire_segment(log, segno)
+    assert store.list_segments(log) == [0, 3, 6, 9]
+    os.close(store.prepare_segment(log, 100, bytes(4096), 65536))
+    assert store.segment_stat(log, 100)[0] == 65536
+
+
+def test_spares_can_be_dropped(store: Store, log: UUID) -> None:
+    for segno in range(3):
+        os.close(store.prepare_segment(log, segno, bytes(4096), 8 << 20))
+    for segno in range(3):
+        store.retire_segment(log, segno)
+    assert store.drop_spares() >= 3 * (8 << 20)
+    assert store.drop_spares() == 0
+    assert store.list_segments(log) == []
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -400,6 +428,8 @@ def test_pool_times(store: Store) -> None:
         lambda store, log: store.delete_log(log),
         lambda store, log: store.prepare_segment(log, 9, bytes(4096), 4096),
         lambda store, log: store.remove_segment(log, 1),
+        lambda store, log: store.retire_segment(log, 1),
+        lambda store, log: store.drop_spares(),
         lambda store, log: store.write_checkpoint_slot(log, 0, b"x"),
         lambda store, log: store.create_volume(volume_record(MIN_ID + 9)),
         lambda store, log: store.write_volume(volume_record(MIN_ID)),

@@ -233,6 +233,11 @@ int fallocate(int fd, int mode, off_t offset, off_t length) {
     FaultyDisk& disk = FaultyDisk::instance();
     if (mode == 0 && !disk.take_space(fd, length))
         return hlfs::testing::failed(ENOSPC);
-    return static_cast<int>(syscall(SYS_fallocate, fd, mode, offset, length));
+    const auto real = [&] { return static_cast<int>(syscall(SYS_fallocate, fd, mode, offset, length)); };
+    if ((mode & FALLOC_FL_PUNCH_HOLE) == 0 || !disk.watched(fd))
+        return real();
+    const auto lock = disk.freeze();
+    disk.note_old_blocks(fd, static_cast<std::uint64_t>(offset) / 4096, static_cast<std::uint64_t>(length) / 4096);
+    return real();
 }
 }

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -112,8 +113,18 @@ int Log::prepare(std::uint64_t segno, const std::string& header, std::uint64_t a
 }
 
 int Log::open(std::uint64_t segno) const {
-    const int fd = ::open(file(segno).c_str(), O_RDONLY | O_CLOEXEC);
+    const int fd = ::open(file(segno).c_str(), O_RDWR | O_CLOEXEC);
     return fd < 0 ? -errno : fd;
+}
+
+std::uint64_t Log::allocated_bytes() const {
+    std::uint64_t sum = 0;
+    for (const std::uint64_t segno : segnos()) {
+        struct stat info {};
+        if (::stat(file(segno).c_str(), &info) == 0)
+            sum += static_cast<std::uint64_t>(info.st_blocks) * 512;
+    }
+    return sum;
 }
 
 void Log::remove(std::uint64_t segno) {
@@ -302,6 +313,50 @@ bool Host::checkpoint(Log& log) {
     if (log_of(log.id, volume) == nullptr)
         throw std::logic_error("the volume is not open");
     return checkpoint(log, *volume);
+}
+
+bool Host::repeat_checkpoint(Log& log) {
+    std::shared_ptr<Volume> volume;
+    log_of(log.id, volume);
+    const auto made = volume->repeat_checkpoint();
+    if (!made)
+        return false;
+    {
+        const auto lock = FaultyDisk::instance().freeze();
+        log.slots[static_cast<std::size_t>(made->first)] = made->second;
+    }
+    volume->checkpoint_repeated(true);
+    return true;
+}
+
+Volume::Cleaned Host::clean(Log& log, Volume::CleanHow how, std::uint32_t min_run) {
+    std::shared_ptr<Volume> volume;
+    log_of(log.id, volume);
+    Volume::Cleaned sum;
+    for (const Volume::CleanCandidate& candidate : volume->clean_candidates()) {
+        const int fd = log.open(candidate.segno);
+        // Removed, and the table on disk did not know yet when the power failed.
+        if (fd < 0 && candidate.live_blocks_hint == 0)
+            continue;
+        Volume::Cleaned cleaned;
+        try {
+            cleaned = volume->clean_segment(candidate.index, fd, how, min_run);
+        } catch (...) {
+            ::close(fd);
+            throw;
+        }
+        ::close(fd);
+        if (cleaned.removable) {
+            volume->release_segment(candidate.index);
+            log.remove(candidate.segno);
+        }
+        sum.blocks += cleaned.blocks;
+        sum.live_blocks += cleaned.live_blocks;
+        sum.freed_blocks += cleaned.freed_blocks;
+        sum.moved_blocks += cleaned.moved_blocks;
+        sum.removable = sum.removable || cleaned.removable;
+    }
+    return sum;
 }
 
 Host::Opened Host::open(Log& log, Ring* old_ring) {

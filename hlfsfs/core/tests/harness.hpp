@@ -20,6 +20,7 @@
 
 #include "../core.hpp"
 #include "../format.hpp"
+#include "../log_scan.hpp"
 #include "../volume.hpp"
 #include "faulty_disk.hpp"
 
@@ -71,6 +72,7 @@ class Log {
     // As prepare_segment of a store: the file exists with its header, or not at all. Returns -errno.
     int prepare(std::uint64_t segno, const std::string& header, std::uint64_t allocate_bytes);
     int open(std::uint64_t segno) const;
+    [[nodiscard]] std::uint64_t allocated_bytes() const;
     void remove(std::uint64_t segno);
 
     // What a power cut now leaves; what the death of the process now leaves.
@@ -134,6 +136,10 @@ class Host {
     // Durable, checkpointed, closed and forgotten.
     void close(Log& log);
     bool checkpoint(Log& log);
+    // The newest checkpoint into both slots.
+    bool repeat_checkpoint(Log& log);
+    // Every segment that may be cleaned: removed if nothing leads into it, else `how`. Returns what it did, summed up.
+    Volume::Cleaned clean(Log& log, Volume::CleanHow how, std::uint32_t min_run = 1);
 
     // A ring with what this one holds right now, as a successor finds it; nobody may be writing.
     [[nodiscard]] std::unique_ptr<LeftRing> left_ring() const;

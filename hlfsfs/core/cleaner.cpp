@@ -1,0 +1,367 @@
+// Getting space back: which blocks of a segment no kept map leads to, and what becomes of the others.
+//
+// Only reachability decides; counts choose what to look at. Looked at are segments that both kept checkpoints have
+// behind them: what is mapped since (overlay) stands in later ones, and what neither map leads to stays unreachable, as
+// a new map leads to new blocks or to what the map before it led to. So a decision never goes stale, and a recovery
+// from either checkpoint finds all it needs whenever the power fails: a punched or removed block is asked for by no
+// one. A moved block is an entry of the log like any other; its old place stays until both checkpoints know the new
+// one.
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+#include "log_scan.hpp"
+#include "volume.hpp"
+
+namespace hlfs {
+
+namespace {
+
+constexpr std::uint16_t kData = UINT16_MAX;
+constexpr std::uint32_t kMoveBlocks = 256;  // published at once
+
+constexpr std::uint64_t span_of(std::uint32_t level) noexcept {
+    return std::uint64_t{1} << (kNodeShift * level);
+}
+
+std::uint64_t allocated_bytes(int fd) {
+    struct stat info {};
+    if (fstat(fd, &info) != 0)
+        throw std::system_error(errno, std::generic_category(), "looking at a segment");
+    return static_cast<std::uint64_t>(info.st_blocks) * 512;
+}
+
+}  // namespace
+
+// What of a segment is reachable.
+struct Volume::Survey {
+    struct Block {
+        std::uint64_t block = 0;  // the volume's block, or a node's number within its level
+        std::uint32_t slot = 0;
+        std::uint32_t crc = 0;
+        std::uint16_t level = kData;
+        bool live = false;       // a kept map leads here
+        bool in_newest = false;  // the newest one does
+    };
+    std::vector<Block> blocks;  // by slot
+    std::uint64_t base_generation = 0;
+    std::uint64_t live = 0;
+    std::uint64_t in_newest = 0;
+    std::uint64_t log_blocks = 0;
+    bool footer = false;
+    std::uint32_t end_slot = 0;  // of what may be punched
+};
+
+// Walks one map in ascending order, keeping the node of each level where it stands.
+class Volume::MapCursor {
+  public:
+    MapCursor(Volume& volume, const KeptMap& map) : volume_(volume), map_(map), at_(map.levels) {}
+
+    Pointer node_pointer(std::uint32_t level, std::uint64_t index) {
+        if (level >= map_.levels || index >= span_of(map_.levels - 1 - level))
+            return kHole;
+        if (level + 1 == map_.levels)
+            return map_.root;
+        const Node* parent = node(level + 1, index >> kNodeShift);
+        return parent == nullptr ? kHole : (*parent)[index & (kNodeEntries - 1)];
+    }
+
+    Pointer data_pointer(std::uint64_t block) {
+        const Node* leaf = node(0, block >> kNodeShift);
+        return leaf == nullptr ? kHole : (*leaf)[block & (kNodeEntries - 1)];
+    }
+
+  private:
+    const Node* node(std::uint32_t level, std::uint64_t index) {
+        const Pointer pointer = node_pointer(level, index);
+        if (pointer == kHole)
+            return nullptr;
+        Standing& standing = at_[level];
+        if (standing.pointer != pointer) {
+            standing.pointer = kHole;
+            volume_.load_node_waiting(pointer, standing.node);
+            standing.pointer = pointer;
+        }
+        return &standing.node;
+    }
+
+    struct Standing {
+        Pointer pointer = kHole;
+        Node node;
+    };
+    Volume& volume_;
+    KeptMap map_;
+    std::vector<Standing> at_;
+};
+
+bool Volume::cleanable(const Segment& segment) const {
+    const bool ended = segment.state == SegmentState::sealed || segment.state == SegmentState::punched ||
+                       segment.state == SegmentState::damaged;
+    return ended && segment.log_no == 0 && &segment != current_ && segment.unwritten_chunks == 0 && !segment.unsynced &&
+           segment.footer_body.empty() && segment.identity.segno < newest_.replay_start.segno &&
+           (!older_ || segment.identity.segno < older_->replay_start.segno);
+}
+
+std::vector<Volume::CleanCandidate> Volume::clean_candidates() const {
+    const Lock lock(mutex_);
+    std::vector<CleanCandidate> found;
+    if (read_only_ || !opened_)
+        return found;
+    for (const auto& segment : table_) {
+        if (segment && cleanable(*segment)) {
+            found.push_back({.index = segment->index,
+                             .segno = segment->identity.segno,
+                             .live_blocks_hint = segment->live_blocks_hint,
+                             .punched = segment->state == SegmentState::punched,
+                             .moved = segment->moved});
+        }
+    }
+    return found;
+}
+
+Volume::Survey Volume::survey(std::uint32_t index, int fd) {
+    Survey survey;
+    KeptMap newest;
+    KeptMap older;
+    std::uint64_t segno = 0;
+    {
+        const Lock lock(mutex_);
+        if (index >= table_.size() || !table_[index] || !cleanable(*table_[index]))
+            throw std::system_error(EBUSY, std::generic_category(), "the segment is in use");
+        segno = table_[index]->identity.segno;
+        survey.base_generation = base_generation_;
+        newest = {.root = root_, .levels = levels_, .generation = generation_, .replay_start = {}};
+        older = older_.value_or(newest);
+    }
+    const SegmentHeader header = read_segment_header(fd);
+    if (header.log_uuid != config_.log_uuid || header.segno != segno || header.table_index != index)
+        throw FormatError("segment header of another log or place");
+    const ScannedSegment scanned = scan_segment(fd, header, 1);
+    const std::uint32_t shift = crc32c_block_shift(scanned.identity.seed);
+    survey.footer = scanned.from_footer;
+    for (const ChunkSummary& chunk : scanned.chunks) {
+        survey.log_blocks += chunk.header.summary_blocks + chunk.header.payload_blocks;
+        survey.end_slot = std::max(survey.end_slot, chunk.end_slot());
+        std::uint32_t at = 0;
+        for (const Entry& entry : chunk.entries) {
+            for (std::uint32_t i = 0; i < entry.stored_blocks; ++i, ++at) {
+                Survey::Block block{
+                    .block = entry.block + i, .slot = chunk.payload_slot() + at, .crc = chunk.checks[at] ^ shift};
+                if (entry.kind == EntryKind::node) {
+                    // Blocks of the chains: only a checkpoint leads to them, which has this segment behind it.
+                    if (entry.aux >= kMaxLevels)
+                        continue;
+                    block.level = entry.aux;
+                    block.block = entry.block >> (kNodeShift * (entry.aux + 1U));
+                }
+                survey.blocks.push_back(block);
+            }
+        }
+    }
+    std::sort(survey.blocks.begin(), survey.blocks.end(),
+              [](const auto& a, const auto& b) { return std::pair(a.level, a.block) < std::pair(b.level, b.block); });
+    MapCursor in_newest(*this, newest);
+    MapCursor in_older(*this, older);
+    const bool same = older.root == newest.root && older.levels == newest.levels;
+    const auto leads = [index](MapCursor& map, const Survey::Block& block) {
+        const Pointer pointer =
+            block.level == kData ? map.data_pointer(block.block) : map.node_pointer(block.level, block.block);
+        return pointer != kHole && pointer_segment(pointer) == index && pointer_slot(pointer) == block.slot;
+    };
+    for (Survey::Block& block : survey.blocks) {
+        block.in_newest = leads(in_newest, block);
+        block.live = block.in_newest || (!same && leads(in_older, block));
+        survey.live += block.live ? 1 : 0;
+        survey.in_newest += block.in_newest ? 1 : 0;
+    }
+    std::sort(survey.blocks.begin(), survey.blocks.end(), [](const auto& a, const auto& b) { return a.slot < b.slot; });
+    return survey;
+}
+
+Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how, std::uint32_t min_run) {
+    const Survey found = survey(index, fd);
+    Cleaned cleaned{.blocks = found.log_blocks, .live_blocks = found.live};
+    {
+        const Lock lock(mutex_);
+        Segment& segment = *table_[index];
+        // Without a footer, chunks that are damaged are not seen: what they hold is known by the counts alone.
+        cleaned.removable = found.live == 0 && (found.footer || segment.live_blocks_hint == 0);
+        if (base_generation_ == found.base_generation && found.footer)
+            segment.live_blocks_hint = found.in_newest;
+    }
+    if (cleaned.removable || how == CleanHow::look)
+        return cleaned;
+    if (how == CleanHow::punch) {
+        cleaned.freed_blocks = punch_dead(found, fd, min_run);
+    } else {
+        cleaned.moved_blocks = move_live(found, fd);
+    }
+    const Lock lock(mutex_);
+    if (how == CleanHow::punch)
+        table_[index]->state = SegmentState::punched;
+    // Another checkpoint since: what it still maps here is seen by the next look.
+    table_[index]->moved = how == CleanHow::move && base_generation_ == found.base_generation;
+    cleaned_blocks_ += cleaned.freed_blocks;
+    moved_blocks_ += cleaned.moved_blocks;
+    return cleaned;
+}
+
+// With a footer, summaries go too: the footer repeats them.
+std::uint64_t Volume::punch_dead(const Survey& survey, int fd, std::uint32_t min_run) {
+    std::vector<bool> dead(survey.end_slot, survey.footer);
+    dead[0] = false;
+    for (const Survey::Block& block : survey.blocks)
+        dead[block.slot] = !block.live;
+    const std::uint64_t before = allocated_bytes(fd);
+    for (std::uint32_t first = 0; first < dead.size();) {
+        if (!dead[first]) {
+            ++first;
+            continue;
+        }
+        std::uint32_t end = first;
+        while (end < dead.size() && dead[end])
+            ++end;
+        const auto offset = static_cast<off_t>(first) * static_cast<off_t>(kBlockBytes);
+        const auto stop = static_cast<off_t>(end) * static_cast<off_t>(kBlockBytes);
+        if (end - first >= min_run) {
+            const off_t data = lseek(fd, offset, SEEK_DATA);
+            const bool hole = data < 0 ? errno == ENXIO : data >= stop;
+            if (!hole && ::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, stop - offset) != 0)
+                throw std::system_error(errno, std::generic_category(), "punching a segment");
+        }
+        first = end;
+    }
+    const std::uint64_t after = allocated_bytes(fd);
+    return after < before ? (before - after) / kBlockBytes : 0;
+}
+
+std::uint64_t Volume::move_live(const Survey& survey, int fd) {
+    WindowReader reader(fd);
+    std::uint64_t moved = 0;
+    std::vector<const Survey::Block*> batch;
+    const auto unchanged = [this, &survey](std::uint64_t block) {
+        return base_generation_ == survey.base_generation && version_of(block).kind == BlockVersion::Kind::base;
+    };
+    const auto publish_batch = [&] {
+        if (batch.empty())
+            return;
+        std::optional<PageRun> run;
+        while (!(run = core_.take_pages(static_cast<std::uint32_t>(batch.size()))))
+            core_.ring().wait_for_pages();
+        std::vector<std::uint32_t> crcs;
+        for (std::uint32_t i = 0; i < batch.size(); ++i) {
+            const auto bytes = reader.at(batch[i]->slot, 1);
+            std::byte* page = core_.ring().page(run->first + i);
+            if (bytes.size() == kBlockBytes)
+                std::memcpy(page, bytes.data(), kBlockBytes);
+            // All 32 bits: what is damaged stays where it is, so that it is damaged for its readers too.
+            if (bytes.size() != kBlockBytes || crc32c_block(page) != batch[i]->crc) {
+                core_.ring().free_pages(*run);
+                throw FormatError("a block to be moved is damaged");
+            }
+            crcs.push_back(batch[i]->crc);
+        }
+        std::vector<bool> published(batch.size());
+        const auto give_back = [&] {
+            for (std::uint32_t i = 0; i < batch.size(); ++i) {
+                if (!published[i])
+                    core_.ring().free_page(run->first + i);
+            }
+        };
+        try {
+            Lock lock(mutex_);
+            for (;;) {
+                std::vector<PublishItem> items;
+                std::fill(published.begin(), published.end(), false);
+                std::size_t blocks = 0;
+                for (std::uint32_t i = 0; i < batch.size(); ++i) {
+                    if (!unchanged(batch[i]->block))
+                        continue;
+                    published[i] = true;
+                    ++blocks;
+                    const bool follows =
+                        !items.empty() && i > 0 && published[i - 1] && batch[i - 1]->block + 1 == batch[i]->block;
+                    if (follows) {
+                        ++items.back().count;
+                        continue;
+                    }
+                    PublishItem item{};
+                    item.kind = EntryKind::relocate;
+                    item.block = batch[i]->block;
+                    item.count = 1;
+                    item.first_page = run->first + i;
+                    item.crcs = crcs.data() + i;
+                    items.push_back(item);
+                }
+                if (items.empty())
+                    break;
+                const Admission admission = admit(items.size(), blocks, 0);
+                if (admission == Admission::ok) {
+                    publish(items, nullptr);
+                    moved += blocks;
+                    break;
+                }
+                std::fill(published.begin(), published.end(), false);
+                if (admission == Admission::refused)
+                    throw std::system_error(space_refused_, std::generic_category(), "no space to move blocks to");
+                wake();
+                wait_change(lock);
+            }
+        } catch (...) {
+            give_back();
+            throw;
+        }
+        give_back();
+        batch.clear();
+    };
+    for (const Survey::Block& block : survey.blocks) {
+        if (!block.in_newest)
+            continue;
+        if (block.level != kData) {
+            const Lock lock(mutex_);
+            if (base_generation_ == survey.base_generation) {
+                overlay_.touch(block.block << (kNodeShift * block.level));
+                ++publishes_;
+            }
+            continue;
+        }
+        batch.push_back(&block);
+        if (batch.size() == kMoveBlocks)
+            publish_batch();
+    }
+    publish_batch();
+    return moved;
+}
+
+// Those that began before may hold addresses which no map has any more.
+void Volume::wait_for_readers(Lock& lock) {
+    const std::size_t parity = reader_epoch_ & 1;
+    ++reader_epoch_;
+    while (readers_[parity].load(std::memory_order_acquire) != 0)
+        wait_change(lock);
+}
+
+void Volume::release_segment(std::uint32_t index) {
+    Lock lock(mutex_);
+    wait_for_readers(lock);
+    std::unique_ptr<Segment>& segment = table_.at(index);
+    if (!segment || !cleanable(*segment))
+        throw std::system_error(EBUSY, std::generic_category(), "the segment is in use");
+    if (segment->fd)
+        core_.open_descriptors.fetch_sub(1, std::memory_order_relaxed);
+    segment.reset();
+    free_indexes_.emplace_back(index, generation_ + (checkpointing_ ? 1 : 0));
+}
+
+std::uint32_t Volume::next_index() const {
+    if (!free_indexes_.empty() && older_ && older_->generation > free_indexes_.front().second)
+        return free_indexes_.front().first;
+    return static_cast<std::uint32_t>(table_.size());
+}
+
+}  // namespace hlfs

@@ -1,0 +1,257 @@
+// Space comes back, and whatever is reachable stays: from the head, from both kept checkpoints, through every crash.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <catch2/catch.hpp>
+#include <thread>
+
+#include "harness.hpp"
+
+using namespace hlfs;
+using namespace hlfs::testing;
+
+namespace {
+
+constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
+constexpr auto kLook = Volume::CleanHow::look;
+constexpr auto kPunch = Volume::CleanHow::punch;
+constexpr auto kMove = Volume::CleanHow::move;
+
+void destroy_newest_slot(Log& log) {
+    const auto generation = [&](int i) {
+        const auto found = decode_checkpoint(log.slots[static_cast<std::size_t>(i)]);
+        return found ? found->generation : 0;
+    };
+    Bytes& slot = log.slots[generation(0) > generation(1) ? 0 : 1];
+    slot[100] ^= std::byte{0xFF};
+}
+
+bool has_two_checkpoints(const Log& log) {
+    return std::ranges::all_of(log.slots, [](const Bytes& slot) { return decode_checkpoint(slot).has_value(); });
+}
+
+// All of a volume's blocks once, in an order of its own.
+void overwrite(Host& host, Log& log, Volume& volume, Bytes& model, std::uint64_t stamp, std::uint64_t stride) {
+    const std::uint64_t blocks = model.size() / kBlockBytes;
+    for (std::uint64_t i = 0; i < blocks; ++i) {
+        const Change change{.offset = i * stride % blocks * kBlockBytes, .size_bytes = kBlockBytes, .stamp = stamp + i};
+        REQUIRE(change.run(host, log, volume) == 0);
+        change.apply(model);
+    }
+}
+
+void settle(Host& host, Log& log, Volume& volume) {
+    REQUIRE(flush(volume) == 0);
+    host.checkpoint(log);
+    host.repeat_checkpoint(log);
+}
+
+}  // namespace
+
+TEST_CASE("what is overwritten gives its space back") {
+    FaultyDisk::instance().reset();
+    const auto how = GENERATE(kPunch, kMove);
+    Log log(1);
+    Host host;
+    const auto volume = host.open(log).volume;
+    Bytes model(6 * kMiB);
+    for (std::uint64_t round = 0; round < 10; ++round) {
+        // A third in random order after each whole pass: no segment dies as a whole.
+        overwrite(host, log, *volume, model, round * 10000 + 1, 1 + 6 * (round % 5));
+        for (std::uint64_t i = 0; i < 500; ++i) {
+            const Change change{.offset = i * 769 % 1536 * kBlockBytes, .size_bytes = kBlockBytes, .stamp = i + 1};
+            REQUIRE(change.run(host, log, *volume) == 0);
+            change.apply(model);
+        }
+    }
+    const std::uint64_t before = log.allocated_bytes();
+    for (int pass = 0; pass < 4; ++pass) {
+        settle(host, log, *volume);
+        host.clean(log, how);
+        REQUIRE((content(*volume) == model));
+    }
+    const std::uint64_t after = log.allocated_bytes();
+    INFO(before << " bytes of log, then " << after);
+    // Open segment and what follows the replay start apart.
+    REQUIRE(after < model.size() + 9 * kMiB);
+    REQUIRE(before > 50 * kMiB);
+    host.close(log);
+    Host second;
+    REQUIRE((content(*second.open(log).volume) == model));
+}
+
+TEST_CASE("cleaning and crashes at random lose nothing") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    Random random(test_seed("cleaner"));
+    for (int round = 0; round < test_rounds(10); ++round) {
+        disk.reset();
+        auto log = std::make_unique<Log>(1);
+        Bytes model;
+        std::uint64_t stamp = 0;
+        std::uint64_t removed = 0;
+        for (int life = 0; life < 4; ++life) {
+            auto host = std::make_unique<Host>();
+            auto opened = host->open(*log);
+            INFO("round " << round << " life " << life << ": " << opened.report.damage);
+            REQUIRE_FALSE(opened.report.read_only);
+            std::shared_ptr<Volume> volume = std::move(opened.volume);
+            REQUIRE((content(*volume) == model));
+            const std::uint64_t steps = 100 + random() % 200;
+            for (std::uint64_t step = 0; step < steps; ++step) {
+                Change change = Change::random(random, ++stamp, 6 * kMiB, model.size());
+                REQUIRE(change.run(*host, *log, *volume) == 0);
+                change.apply(model);
+                if (random() % 12 == 0) {
+                    REQUIRE(flush(*volume) == 0);
+                    host->checkpoint(*log);
+                }
+                if (random() % 16 == 0)
+                    host->repeat_checkpoint(*log);
+                if (random() % 8 == 0) {
+                    const auto cleaned = host->clean(*log, std::array{kLook, kPunch, kMove}[random() % 3],
+                                                     static_cast<std::uint32_t>(random() % 3 + 1));
+                    removed += cleaned.removable ? 1 : 0;
+                }
+            }
+            REQUIRE((content(*volume) == model));
+            switch (random() % 3) {
+                case 0: {
+                    REQUIRE(flush(*volume) == 0);
+                    auto left = log->after_power_cut(random);
+                    volume.reset();
+                    host.reset();
+                    log = std::move(left);
+                    if (random() % 2 == 0 && has_two_checkpoints(*log))
+                        destroy_newest_slot(*log);
+                    break;
+                }
+                case 1: {
+                    auto [left, ring] = host->after_death(*log);
+                    volume.reset();
+                    host.reset();
+                    log = std::move(left);
+                    Host successor;
+                    const auto recovered = successor.open(*log, ring->ring());
+                    INFO(recovered.report.damage);
+                    REQUIRE((content(*recovered.volume) == model));
+                    successor.close(*log);
+                    break;
+                }
+                default:
+                    host->close(*log);
+                    volume.reset();
+                    break;
+            }
+        }
+        INFO("round " << round);
+        CHECK(removed > 0);
+    }
+}
+
+TEST_CASE("a reader that holds an address keeps its segment") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    HostOptions options;
+    options.core.read_cache_bytes = kMiB;
+    Host host(options);
+    const auto volume = host.open(log).volume;
+    Bytes model(6 * kMiB);
+    std::atomic<bool> stop{false};
+    std::atomic<int> failures{0};
+    std::vector<std::thread> readers;
+    overwrite(host, log, *volume, model, 1, 1);
+    for (std::uint64_t t = 0; t < 3; ++t) {
+        readers.emplace_back([&, t] {
+            Random random(t);
+            while (!stop) {
+                Bytes part;
+                const std::uint64_t at = random() % 1500 * kBlockBytes;
+                failures += read(*volume, at, 8 * kBlockBytes, part) != 8 * static_cast<std::int64_t>(kBlockBytes);
+            }
+        });
+    }
+    for (std::uint64_t round = 1; round < 12; ++round) {
+        overwrite(host, log, *volume, model, round * 10000, 1 + 2 * (round % 3));
+        settle(host, log, *volume);
+        host.clean(log, round % 2 == 0 ? kPunch : kMove);
+    }
+    stop = true;
+    for (std::thread& reader : readers)
+        reader.join();
+    CHECK(failures == 0);
+    CHECK(host.damage().empty());
+    REQUIRE((content(*volume) == model));
+    host.close(log);
+}
+
+TEST_CASE("indexes of removed segments are used again, when no checkpoint knows them otherwise") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Host host;
+    const auto volume = host.open(log).volume;
+    Bytes model(6 * kMiB);
+    for (std::uint64_t round = 0; round < 24; ++round) {
+        overwrite(host, log, *volume, model, round * 10000 + 1, 1);
+        settle(host, log, *volume);
+        host.clean(log, kLook);
+        const auto copy = log.copy();
+        if (has_two_checkpoints(*copy))
+            destroy_newest_slot(*copy);
+        Host second;
+        const auto opened = second.open(*copy);
+        INFO("round " << round << ": " << opened.report.damage);
+        REQUIRE((content(*opened.volume) == model));
+    }
+    REQUIRE(log.segnos().back() > 30);
+    std::uint32_t highest = 0;
+    for (const std::uint64_t segno : log.segnos()) {
+        const int fd = log.open(segno);
+        highest = std::max(highest, read_segment_header(fd).table_index);
+        ::close(fd);
+    }
+    CHECK(highest < 14);
+    host.close(log);
+}
+
+TEST_CASE("moving changes no time and leaves damage where it is") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Host host;
+    const auto volume = host.open(log).volume;
+    Bytes model(12 * kMiB);
+    overwrite(host, log, *volume, model, 1, 1);
+    settle(host, log, *volume);
+    overwrite(host, log, *volume, model, 10000, 2);  // every other block
+    settle(host, log, *volume);
+    settle(host, log, *volume);
+    const auto candidates = volume->clean_candidates();
+    REQUIRE(candidates.size() > 1);
+    const std::uint64_t mtime = volume->attr().mtime_ns;
+    const auto cleaned = host.clean(log, kMove);
+    REQUIRE(cleaned.moved_blocks > 100);
+    REQUIRE(volume->attr().mtime_ns == mtime);
+    REQUIRE((content(*volume) == model));
+    settle(host, log, *volume);
+    settle(host, log, *volume);
+    REQUIRE(host.clean(log, kLook).removable);
+    // And of a later one, a block that is still in use rots.
+    overwrite(host, log, *volume, model, 20000, 2);
+    settle(host, log, *volume);
+    settle(host, log, *volume);
+    bool spoilt = false;
+    for (const auto& candidate : volume->clean_candidates()) {
+        const int fd = log.open(candidate.segno);
+        const auto looked = volume->clean_segment(candidate.index, fd, kLook, 1);
+        if (!spoilt && looked.live_blocks > 0) {
+            const ScannedSegment scanned = scan_segment(fd, read_segment_header(fd), 1);
+            for (const ChunkSummary& chunk : scanned.chunks) {
+                for (std::uint32_t i = 0; i < chunk.header.payload_blocks; ++i)
+                    log.damage(candidate.segno, chunk.payload_slot() + i);
+            }
+            spoilt = true;
+            REQUIRE_THROWS_AS(volume->clean_segment(candidate.index, fd, kMove, 1), FormatError);
+        }
+        ::close(fd);
+    }
+    REQUIRE(spoilt);
+}

@@ -1,0 +1,283 @@
+"""Getting space back: when, how much, and at whose cost. What may go, the core decides by looking into the maps.
+
+Hints choose: each segment carries a count of the blocks that the newest checkpoint's map leads to. Three ways, by
+cost: a segment that nothing leads into is retired; the rest of one with little left is written again at the log's end
+(its old place goes two checkpoints later); dead runs of the others are punched out where they stand. Punching needs no
+free space and no map change, so a full disk can always be helped.
+
+After a crash in any of it both kept checkpoints find all they need; see hlfsfs/core/cleaner.cpp.
+"""
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from hlfsfs import _core
+from hlfsfs.engine.volume import Volume
+from hlfsfs.errors import HlfsError, LogDamaged
+from hlfsfs.store import Store
+
+log = logging.getLogger(__name__)
+
+BLOCK_BYTES = 4096
+# A segment with at most this share in use is moved, not punched.
+MOVE_SHARE = 0.2
+# One with less than this share of dead blocks is left alone.
+DEAD_SHARE = 0.05
+# While a volume is written to, its log may grow to so much more than what lives in it.
+BUSY_SHARE, BUSY_BYTES = 1.0, 512 << 20
+# Below this share of free space the disk counts as nearly full: everything dead is punched at once.
+SHORT_SHARE = 0.1
+# A busy volume's cleaning takes at most one part in so many of the time.
+BUSY_REST = 3
+# Nobody has written for so long: the volume is idle.
+IDLE_S = 2.0
+PERIOD_S = 1.0
+# Runs shorter than this many blocks are punched only when idle or short of space.
+BUSY_RUN = 4
+
+
+@dataclass
+class CleanReport:
+    """What a pass looked at and did."""
+
+    segments: int = 0
+    log_bytes: int = 0
+    dead_bytes: int = 0
+    removed_segments: int = 0
+    freed_bytes: int = 0
+    moved_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """How a segment stood when it was last cleaned."""
+
+    hint: int
+    generation: int
+    min_run: int
+
+
+@dataclass
+class _Known:
+    """What the cleaner remembers of a volume between passes; forgetting it costs time only."""
+
+    sequence: int = -1
+    changed_s: float = 0.0
+    seen: dict[int, _Seen] = field(default_factory=dict)
+
+
+class Cleaner:
+    """One thread for all volumes of a store, between `start` and `stop`; `clean` may also be called by others."""
+
+    def __init__(self, store: Store, find: Callable[[int], Volume | None]) -> None:
+        self._store = store
+        self._find = find
+        self._stopping = threading.Event()
+        self._woken = threading.Event()
+        self._lock = threading.Lock()  # guards _due and _known
+        self._due: set[int] = set()
+        self._known: dict[int, _Known] = {}
+        self._pass = threading.RLock()  # held by the one who cleans: the core's rule
+        self._thread = threading.Thread(target=self._run, name="hlfs-cleaner")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after the segment it works on."""
+        self._stopping.set()
+        self._woken.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def wake(self, volume_id: int) -> None:
+        """There may be something to clean in this volume: it was checkpointed."""
+        with self._lock:
+            self._due.add(volume_id)
+        self._woken.set()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else cleans for the block."""
+        with self._pass:
+            yield
+
+    @contextmanager
+    def kept_away(self, volume_id: int) -> Iterator[None]:
+        """No pass over any volume for the block, and this volume forgotten: it is being closed."""
+        with self._pass:
+            with self._lock:
+                self._due.discard(volume_id)
+                self._known.pop(volume_id, None)
+            yield
+
+    # --- the thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._woken.wait()
+            self._woken.clear()
+            with self._lock:
+                due = list(self._due)
+            for volume_id in due:
+                if not self._stopping.is_set() and self._visit(volume_id):
+                    with self._lock:
+                        self._due.discard(volume_id)
+            with self._lock:
+                waiting = bool(self._due)
+            if waiting and not self._stopping.wait(PERIOD_S):
+                self._woken.set()
+
+    def _visit(self, volume_id: int) -> bool:
+        """Cleans what is worth it now. False: there will be more once the volume is idle."""
+        volume = self._find(volume_id)
+        if volume is None:
+            return True
+        with self._lock:
+            known = self._known.setdefault(volume_id, _Known())
+        try:
+            return self._background(volume, known)
+        except HlfsError as exc:
+            log.warning("%s: not cleaned: %s", volume.what, exc)
+        except Exception:
+            log.exception("%s: cleaning failed", volume.what)
+        return True
+
+    def _background(self, volume: Volume, known: _Known) -> bool:
+        unused = CleanReport()
+        for candidate in self._wanted(volume, known, 0):
+            if candidate.live_blocks_hint == 0:
+                self._clean_one(volume, known, candidate, unused, how=_core.CleanHow.LOOK)
+        while not self._stopping.is_set():
+            short = self._short()
+            if short:
+                self._store.drop_spares()
+            eager = short or self._idle(volume, known)
+            if not eager and self._excess_bytes(volume) <= 0:
+                return False
+            wanted = self._wanted(volume, known, 1 if eager else BUSY_RUN)
+            if not wanted:
+                return eager
+            began_s = time.monotonic()
+            self._clean_one(volume, known, wanted[0], unused, short=short, min_run=1 if eager else BUSY_RUN)
+            if not eager:
+                self._stopping.wait((time.monotonic() - began_s) * BUSY_REST)
+        return True
+
+    def _idle(self, volume: Volume, known: _Known) -> bool:
+        writes = int(volume.native.stats()["writes"])
+        now_s = time.monotonic()
+        if writes != known.sequence:
+            known.sequence, known.changed_s = writes, now_s
+        return now_s - known.changed_s >= IDLE_S
+
+    def _short(self) -> bool:
+        space = self._store.statfs()
+        return space.available_bytes < space.total_bytes * SHORT_SHARE
+
+    def _excess_bytes(self, volume: Volume) -> int:
+        """How much longer the log is than a busy volume's may be."""
+        live_bytes = int(volume.native.stats()["live_bytes"])
+        return self._store.log_allocated_bytes(volume.log_uuid) - int(live_bytes * (1 + BUSY_SHARE)) - BUSY_BYTES
+
+    # --- one volume -------------------------------------------------------------------------------------------
+
+    def clean(
+        self, volume: Volume, *, dry_run: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> CleanReport:
+        """Looks at every segment that may be cleaned and gets back all that can be had, whatever it costs.
+
+        Args:
+            volume: attached.
+            dry_run: only look.
+            progress: is told how many segments are done, and of how many.
+
+        Raises:
+            StoreFailed, NoSpace: what was freed before stays free.
+        """
+        report = CleanReport()
+        candidates = volume.native.clean_candidates()
+        for done, candidate in enumerate(candidates):
+            progress(done, len(candidates))
+            self._clean_one(volume, _Known(), candidate, report, dry_run=dry_run)
+        progress(len(candidates), len(candidates))
+        return report
+
+    def _wanted(self, volume: Volume, known: _Known, min_run: int) -> list["_core.CleanCandidate"]:
+        """Candidates that have changed since they were last cleaned, emptiest first."""
+        generation = int(volume.native.stats()["checkpoint_generation"])
+        candidates = volume.native.clean_candidates()
+        present = {candidate.segno for candidate in candidates}
+        known.seen = {segno: state for segno, state in known.seen.items() if segno in present}
+
+        def wanted(candidate: "_core.CleanCandidate") -> bool:
+            seen = known.seen.get(candidate.segno)
+            if candidate.moved or seen is None:
+                return not candidate.moved
+            if seen.generation == generation:
+                return min_run < seen.min_run
+            # What only the older checkpoint led to then is free two checkpoints later.
+            fewer = seen.hint - candidate.live_blocks_hint
+            return (
+                fewer > seen.hint * DEAD_SHARE or (candidate.live_blocks_hint == 0) or generation == seen.generation + 2
+            )
+
+        return sorted(filter(wanted, candidates), key=lambda candidate: candidate.live_blocks_hint)
+
+    def _clean_one(
+        self,
+        volume: Volume,
+        known: _Known,
+        candidate: "_core.CleanCandidate",
+        report: CleanReport,
+        *,
+        how: "_core.CleanHow | None" = None,
+        min_run: int = 1,
+        short: bool = False,
+        dry_run: bool = False,
+    ) -> None:
+        """Cleans one segment; `how` None: as its hint suggests."""
+        generation = int(volume.native.stats()["checkpoint_generation"])
+        known.seen[candidate.segno] = _Seen(candidate.live_blocks_hint, generation, min_run)
+        try:
+            fd = self._store.open_segment(volume.log_uuid, candidate.segno, writable=not dry_run)
+        except LogDamaged:
+            # Removed before a crash that the table on disk did not outlive; anything else is for its readers to tell.
+            return
+        try:
+            with self._pass:
+                if self._find(volume.id) is not volume:
+                    return
+                blocks = os.fstat(fd).st_blocks * 512 // BLOCK_BYTES
+                how = _core.CleanHow.LOOK if dry_run else how or self._how(candidate.live_blocks_hint, blocks, short)
+                done = volume.native.clean_segment(candidate.index, fd, how, min_run)
+                report.segments += 1
+                report.log_bytes += blocks * BLOCK_BYTES
+                report.dead_bytes += max(blocks - done.live_blocks, 0) * BLOCK_BYTES
+                report.freed_bytes += done.freed_blocks * BLOCK_BYTES
+                report.moved_bytes += done.moved_blocks * BLOCK_BYTES
+                if done.removable and not dry_run:
+                    volume.native.release_segment(candidate.index)
+                    self._store.retire_segment(volume.log_uuid, candidate.segno)
+                    report.removed_segments += 1
+                    report.freed_bytes += blocks * BLOCK_BYTES
+        except _core.FormatError as exc:
+            log.warning("%s: segment %08x is not cleaned: %s; run hlfs check", volume.what, candidate.segno, exc)
+        except OSError as exc:
+            # EBUSY: another pass took it since the list was made.
+            if exc.errno != errno.EBUSY:
+                raise volume.translated(exc) from exc
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _how(hint: int, blocks: int, short: bool) -> "_core.CleanHow":
+        if blocks - hint < blocks * DEAD_SHARE:
+            return _core.CleanHow.LOOK
+        return _core.CleanHow.MOVE if hint <= blocks * MOVE_SHARE and not short else _core.CleanHow.PUNCH

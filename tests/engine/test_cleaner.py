@@ -1,0 +1,161 @@
+"""The cleaner as a user meets it: space comes back by itself, on demand, and what is left is whole."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hlfsfs.engine import Engine
+from hlfsfs.engine.check import check_volume
+from hlfsfs.engine.volume import Volume
+from hlfsfs.store import open_store
+from tests.engine.host import MIB, QUIET, log_directory, record_of
+
+SIZE_BYTES = 24 * MIB
+BLOCK = 4096
+
+
+class World:
+    """One engine with one volume of 4 MiB segments, and the bytes it should hold."""
+
+    def __init__(self, path: Path, idle_checkpoint_s: float) -> None:
+        self.path = path
+        self.options = replace(QUIET, idle_checkpoint_s=idle_checkpoint_s)
+        self.store = open_store(f"local://{path}", create=True, read_only=False)
+        self.engine = Engine(self.store, self.options)
+        self.record = record_of(0, 22)
+        self.engine.create_log(self.record)
+        self.store.create_volume(self.record)
+        self.volume: Volume = self.engine.attach(self.record)
+        self.model = bytearray(SIZE_BYTES)
+        self.random = random.Random(7)
+
+    def write(self, block: int, count: int = 1) -> None:
+        data = self.random.randbytes(count * BLOCK)
+        self.volume.write(block * BLOCK, data)
+        self.model[block * BLOCK : (block + count) * BLOCK] = data
+
+    def overwrite_at_random(self, times: float, flush_each: bool = False) -> None:
+        for _ in range(int(SIZE_BYTES // BLOCK * times)):
+            self.write(self.random.randrange(SIZE_BYTES // BLOCK))
+            if flush_each:
+                self.volume.flush()
+        self.volume.flush()
+
+    def fill(self) -> None:
+        for at in range(0, SIZE_BYTES // BLOCK, 256):
+            self.write(at, 256)
+
+    def log_bytes(self) -> int:
+        return self.store.log_allocated_bytes(self.record.log_uuid)
+
+    def expect_whole(self) -> None:
+        assert self.volume.read(0, SIZE_BYTES) == bytes(self.model)
+
+    def reopen(self) -> None:
+        self.engine.close()
+        self.engine = Engine(self.store, self.options)
+        self.volume = self.engine.attach(self.record)
+
+    def close(self) -> None:
+        self.engine.close()
+        self.store.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
+    (tmp_path / "store").mkdir()
+    made = World(tmp_path / "store", getattr(request, "param", QUIET.idle_checkpoint_s))
+    yield made
+    made.close()
+
+
+def expect_sound(world: World) -> None:
+    """Every checksum and map pointer, with the volume closed."""
+    world.engine.detach(world.record.id)
+    found = check_volume(world.store, world.record, lambda _: None)
+    assert [str(damage) for damage in found.damage] == []
+    assert found.payload_blocks > 0
+    world.volume = world.engine.attach(world.record)
+    world.expect_whole()
+
+
+@pytest.mark.parametrize("world", [1.0], indirect=True)
+@pytest.mark.parametrize("flush_each", [False, True])
+def test_space_comes_back_when_the_volume_rests(world: World, flush_each: bool) -> None:
+    world.fill()
+    world.overwrite_at_random(1 if flush_each else 4, flush_each)
+    most_bytes = world.log_bytes()
+    deadline_s = time.monotonic() + 60
+    # The segment at the end and the one before, where the replay starts, stay as they are.
+    while world.log_bytes() > SIZE_BYTES * 1.1 + 8 * MIB and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    assert world.log_bytes() <= SIZE_BYTES * 1.1 + 8 * MIB < most_bytes
+    world.expect_whole()
+    expect_sound(world)
+
+
+def test_cleaning_on_demand(world: World) -> None:
+    world.fill()
+    world.overwrite_at_random(3)
+    before_bytes = world.log_bytes()
+    looked = world.engine.clean(world.volume, dry_run=True)
+    assert looked.dead_bytes > before_bytes // 2
+    assert looked.freed_bytes == looked.removed_segments == 0
+    assert world.log_bytes() >= before_bytes
+    seen: list[tuple[int, int]] = []
+    cleaned = world.engine.clean(world.volume, progress=lambda done, total: seen.append((done, total)))
+    assert cleaned.freed_bytes > looked.dead_bytes * 0.8
+    assert seen[0][0] == 0
+    assert all(done <= total for done, total in seen)
+    assert world.log_bytes() <= SIZE_BYTES * 1.1 + 8 * MIB
+    expect_sound(world)
+    world.reopen()
+    world.expect_whole()
+    world.overwrite_at_random(1)
+    world.reopen()
+    expect_sound(world)
+
+
+def test_discarded_space_comes_back(world: World) -> None:
+    world.fill()
+    world.volume.punch(0, SIZE_BYTES // 4 * 3)
+    world.model[: SIZE_BYTES // 4 * 3] = bytes(SIZE_BYTES // 4 * 3)
+    world.engine.clean(world.volume)
+    assert world.log_bytes() <= SIZE_BYTES // 4 * 1.1 + 8 * MIB
+    expect_sound(world)
+
+
+def test_a_removed_segment_that_the_table_still_knows(world: World) -> None:
+    """The death of the process right after the removal: the next engine and `hlfs check` live with it."""
+    world.fill()
+    world.fill()
+    world.engine.clean(world.volume)
+    left = {path.name for path in log_directory(world.path, 0).glob("*.seg")}
+    checkpoint = (log_directory(world.path, 0) / "checkpoint").read_bytes()
+    world.fill()
+    world.engine.clean(world.volume)
+    gone = left - {path.name for path in log_directory(world.path, 0).glob("*.seg")}
+    assert gone
+    assert (log_directory(world.path, 0) / "checkpoint").read_bytes() != checkpoint
+    world.reopen()
+    expect_sound(world)
+
+
+def test_retired_segments_serve_again(world: World) -> None:
+    world.fill()
+    for _ in range(4):
+        world.fill()
+        world.engine.clean(world.volume)
+    spares = os.listdir(world.path / ".hlfs" / "spares")
+    assert 0 < len(spares) <= 8
+    world.overwrite_at_random(1)
+    assert len(os.listdir(world.path / ".hlfs" / "spares")) < len(spares)
+    world.reopen()
+    expect_sound(world)
