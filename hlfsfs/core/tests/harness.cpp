@@ -106,7 +106,7 @@ int Log::prepare(std::uint64_t segno, const std::string& header, std::uint64_t a
     if (fd < 0)
         return -errno;
     if (::pwrite(fd, header.data(), header.size(), 0) != static_cast<ssize_t>(header.size()) ||
-        ::ftruncate(fd, static_cast<off_t>(allocate_bytes)) != 0)
+        FaultyDisk::truncate_unwatched(fd, allocate_bytes) != 0)
         throw std::runtime_error("writing a segment header");
     return fd;
 }
