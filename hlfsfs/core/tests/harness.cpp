@@ -242,6 +242,7 @@ void Host::answer(const Event& event) {
             return;
         }
         case EventKind::checkpoint_due: {
+            ++checkpoints_asked;
             const std::lock_guard lock(mutex_);
             due_.push_back(event.volume_id);
             due_arrived_.notify_one();
@@ -276,7 +277,11 @@ void Host::serve_checkpoints() {
         auto [log, volume] = it->second;
         lock.unlock();
         try {
-            checkpoint(*log, *volume);
+            if (!refuse_checkpoints) {
+                checkpoint(*log, *volume);
+            } else if (volume->checkpoint()) {
+                volume->checkpoint_failed();
+            }
         } catch (const std::system_error&) {
             // The older checkpoint stays.
         }
