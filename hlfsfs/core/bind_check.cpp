@@ -6,9 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstring>
-#include <stdexcept>
-
+#include "bind_bytes.hpp"
 #include "check.hpp"
 
 namespace nb = nanobind;
@@ -17,16 +15,8 @@ namespace hlfs {
 
 namespace {
 
-std::span<const std::byte> span_of(const nb::bytes& bytes) {
-    return {reinterpret_cast<const std::byte*>(bytes.c_str()), bytes.size()};
-}
-
 LogCheck* make_check(const nb::bytes& log_uuid, const nb::bytes& slot0, const nb::bytes& slot1) {
-    Uuid uuid{};
-    if (log_uuid.size() != uuid.size())
-        throw std::invalid_argument("a uuid has 16 bytes");
-    std::memcpy(uuid.data(), log_uuid.c_str(), uuid.size());
-    return new LogCheck(uuid, span_of(slot0), span_of(slot1));
+    return new LogCheck(uuid_of(log_uuid), span_of(slot0), span_of(slot1));
 }
 
 nb::dict counts_of(const LogCheck& check) {

@@ -15,6 +15,7 @@
 #include <mutex>
 #include <system_error>
 
+#include "bind_bytes.hpp"
 #include "core.hpp"
 #include "format.hpp"
 #include "ring.hpp"
@@ -81,18 +82,6 @@ std::int64_t run(Start start) {
     if (result < 0)
         raise_errno(static_cast<int>(-result));
     return result;
-}
-
-std::span<const std::byte> span_of(const nb::bytes& bytes) {
-    return {reinterpret_cast<const std::byte*>(bytes.c_str()), bytes.size()};
-}
-
-Uuid uuid_of(const nb::bytes& bytes) {
-    Uuid uuid{};
-    if (bytes.size() != uuid.size())
-        throw std::invalid_argument("a uuid has 16 bytes");
-    std::memcpy(uuid.data(), bytes.c_str(), uuid.size());
-    return uuid;
 }
 
 nb::bytes bytes_of(const Uuid& uuid) {

@@ -39,7 +39,7 @@ Core::Core(std::unique_ptr<Ring> ring, const CoreOptions& options)
       options_(options),
       read_cache_(options.read_cache_bytes),
       map_cache_(options.map_cache_bytes),
-      reader_(Reader::create()),
+      reader_(Reader::create(options.io_uring)),
       zeros_(map_zeros()) {
     for (unsigned i = 0; i < options_.workers; ++i) {
         threads_.emplace_back([this] { run_worker(); });

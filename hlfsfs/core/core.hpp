@@ -34,6 +34,7 @@ struct CoreOptions {
     std::uint64_t max_overlay_entries = 4 * 1024 * 1024;
     std::uint32_t max_open_segments = 4096;
     unsigned workers = 8;
+    bool io_uring = true;  // false: reads as on a kernel that refuses it
 };
 
 enum class EventKind : int {

@@ -205,9 +205,11 @@ class ThreadReader final : public Reader {
 
 }  // namespace
 
-std::unique_ptr<Reader> Reader::create() {
-    if (auto reader = UringReader::create())
-        return reader;
+std::unique_ptr<Reader> Reader::create(bool io_uring) {
+    if (io_uring) {
+        if (auto reader = UringReader::create())
+            return reader;
+    }
     return std::make_unique<ThreadReader>();
 }
 

@@ -31,7 +31,8 @@ class Reader {
     virtual void drain() noexcept = 0;
     [[nodiscard]] virtual const char* name() const noexcept = 0;
 
-    static std::unique_ptr<Reader> create();
+    // Without `io_uring`, or where the kernel refuses it, a pool of threads.
+    static std::unique_ptr<Reader> create(bool io_uring = true);
 };
 
 // Block-aligned private memory, kept warm between uses.

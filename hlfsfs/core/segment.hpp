@@ -39,6 +39,7 @@ struct Segment {
     SegmentState state = SegmentState::open;
     std::shared_ptr<SharedFd> fd;
     bool fd_requested = false;
+    bool fd_counted = false;      // among Core::open_descriptors
     std::uint64_t last_used = 0;  // the volume's read clock, for closing the least recently used
     std::vector<ReadOp*> fd_waiters;
 

@@ -30,7 +30,7 @@ Volume::Volume(Core& core, const VolumeConfig& config)
 
 Volume::~Volume() {
     for (const auto& segment : table_) {
-        if (segment && segment->fd && segment->state == SegmentState::sealed)
+        if (segment && segment->fd_counted)
             core_.open_descriptors.fetch_sub(1, std::memory_order_relaxed);
     }
     for (LiveChunk* chunk : live_)

@@ -297,6 +297,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     static void data_read_done(ReadRequest* request, std::int32_t result) noexcept;
     std::shared_ptr<SharedFd> descriptor_of(Segment* segment, ReadOp* waiter);
     void request_descriptor(Segment* segment);
+    void count_descriptor(Segment* segment) noexcept;
 
     // mutations (volume_write.cpp)
     void start(Mutation* mutation) noexcept;

@@ -240,7 +240,7 @@ void Volume::write_footer(Lock& lock, Segment* segment) {
     // here.
     segment->footer_body = {};
     note_unsynced(segment);
-    core_.count_descriptor();
+    count_descriptor(segment);
     if (error != 0 && error != ENOSPC && !broken_)
         log_broke(lock, error, "footer write");
     changed_.notify_all();
@@ -273,6 +273,9 @@ void Volume::grow(Lock& lock) {
     if (error == 0) {
         segment->allocated_slots = to;
         space_refused_ = 0;
+        // Who asked meanwhile asks again if this is not enough. A second growth right now would not be written ahead.
+        if (segment == current_)
+            growth_wanted_ = 0;
     } else {
         refuse_space(error);
     }
@@ -420,6 +423,7 @@ void Volume::start_new_epoch() {
         previous_end_ = durable_position_;
         current_->state = SegmentState::damaged;
         current_->footer_body = {};
+        count_descriptor(current_);
         current_ = nullptr;
         if (prepared_) {
             Event event;
@@ -428,6 +432,10 @@ void Volume::start_new_epoch() {
             event.segno = prepared_->identity.segno;
             core_.post(std::move(event));
             prepared_.reset();
+        }
+        for (Segment* segment : footers_due_) {
+            segment->footer_body = {};
+            count_descriptor(segment);
         }
         footers_due_.clear();
         to_write_.clear();
@@ -513,6 +521,12 @@ void Volume::want_sync() noexcept {
     wake();
 }
 
+// Its segment is written to no more.
+void Volume::count_descriptor(Segment* segment) noexcept {
+    if (!std::exchange(segment->fd_counted, true))
+        core_.count_descriptor();
+}
+
 void Volume::trim_descriptors(std::size_t keep) noexcept {
     if (!opened_)
         return;
@@ -530,7 +544,8 @@ void Volume::trim_descriptors(std::size_t keep) noexcept {
     std::sort(open.begin(), open.end(), older);
     for (std::size_t i = 0; i + keep < open.size(); ++i) {
         open[i]->fd.reset();
-        core_.open_descriptors.fetch_sub(1, std::memory_order_relaxed);
+        if (std::exchange(open[i]->fd_counted, false))
+            core_.open_descriptors.fetch_sub(1, std::memory_order_relaxed);
     }
 }
 

@@ -258,7 +258,7 @@ void Volume::supply_descriptor(std::uint32_t index, int fd, int error) {
         segment->fd_requested = false;
         if (error == 0) {
             segment->fd = std::make_shared<SharedFd>(fd);
-            core_.count_descriptor();
+            count_descriptor(segment);
         }
         waiters.swap(segment->fd_waiters);
         changed_.notify_all();

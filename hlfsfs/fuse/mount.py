@@ -12,6 +12,7 @@ import socket
 import subprocess
 
 from hlfsfs.errors import AccessDenied, BadOption, HlfsError, MountBusy, MountFailed, NotMounted
+from hlfsfs.fuse import utab
 from hlfsfs.fuse.mountinfo import FSTYPE, absolute, find_mount
 from hlfsfs.fuse.options import MS_NODEV, MS_NOSUID, MS_RDONLY, MountOptions
 
@@ -53,6 +54,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         path = absolute(mountpoint)
         if _libc.umount2(path, UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)) != 0:
             raise _unmount_error(mountpoint, ctypes.get_errno())
+        utab.forget(mountpoint)
         return
     done = _run_helper(["-u", *(["-z"] if lazy else []), "--", os.fsdecode(absolute(mountpoint))])
     if done.returncode != 0:
@@ -70,6 +72,18 @@ def raise_read_ahead(mountpoint: str) -> None:
             file.write(str(READ_AHEAD_KB))
     except OSError as exc:
         log.info("%s: read-ahead stays as it is: %s", mountpoint, exc)
+
+
+def announce(source: str, mountpoint: str, options: MountOptions) -> None:
+    """Has a plain umount(8) as root wait as `hlfs umount` does. Only once the mount answers: who is asked may look."""
+    if is_root():
+        utab.record(source, mountpoint, options.kept)
+
+
+def withdraw(mountpoint: str) -> None:
+    """Undoes `announce`, for a mount that somebody took away without a word."""
+    if is_root():
+        utab.forget(mountpoint)
 
 
 def abort_path(mountpoint: str) -> str | None:

@@ -29,10 +29,11 @@ def parse_line(line: bytes) -> Mount:
     before, _, after = line.partition(b" - ")
     mount_id, _, device, _, mountpoint = before.split()[:5]
     fstype, source = after.split()[:2]
-    return Mount(int(mount_id), device.decode(), _unescape(mountpoint), fstype.decode(), os.fsdecode(_unescape(source)))
+    return Mount(int(mount_id), device.decode(), unescape(mountpoint), fstype.decode(), os.fsdecode(unescape(source)))
 
 
-def _unescape(text: bytes) -> bytes:
+def unescape(text: bytes) -> bytes:
+    """What the kernel and libmount write as \\NNN: spaces, tabs, line ends, backslashes."""
     return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), text)
 
 

@@ -28,6 +28,10 @@ IGNORED_WORDS = frozenset(
 )
 IGNORED_PREFIXES = ("x-", "X-", "comment=", "helper=", "uhelper=")
 
+# Of these, what mount(8) keeps for others to read.
+KEPT_WORDS = frozenset({"_netdev", "user", "users", "owner", "group"})
+KEPT_PREFIXES = ("x-", "comment=")
+
 SELINUX_KEYS = frozenset({"context", "fscontext", "defcontext", "rootcontext"})
 
 
@@ -45,6 +49,7 @@ class MountOptions:
         discard_ring: go on without writes that were lost with the ring.
         flags: MS_* flags for mount(2), MS_RDONLY apart.
         selinux: words handed on to the kernel.
+        kept: words that mount(8) keeps for others.
     """
 
     read_only: bool = False
@@ -62,6 +67,7 @@ class MountOptions:
     discard_ring: bool = False
     flags: int = 0
     selinux: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 def _number(low: int, high: int, base: int = 10) -> Callable[[str], int]:
@@ -175,6 +181,8 @@ def _with_standard_word(options: MountOptions, word: str) -> MountOptions:
         return replace(options, selinux=(*options.selinux, word))
     if word == "remount":
         raise BadOption(word, "a mount's options cannot be changed; unmount it and mount it again")
+    if word in KEPT_WORDS or word.startswith(KEPT_PREFIXES):
+        return replace(options, kept=(*options.kept, word))
     # Permissions are always checked by the kernel.
     if word == "default_permissions" or word in IGNORED_WORDS or word.startswith(IGNORED_PREFIXES):
         return options

@@ -18,7 +18,7 @@ import trio
 from hlfsfs.engine import Engine, EngineOptions, session
 from hlfsfs.errors import HlfsError, MountBusy, MountFailed
 from hlfsfs.fuse.holders import holders
-from hlfsfs.fuse.mount import mount, raise_read_ahead, unmount
+from hlfsfs.fuse.mount import announce, mount, raise_read_ahead, unmount, withdraw
 from hlfsfs.fuse.mountinfo import absolute, find_mount
 from hlfsfs.fuse.operations import ControlOperations, DataOperations
 from hlfsfs.fuse.options import MountOptions
@@ -96,7 +96,7 @@ class Session:
         with ExitStack() as stack:
             # At its end nothing is under way any more, and no mount without a server stays.
             plane = self._prepare(stack, fuse_fd)
-            trio.run(self._serve, plane, ready)
+            trio.run(self._serve, plane, source, ready)
 
     def _prepare(self, stack: ExitStack, fuse_fd: int) -> NativePlane | None:
         """Brings pyfuse3 up, behind a channel or on the device itself."""
@@ -121,6 +121,9 @@ class Session:
 
     def _unmount_leftover(self) -> None:
         found = find_mount(self._mountpoint)
+        if found is None:
+            # umount(2) and fusermount3 leave it.
+            withdraw(self._mountpoint)
         if found is None or found.mount_id != self._mounted_as:
             return
         log.error("the connection ended without unmounting")
@@ -129,19 +132,20 @@ class Session:
         except HlfsError as exc:
             log.error("%s", exc)
 
-    async def _serve(self, plane: NativePlane | None, ready: Callable[[], None]) -> None:
+    async def _serve(self, plane: NativePlane | None, source: str, ready: Callable[[], None]) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._unmount_on_signal)
-            nursery.start_soon(self._tell_ready, ready)
+            nursery.start_soon(self._tell_ready, source, ready)
             if plane is not None:
                 plane.start()
                 nursery.start_soon(plane.run, self._namespace, self._answers.set, pyfuse3.terminate)
             await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
 
-    async def _tell_ready(self, ready: Callable[[], None]) -> None:
+    async def _tell_ready(self, source: str, ready: Callable[[], None]) -> None:
         await self._answers.wait()
         await trio.to_thread.run_sync(raise_read_ahead, self._mountpoint)
+        await trio.to_thread.run_sync(announce, source, self._mountpoint, self._options)
         log.info("mounted")
         ready()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
+from hlfsfs.engine import VolumeAttr
 from hlfsfs.errors import SizeTooBig
 from hlfsfs.store import Store
 from hlfsfs.store.records import VolumeRecord
@@ -31,17 +32,6 @@ class Media:
     """Durable content of all volumes, by log."""
 
     logs: dict[UUID, Stored] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class VolumeAttr:
-    """As the real engine's."""
-
-    size_bytes: int
-    allocated_bytes: int
-    atime_ns: int
-    mtime_ns: int
-    ctime_ns: int
 
 
 class FakeVolume:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -76,6 +78,13 @@ def refused(*command: str | Path) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def utab_entries(mountpoint: Path) -> list[str]:
+    """The options that /run/mount/utab lists for a mountpoint, one text for each entry."""
+    target = f" TARGET={str(mountpoint).replace(' ', chr(92) + '040')} "
+    lines = Path("/run/mount/utab").read_text().splitlines()
+    return [line.rpartition("OPTS=")[2] for line in lines if target in line]
+
+
 def ring_of(store: Path) -> Path:
     """Where the store's user keeps what is not durable yet."""
     return Path(json.loads((store / ".hlfs" / "lock").read_text())["ring"])
@@ -132,20 +141,7 @@ def test_a_mount_that_fails(store: Path, mountpoint: Path) -> None:
 
 
 @pytest.mark.usefixtures("mount_helper", "umount_helper")
-@pytest.mark.parametrize(
-    "words",
-    [
-        "uhelper=hlfs",
-        "nofail,user",
-        pytest.param(
-            "nofail",
-            marks=pytest.mark.xfail(
-                reason="umount(8) takes the type, `fuse`, from statfs(2) where /run/mount/utab says nothing of a mount",
-                strict=True,
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("words", ["nofail", "nofail,user", "uhelper=hlfs"])
 def test_umount_waits_and_names_who_is_in_the_way(store: Path, mountpoint: Path, words: str) -> None:
     run("mount", "-t", "hlfs", "-o", words, f"local://{store}", mountpoint)
     sh(mountpoint, "echo data >volume")
@@ -185,3 +181,80 @@ def test_two_stores_and_a_nested_mountpoint(tmp_path: Path, mountpoint: Path) ->
         take_away(inner)
     assert sh(mountpoint, "ls -A pool") == ""
     assert hlfs("umount", mountpoint).returncode == 0
+
+
+@pytest.mark.usefixtures("mount_helper", "umount_helper")
+def test_the_entry_in_utab_keeps_what_others_read_there(store: Path, mountpoint: Path) -> None:
+    words = "noatime,_netdev,user,x-test=1,commit=9s"
+    # mount(8) tells its helpers nothing of `x-` words.
+    for command, kept in (
+        (("mount", "-t", "hlfs"), {"_netdev", "user"}),
+        ((*HLFS, "mount"), {"_netdev", "user", "x-test=1"}),
+    ):
+        run(*command, "-o", words, f"local://{store}", mountpoint)
+        entries = utab_entries(mountpoint)
+        assert len(entries) == 1
+        assert set(entries[0].split(",")) == kept | {"uhelper=hlfs"}
+        run("umount", mountpoint)
+        assert utab_entries(mountpoint) == []
+        expect_unlocked(store)
+
+
+@pytest.mark.usefixtures("umount_helper")
+@pytest.mark.parametrize(
+    "command", [(*HLFS, "umount"), ("umount",), ("umount", "-l"), ("umount", "-i"), ("fusermount3", "-u")]
+)
+def test_the_entry_in_utab_goes_with_the_mount(store: Path, mountpoint: Path, command: tuple[str, ...]) -> None:
+    assert hlfs("mount", f"local://{store}", mountpoint).returncode == 0
+    assert utab_entries(mountpoint) == ["uhelper=hlfs"]
+    run(*command, mountpoint)
+    # fusermount3 leaves it to the server.
+    wait_for(lambda: utab_entries(mountpoint) == [], "the entry in utab is gone")
+
+
+@pytest.mark.usefixtures("umount_helper")
+@pytest.mark.parametrize("command", [(*HLFS, "umount"), ("umount",), ("umount", "-l"), ("fusermount3", "-u", "-z")])
+def test_the_entry_in_utab_of_a_dead_server(store: Path, mountpoint: Path, command: tuple[str, ...]) -> None:
+    """Whatever is left of it, the next mount has one entry, its own, and its umount waits."""
+    assert hlfs("mount", f"local://{store}", mountpoint).returncode == 0
+    pid = json.loads((store / ".hlfs" / "lock").read_text())["pid"]
+    with open(os.pidfd_open(pid), "rb", buffering=0) as pidfd:
+        os.kill(pid, signal.SIGKILL)
+        assert select.select([pidfd], [], [], COMMAND_TIMEOUT_S)[0]
+    run(*command, mountpoint)
+    assert find_mount(str(mountpoint)) is None
+    if command[0] != "fusermount3":
+        assert utab_entries(mountpoint) == []
+    assert hlfs("mount", f"local://{store}", mountpoint).returncode == 0
+    assert utab_entries(mountpoint) == ["uhelper=hlfs"]
+    sh(mountpoint, "echo data >volume")
+    ring = ring_of(store)
+    run("umount", mountpoint)
+    assert not ring.exists()
+    assert utab_entries(mountpoint) == []
+
+
+def test_the_entry_of_another_file_system_stays(store: Path, mountpoint: Path) -> None:
+    run("mount", "-t", "tmpfs", "-o", "x-other", "tmpfs", mountpoint)
+    try:
+        assert hlfs("mount", f"local://{store}", mountpoint).returncode == 0
+        assert utab_entries(mountpoint) == ["x-other", "uhelper=hlfs"]
+        assert hlfs("umount", mountpoint).returncode == 0
+        assert utab_entries(mountpoint) == ["x-other"]
+    finally:
+        take_away(mountpoint)
+        run("umount", mountpoint)
+
+
+@pytest.mark.parametrize("hidden", ["/run/mount", "/run"])
+def test_a_utab_that_cannot_be_written(store: Path, mountpoint: Path, hidden: str) -> None:
+    """In a mount namespace of its own, as in a container: one line in the log, and all else as ever."""
+    log_path = Path("/var/log/hlfs.log")
+    log_start = log_path.stat().st_size if log_path.exists() else 0
+    script = 'hidden=$1 store=$2 dir=$3; shift 3; mount -t tmpfs -o ro tmpfs "$hidden"; "$@" mount "$store" "$dir"'
+    script += '; echo data >"$dir/volume"; "$@" umount "$dir"; exec "$@" check "$store"'
+    run("unshare", "-m", "sh", "-ec", script, "sh", hidden, f"local://{store}", mountpoint, *HLFS)
+    expect_unlocked(store)
+    said = log_path.read_bytes()[log_start:].decode().splitlines()
+    about = [line for line in said if f" {mountpoint} [" in line]
+    assert sum("/run/mount/utab is not up to date" in line for line in about) == 1, about

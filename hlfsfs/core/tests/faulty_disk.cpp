@@ -6,11 +6,16 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
 
 namespace hlfs::testing {
+
+int FaultyDisk::truncate_unwatched(int fd, std::uint64_t size_bytes) {
+    return static_cast<int>(syscall(SYS_ftruncate, fd, static_cast<off_t>(size_bytes)));
+}
 
 FaultyDisk& FaultyDisk::instance() {
     static FaultyDisk disk;
@@ -23,6 +28,13 @@ bool FaultyDisk::key_of(int fd, Key& key) {
         return false;
     key = {info.st_dev, info.st_ino};
     return true;
+}
+
+std::uint64_t FaultyDisk::size_of(int fd) {
+    struct stat info {};
+    if (fstat(fd, &info) != 0)
+        throw std::runtime_error("fstat");
+    return static_cast<std::uint64_t>(info.st_size);
 }
 
 FaultyDisk::File* FaultyDisk::find(int fd) {
@@ -47,8 +59,11 @@ void FaultyDisk::reset() {
 void FaultyDisk::watch(int fd) {
     const std::lock_guard lock(mutex_);
     Key key;
-    if (key_of(fd, key))
-        files_[key] = {};
+    if (!key_of(fd, key))
+        return;
+    File file;
+    file.synced_bytes = file.syncing_bytes = size_of(fd);
+    files_[key] = std::move(file);
 }
 
 bool FaultyDisk::watched(int fd) {
@@ -131,6 +146,28 @@ void FaultyDisk::note_old_blocks(int fd, std::uint64_t first, std::uint64_t coun
     }
 }
 
+// The caller holds the lock.
+void FaultyDisk::note_write(int fd, std::uint64_t offset, std::uint64_t size_bytes) {
+    note_old_blocks(fd, offset / 4096, (size_bytes + 4095) / 4096);
+    if (File* file = find(fd))
+        file->written_end = std::max(file->written_end, offset + size_bytes);
+}
+
+// The caller holds the lock.
+void FaultyDisk::note_truncate(int fd, std::uint64_t size_bytes) {
+    const std::uint64_t now = size_of(fd);
+    if (size_bytes < now)
+        note_old_blocks(fd, size_bytes / 4096, (now + 4095) / 4096 - size_bytes / 4096);
+}
+
+std::uint64_t FaultyDisk::written_end(const std::filesystem::path& path) {
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    const std::lock_guard lock(mutex_);
+    const File* file = find(fd);
+    close(fd);
+    return file != nullptr ? file->written_end : 0;
+}
+
 int FaultyDisk::before_sync(int fd) {
     std::unique_lock lock(mutex_);
     File* file = find(fd);
@@ -142,14 +179,17 @@ int FaultyDisk::before_sync(int fd) {
     // Only what was written before the call began is promised.
     file->syncing.merge(file->volatile_blocks);
     file->volatile_blocks.clear();
+    file->syncing_bytes = size_of(fd);
     changed_.wait(lock, [this] { return !syncs_held_; });
     return 0;
 }
 
 void FaultyDisk::synced(int fd) {
     const std::lock_guard lock(mutex_);
-    if (File* file = find(fd))
+    if (File* file = find(fd)) {
         file->syncing.clear();
+        file->synced_bytes = file->syncing_bytes;
+    }
 }
 
 bool FaultyDisk::take_space(int fd, std::int64_t bytes) {
@@ -167,6 +207,7 @@ void FaultyDisk::copy_after_power_cut(const std::filesystem::path& from, const s
     std::filesystem::copy_file(from, to, std::filesystem::copy_options::overwrite_existing);
     const int fd = open(from.c_str(), O_RDONLY | O_CLOEXEC);
     File* file = find(fd);
+    const std::uint64_t length = size_of(fd);
     close(fd);
     if (file == nullptr || fate == Fate::all_kept)
         return;
@@ -186,6 +227,9 @@ void FaultyDisk::copy_after_power_cut(const std::filesystem::path& from, const s
                 throw std::runtime_error("pwrite");
         }
     }
+    const bool old_length = fate == Fate::all_lost || random() % 2 == 0;
+    if (truncate_unwatched(out, old_length ? file->synced_bytes : length) != 0)
+        throw std::runtime_error("ftruncate");
     close(out);
 }
 
@@ -215,7 +259,7 @@ ssize_t pwritev(int fd, const iovec* vectors, int count, off_t offset) {
     for (int i = 0; i < count; ++i)
         bytes += vectors[i].iov_len;
     const auto lock = disk.freeze();
-    disk.note_old_blocks(fd, static_cast<std::uint64_t>(offset) / 4096, (bytes + 4095) / 4096);
+    disk.note_write(fd, static_cast<std::uint64_t>(offset), bytes);
     return real();
 }
 
@@ -234,10 +278,20 @@ int fallocate(int fd, int mode, off_t offset, off_t length) {
     if (mode == 0 && !disk.take_space(fd, length))
         return hlfs::testing::failed(ENOSPC);
     const auto real = [&] { return static_cast<int>(syscall(SYS_fallocate, fd, mode, offset, length)); };
-    if ((mode & FALLOC_FL_PUNCH_HOLE) == 0 || !disk.watched(fd))
+    if (!disk.watched(fd))
         return real();
     const auto lock = disk.freeze();
-    disk.note_old_blocks(fd, static_cast<std::uint64_t>(offset) / 4096, static_cast<std::uint64_t>(length) / 4096);
+    if ((mode & FALLOC_FL_PUNCH_HOLE) != 0)
+        disk.note_old_blocks(fd, static_cast<std::uint64_t>(offset) / 4096, static_cast<std::uint64_t>(length) / 4096);
     return real();
+}
+
+int ftruncate(int fd, off_t length) {
+    FaultyDisk& disk = FaultyDisk::instance();
+    if (!disk.watched(fd))
+        return FaultyDisk::truncate_unwatched(fd, static_cast<std::uint64_t>(length));
+    const auto lock = disk.freeze();
+    disk.note_truncate(fd, static_cast<std::uint64_t>(length));
+    return FaultyDisk::truncate_unwatched(fd, static_cast<std::uint64_t>(length));
 }
 }

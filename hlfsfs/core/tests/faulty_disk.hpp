@@ -1,4 +1,5 @@
-// A disk that keeps its promises and no more: what was written is safe only after fdatasync, and calls fail on demand.
+// A disk that keeps its promises and no more: what was written, and a file's length, are safe only after fdatasync, and
+// calls fail on demand. Names are safe at once here; their loss is tested where they are made (tests/store).
 //
 // faulty_disk.cpp defines pwritev, fdatasync, fallocate and ftruncate for the whole test program; files that were never
 // watched are not affected.
@@ -45,16 +46,23 @@ class FaultyDisk {
     // The lock under which every change of a watched file becomes visible: whoever holds it sees one moment.
     [[nodiscard]] std::unique_lock<std::mutex> freeze() { return std::unique_lock(mutex_); }
     // Copies a file as a power cut at this moment would leave it: of each block not yet synced, the old or the new
-    // bytes. The caller holds freeze().
+    // bytes, and the length of one of both. The caller holds freeze().
     enum class Fate { random, all_lost, all_kept };
     void copy_after_power_cut(const std::filesystem::path& from, const std::filesystem::path& to, Fate fate,
                               Random& random);
 
     [[nodiscard]] std::uint64_t syncs() const { return syncs_; }
+    // Up to where a watched file was written to.
+    [[nodiscard]] std::uint64_t written_end(const std::filesystem::path& path);
+
+    // ftruncate for a caller that holds freeze().
+    static int truncate_unwatched(int fd, std::uint64_t size_bytes);
 
     // --- called by the replaced system calls
     int before_write(int fd);
     void note_old_blocks(int fd, std::uint64_t first, std::uint64_t count);
+    void note_write(int fd, std::uint64_t offset, std::uint64_t size_bytes);
+    void note_truncate(int fd, std::uint64_t size_bytes);
     int before_sync(int fd);
     void synced(int fd);
     bool take_space(int fd, std::int64_t bytes);
@@ -66,6 +74,9 @@ class FaultyDisk {
     struct File {
         std::map<std::uint64_t, Block> volatile_blocks;  // what stood there at the last fdatasync
         std::map<std::uint64_t, Block> syncing;
+        std::uint64_t synced_bytes = 0;  // the length at the last fdatasync
+        std::uint64_t syncing_bytes = 0;
+        std::uint64_t written_end = 0;
     };
     struct Fault {
         int count = 0, error = 0, skip = 0;
@@ -81,6 +92,7 @@ class FaultyDisk {
         }
     };
     static bool key_of(int fd, Key& key);
+    static std::uint64_t size_of(int fd);
     File* find(int fd);
 
     std::mutex mutex_;

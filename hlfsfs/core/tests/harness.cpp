@@ -107,7 +107,7 @@ int Log::prepare(std::uint64_t segno, const std::string& header, std::uint64_t a
     if (fd < 0)
         return -errno;
     if (::pwrite(fd, header.data(), header.size(), 0) != static_cast<ssize_t>(header.size()) ||
-        ::ftruncate(fd, static_cast<off_t>(allocate_bytes)) != 0)
+        FaultyDisk::truncate_unwatched(fd, allocate_bytes) != 0)
         throw std::runtime_error("writing a segment header");
     return fd;
 }
@@ -253,6 +253,7 @@ void Host::answer(const Event& event) {
             return;
         }
         case EventKind::checkpoint_due: {
+            ++checkpoints_asked;
             const std::lock_guard lock(mutex_);
             due_.push_back(event.volume_id);
             due_arrived_.notify_one();
@@ -287,7 +288,11 @@ void Host::serve_checkpoints() {
         auto [log, volume] = it->second;
         lock.unlock();
         try {
-            checkpoint(*log, *volume);
+            if (!refuse_checkpoints) {
+                checkpoint(*log, *volume);
+            } else if (volume->checkpoint()) {
+                volume->checkpoint_failed();
+            }
         } catch (const std::system_error&) {
             // The older checkpoint stays.
         }

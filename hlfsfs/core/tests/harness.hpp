@@ -152,6 +152,8 @@ class Host {
     std::atomic<bool> hold_segments{false};  // prepare_segment is not answered while set
     std::atomic<bool> hold_supply{false};    // the file is made, but the volume not told, while set
     std::atomic<unsigned> prepare_asked{0};
+    std::atomic<bool> refuse_checkpoints{false};  // the slot of those that a volume asks for is not written while set
+    std::atomic<unsigned> checkpoints_asked{0};
 
   private:
     void serve();

@@ -42,12 +42,14 @@ void check_content(Volume& volume, const Bytes& model) {
 TEST_CASE("a volume is a byte array that survives a clean end") {
     FaultyDisk::instance().reset();
     Random random(test_seed("volume model"));
+    HostOptions options;
+    options.core.io_uring = GENERATE(true, false);
     for (int round = 0; round < test_rounds(2); ++round) {
         Log log(1);
         Bytes model;
         std::uint64_t stamp = 0;
         for (int life = 0; life < 4; ++life) {
-            Host host;
+            Host host(options);
             const auto opened = host.open(log);
             REQUIRE_FALSE(opened.report.read_only);
             REQUIRE_FALSE(opened.report.unclean);

@@ -1,0 +1,184 @@
+// What a volume does unasked: the commit timer, chunks that are let grow, space written ahead, idle checkpoints.
+#include <algorithm>
+#include <catch2/catch.hpp>
+#include <chrono>
+#include <thread>
+
+#include "harness.hpp"
+
+using namespace hlfs;
+using namespace hlfs::testing;
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
+Bytes block(std::uint64_t stamp) {
+    return pattern(kBlockBytes, stamp);
+}
+
+void put(Host& host, Volume& volume, std::uint64_t number, bool durable = false) {
+    REQUIRE(write(host, volume, number * kBlockBytes, block(number + 1), durable) ==
+            static_cast<std::int64_t>(kBlockBytes));
+}
+
+bool wait_until(milliseconds patience, const std::function<bool()>& condition) {
+    for (const auto end = Clock::now() + patience; Clock::now() < end;) {
+        if (condition())
+            return true;
+        std::this_thread::sleep_for(milliseconds(1));
+    }
+    return condition();
+}
+
+bool everything_durable(const Volume& volume) {
+    const Volume::Stats stats = volume.stats();
+    return stats.durable_sequence == stats.sequence;
+}
+
+// What the power cut leaves, opened again.
+Bytes after_power_cut(Log& log) {
+    Random random(1);
+    const auto left = log.after_power_cut(random, FaultyDisk::Fate::all_lost);
+    Host host;
+    return content(*host.open(*left).volume);
+}
+
+}  // namespace
+
+TEST_CASE("what nobody flushes is durable once the commit time is over") {
+    FaultyDisk::instance().reset();
+    HostOptions options;
+    options.core.commit_ns = 300'000'000;
+    Log log(1);
+    Host host(options);
+    const auto volume = host.open(log).volume;
+    for (std::uint64_t number = 0; number < 3; ++number) {
+        const auto began = Clock::now();
+        put(host, *volume, number);
+        REQUIRE(wait_until(milliseconds(20'000), [&] { return everything_durable(*volume); }));
+        const auto took = Clock::now() - began;
+        // Ticks are 100 ms apart, and a busy machine may be late.
+        REQUIRE(took >= milliseconds(300));
+        REQUIRE(took < milliseconds(5000));
+        const Bytes left = after_power_cut(log);
+        REQUIRE(left.size() == (number + 1) * kBlockBytes);
+        for (std::uint64_t i = 0; i <= number; ++i)
+            REQUIRE((Bytes(left.begin() + static_cast<std::ptrdiff_t>(i * kBlockBytes),
+                           left.begin() + static_cast<std::ptrdiff_t>((i + 1) * kBlockBytes)) == block(i + 1)));
+    }
+    REQUIRE(volume->stats().flushes == 0);
+}
+
+TEST_CASE("a volume that is written to all the time is made durable at the commit time too") {
+    FaultyDisk::instance().reset();
+    HostOptions options;
+    options.core.commit_ns = 200'000'000;
+    Log log(1);
+    Host host(options);
+    const auto volume = host.open(log).volume;
+    put(host, *volume, 0);
+    int more = 0;
+    while (volume->stats().durable_sequence < 2) {
+        put(host, *volume, 1);
+        // Far less than what has the ring made durable for want of room.
+        REQUIRE(++more < 1000);
+        std::this_thread::sleep_for(milliseconds(2));
+    }
+    const Bytes left = after_power_cut(log);
+    REQUIRE((Bytes(left.begin(), left.begin() + kBlockBytes) == block(1)));
+}
+
+TEST_CASE("an open chunk is let grow where nobody flushes") {
+    FaultyDisk::instance().reset();
+    HostOptions options;
+    options.geometry.chunks = 1024;
+    Log log(1, 26);
+    Host host(options);
+    const auto volume = host.open(log).volume;
+    const auto chunks_written = [&] { return volume->stats().chunks; };
+    for (std::uint64_t i = 0; i < 300; ++i)
+        put(host, *volume, i);
+    const auto log_blocks = [&] { return volume->stats().log_bytes / kBlockBytes; };
+    // One chunk of both blocks, or a chunk for each.
+    constexpr std::uint64_t kTogether = 3;
+    constexpr std::uint64_t kApart = 4;
+    int counted = 0;
+    for (std::uint64_t i = 0; i < 300; ++i) {
+        std::uint64_t chunks = 0;
+        do {
+            chunks = chunks_written();
+            std::this_thread::sleep_for(milliseconds(1));
+        } while (chunks_written() != chunks);
+        const std::uint64_t before = log_blocks();
+        const auto began = Clock::now();
+        put(host, *volume, 0);
+        while (Clock::now() - began < std::chrono::microseconds(60)) {
+        }
+        put(host, *volume, 1);
+        const bool in_time = Clock::now() - began < std::chrono::microseconds(100);
+        std::uint64_t grown = 0;
+        REQUIRE(wait_until(milliseconds(20'000), [&] {
+            grown = log_blocks() - before;
+            return grown == kTogether || grown == kApart;
+        }));
+        const std::uint64_t written = grown == kTogether ? 1 : 2;
+        REQUIRE(wait_until(milliseconds(20'000), [&] { return chunks_written() == chunks + written; }));
+        if (in_time) {
+            ++counted;
+            REQUIRE(grown == kTogether);
+        }
+    }
+    // Else this machine is too busy to tell.
+    CHECK(counted > 0);
+}
+
+TEST_CASE("the log is written ahead where it is synced often, and only there") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    const bool often = GENERATE(true, false);
+    Log log(1, 26);
+    Host host;
+    const auto volume = host.open(log).volume;
+    put(host, *volume, 0, often);
+    const auto file = log.file(log.segnos().front());
+    std::uint64_t size = std::filesystem::file_size(file);
+    for (int growth = 0; growth < 3; ++growth) {
+        for (std::uint64_t i = 0; std::filesystem::file_size(file) == size; ++i) {
+            REQUIRE(i < 10'000);
+            put(host, *volume, i % 64, often);
+        }
+        if (!often)
+            std::this_thread::sleep_for(milliseconds(50));
+        size = std::filesystem::file_size(file);
+        INFO("growth " << growth << " to " << size);
+        if (often) {
+            REQUIRE(wait_until(milliseconds(20'000), [&] { return disk.written_end(file) == size; }));
+        } else {
+            REQUIRE(disk.written_end(file) < size);
+        }
+    }
+    REQUIRE(flush(*volume) == 0);
+    REQUIRE((after_power_cut(log) == content(*volume)));
+}
+
+TEST_CASE("an idle checkpoint that fails is tried again after as long a time") {
+    FaultyDisk::instance().reset();
+    HostOptions options;
+    options.core.idle_checkpoint_ns = 500'000'000;
+    Log log(1);
+    Host host(options);
+    const auto volume = host.open(log).volume;
+    host.refuse_checkpoints = true;
+    put(host, *volume, 0);
+    REQUIRE(wait_until(milliseconds(20'000), [&] { return host.checkpoints_asked > 0; }));
+    const unsigned before = host.checkpoints_asked;
+    const auto began = Clock::now();
+    std::this_thread::sleep_for(milliseconds(1800));
+    const unsigned asked = host.checkpoints_asked - before;
+    const auto took = std::chrono::duration_cast<milliseconds>(Clock::now() - began);
+    REQUIRE(asked <= static_cast<unsigned>(took / milliseconds(500)) + 1);
+    host.refuse_checkpoints = false;
+    REQUIRE(wait_until(milliseconds(20'000), [&] { return volume->stats().checkpoint_generation > 0; }));
+}

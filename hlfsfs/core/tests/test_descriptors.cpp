@@ -1,0 +1,131 @@
+// Descriptors of sealed segments: opened when something is read from them, closed again over the bound.
+#include <atomic>
+#include <catch2/catch.hpp>
+#include <filesystem>
+#include <thread>
+
+#include "harness.hpp"
+
+using namespace hlfs;
+using namespace hlfs::testing;
+
+namespace {
+
+constexpr std::uint32_t kBound = 16;
+constexpr std::uint64_t kSegments = 150;
+
+HostOptions small_bound() {
+    HostOptions options;
+    options.core.max_open_segments = kBound;
+    options.core.read_cache_bytes = 1;
+    return options;
+}
+
+// Block n in a segment of its own.
+void write_segments(Host& host, Volume& volume) {
+    for (std::uint64_t i = 0; i < kSegments; ++i) {
+        REQUIRE(write(host, volume, i * kBlockBytes, pattern(kBlockBytes, i + 1)) > 0);
+        REQUIRE(flush(volume) == 0);
+        volume.close_log(false);
+    }
+}
+
+// This process's descriptors of the log's files.
+std::size_t open_files(const Log& log) {
+    std::size_t count = 0;
+    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+        std::error_code gone;
+        const auto target = std::filesystem::read_symlink(entry.path(), gone);
+        count += !gone && target.parent_path() == log.file(0).parent_path() ? 1 : 0;
+    }
+    return count;
+}
+
+bool settles(Host& host, const Log& log, std::size_t files) {
+    for (int i = 0; i < 5000; ++i) {
+        if (host.core().open_descriptors <= kBound && open_files(log) <= files)
+            return true;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return false;
+}
+
+// Readers of random blocks; the most descriptors that were open meanwhile.
+std::size_t read_at_random(const Log& log, Volume& volume, Random& random) {
+    std::atomic<int> wrong{0};
+    std::atomic<int> running{4};
+    std::vector<std::thread> readers;
+    for (int t = 0; t < 4; ++t) {
+        readers.emplace_back([&, seed = random()] {
+            Random mine(seed);
+            for (int i = 0; i < 500; ++i) {
+                const std::uint64_t block = mine() % kSegments;
+                Bytes data;
+                read(volume, block * kBlockBytes, kBlockBytes, data);
+                wrong += data != pattern(kBlockBytes, block + 1) ? 1 : 0;
+            }
+            --running;
+        });
+    }
+    std::size_t most = 0;
+    while (running > 0)
+        most = std::max(most, open_files(log));
+    for (std::thread& reader : readers)
+        reader.join();
+    REQUIRE(wrong == 0);
+    return most;
+}
+
+}  // namespace
+
+TEST_CASE("descriptors of many small segments stay within the bound") {
+    FaultyDisk::instance().reset();
+    Random random(test_seed("descriptors"));
+    Log log(1);
+    {
+        Host host(small_bound());
+        const auto volume = host.open(log).volume;
+        write_segments(host, *volume);
+        // Those just written are over it for as long as a worker takes to get to them.
+        REQUIRE(settles(host, log, kBound));
+        REQUIRE(read_at_random(log, *volume, random) < kSegments / 2);
+        REQUIRE(settles(host, log, kBound));
+        host.close(log);
+    }
+    REQUIRE(open_files(log) == 0);
+    Host host(small_bound());
+    auto volume = host.open(log).volume;
+    REQUIRE(read_at_random(log, *volume, random) < kSegments / 2);
+    REQUIRE(settles(host, log, kBound));
+    host.close(log);
+    volume.reset();
+    REQUIRE(host.core().open_descriptors == 0);
+    REQUIRE(open_files(log) == 0);
+}
+
+TEST_CASE("descriptors are counted right across failures of the log") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Random random(test_seed("descriptors after failures"));
+    Log log(1);
+    Host host(small_bound());
+    auto volume = host.open(log).volume;
+    REQUIRE(resize(*volume, kSegments * kBlockBytes) == 0);
+    for (std::uint64_t i = 0; i < kSegments; ++i) {
+        REQUIRE(write(host, *volume, i * kBlockBytes, pattern(kBlockBytes, i + 1)) > 0);
+        if (i % 3 == 0)
+            disk.fail_syncs(1, EIO);
+        flush(*volume);
+        if (flush(*volume) != 0)
+            REQUIRE(flush(*volume) == 0);
+    }
+    REQUIRE(host.failures() > 40);
+    REQUIRE(settles(host, log, kBound + 2));
+    REQUIRE(read_at_random(log, *volume, random) < kSegments / 2);
+    // Two more: the segment written to, and the one prepared.
+    REQUIRE(settles(host, log, kBound + 2));
+    host.close(log);
+    volume.reset();
+    REQUIRE(host.core().open_descriptors == 0);
+    REQUIRE(open_files(log) == 0);
+}
