@@ -133,6 +133,8 @@ class Host {
     Opened open(Log& log, Ring* old_ring = nullptr);
     // Durable, checkpointed, closed and forgotten.
     void close(Log& log);
+    // Forgotten as it stands.
+    void drop(Log& log);
     bool checkpoint(Log& log);
 
     // A ring with what this one holds right now, as a successor finds it; nobody may be writing.
