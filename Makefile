@@ -11,10 +11,12 @@ VENV_PYTHON := .venv/bin/python
 PYTHON_SOURCES := hlfsfs mountd tests contrib bench
 CORE_SOURCES = $(shell find hlfsfs/core -name '*.cpp' -o -name '*.hpp')
 JOBS := $(shell nproc)
+# How much longer than `make test` the fuzzers of `make hunt` run.
+HUNT_TIMES := 20
 # Several people or jobs may build in one checkout: they take turns.
 LOCKED := flock build/.lock
 
-.PHONY: help setup build demo test check bench hunt clean packages native core-tests-address core-tests-thread
+.PHONY: help setup build demo test check bench hunt clean packages native core-tests-address core-tests-thread fuzz
 
 help:  ## List the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -26,7 +28,7 @@ build: packages .venv/stamp native  ## Build the native core again where needed
 demo: setup  ## Show it: a virtual machine boots from a volume, writes to it, and the data is there after a remount
 	@$(VENV_PYTHON) -m contrib.demo
 
-test: setup core-tests-address core-tests-thread  ## Run all tests: the core's own under sanitizers, then the rest
+test: setup core-tests-address core-tests-thread fuzz  ## Run all tests: the core's own under sanitizers, then the rest
 	timeout --foreground --signal=INT 900 $(VENV_PYTHON) -m pytest
 
 check: setup  ## Lint, formatting, types and layering
@@ -40,6 +42,7 @@ bench: setup  ## Measure against the raw disk and qemu-storage-daemon
 	$(VENV_PYTHON) -m bench
 
 hunt: setup  ## Search for faults at random, for longer than `make test` does
+	contrib/setup/fuzz.sh $(JOBS) $(HUNT_TIMES)
 	$(VENV_PYTHON) -m pytest -m hunt --timeout=0 -o faulthandler_timeout=0 --hypothesis-profile=hunt
 
 clean:  ## Remove everything that was built
@@ -65,3 +68,6 @@ build/guest/stamp: contrib/setup/guest-kernel.sh | packages build/.lock
 
 core-tests-address core-tests-thread: core-tests-%: | packages build/.lock
 	@contrib/setup/core-tests.sh $* $(JOBS)
+
+fuzz: | packages build/.lock
+	@contrib/setup/fuzz.sh $(JOBS)

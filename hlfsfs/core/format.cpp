@@ -52,8 +52,14 @@ bool consistent(const ChunkSummary& chunk) noexcept {
             return false;
         stored += entry.stored_blocks;
         const std::size_t side_at = std::size_t{entry.aux} * 8;
-        if (entry.kind == EntryKind::resize && side_at + 8 > chunk.side.size())
-            return false;
+        if (entry.kind == EntryKind::resize) {
+            std::uint64_t size_bytes = 0;
+            if (side_at + sizeof size_bytes > chunk.side.size())
+                return false;
+            std::memcpy(&size_bytes, chunk.side.data() + side_at, sizeof size_bytes);
+            if (size_bytes > kMaxMappedBytes)
+                return false;
+        }
         if (entry.kind == EntryKind::ext) {
             if (side_at + 8 > chunk.side.size())
                 return false;
@@ -78,7 +84,8 @@ std::optional<ChunkSummary> parse_summary(std::span<const std::byte> bytes, cons
         return std::nullopt;
     if (header.epoch != segment.epoch || header.segno != segment.segno)
         return std::nullopt;
-    if (header.entries == 0 || header.side_bytes > kMaxSummaryBlocks * kBlockBytes)
+    if (header.entries == 0 || header.payload_blocks > kMaxPayloadBlocks ||
+        header.side_bytes > kMaxSummaryBlocks * kBlockBytes)
         return std::nullopt;
     const std::size_t used = summary_bytes(header.entries, header.payload_blocks, header.side_bytes);
     if (used > bytes.size() || used > kMaxSummaryBlocks * kBlockBytes)
@@ -267,7 +274,8 @@ std::optional<Checkpoint> decode_checkpoint(std::span<const std::byte> slot) {
     }
     if (checkpoint.version != kFormatVersion || checkpoint.incompat != 0)
         throw FormatError("checkpoint of an unknown format");
-    if (checkpoint.levels > kMaxLevels || checkpoint.segment_table_count > kMaxSegmentIndex)
+    if (checkpoint.levels > kMaxLevels || checkpoint.segment_table_count > kMaxSegmentIndex ||
+        checkpoint.size_bytes > kMaxMappedBytes)
         throw FormatError("checkpoint out of range");
     return checkpoint;
 }

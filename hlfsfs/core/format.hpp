@@ -117,6 +117,7 @@ SegmentHeader decode_segment_header(std::span<const std::byte> block);
 
 inline constexpr std::uint32_t kChunkMagic = 0x4b4e4843;  // "CHNK"
 inline constexpr std::uint32_t kMaxSummaryBlocks = 8;
+inline constexpr std::uint32_t kMaxPayloadBlocks = 1024;
 
 struct ChunkHeader {
     std::uint32_t magic = kChunkMagic;
@@ -171,6 +172,7 @@ struct Entry {
 };
 inline constexpr std::size_t kEntryBytes = 16;
 inline constexpr std::uint64_t kMaxBlocks = std::uint64_t{1} << 36;
+inline constexpr std::uint64_t kMaxMappedBytes = kMaxBlocks * kBlockBytes;
 
 std::array<std::byte, kEntryBytes> encode(const Entry& entry) noexcept;
 Entry decode_entry(const std::byte* at) noexcept;

@@ -405,6 +405,7 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
         // Recoveries that were cut may have begun the epochs since; what they wrote are these very entries.
         if (disk_epoch < chunk.epoch || disk_epoch > std::max(chunk.epoch, chunk.recovery_epoch))
             continue;
+        old_ring.verify(chunk);
         found.push_back(&chunk);
     }
     // All of them before the first is written: the new epoch is on disk from then on. Should the log fail meanwhile,
@@ -426,10 +427,8 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
     std::sort(found.begin(), found.end(),
               [](const ChunkDescriptor* a, const ChunkDescriptor* b) { return a->first_sequence < b->first_sequence; });
     std::uint64_t expected = next_sequence_;
-    const std::uint64_t page_limit =
-        old_ring.ring_pages() + std::uint64_t{old_ring.geometry().spill_extents} * kExtentPages;
     for (ChunkDescriptor* chunk : found) {
-        const std::uint32_t count = std::min(chunk->count.load(std::memory_order_acquire), kChunkMaxEntries);
+        const std::uint32_t count = chunk->count.load(std::memory_order_acquire);
         if (chunk->first_sequence + count <= expected)
             continue;
         if (chunk->first_sequence > expected) {
@@ -465,10 +464,8 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
                     while (!(run = core_.take_pages(static_cast<std::uint32_t>(entry.count))))
                         core_.ring().wait_for_pages();
                     for (std::uint32_t b = 0; b < run->count; ++b) {
-                        const std::uint32_t page = chunk->pages[index + b];
-                        if (page >= page_limit)
-                            throw FormatError("the ring names a page outside itself");
-                        std::memcpy(core_.ring().page(run->first + b), old_ring.page(page), kBlockBytes);
+                        std::memcpy(core_.ring().page(run->first + b), old_ring.page(chunk->pages[index + b]),
+                                    kBlockBytes);
                     }
                     item.first_page = run->first;
                     item.crcs = chunk->checks + index;

@@ -64,6 +64,10 @@ std::uint32_t header_crc(const RingHeader& header) {
     return crc32c(0, &header, offsetof(RingHeader, crc));
 }
 
+std::size_t side_bytes_of(EntryKind kind) {
+    return kind == EntryKind::resize ? sizeof(std::uint64_t) : kind == EntryKind::ext ? sizeof(ExtTimes) : 0;
+}
+
 [[noreturn]] void fail(int error, const char* what) {
     throw std::system_error(error, std::generic_category(), what);
 }
@@ -179,6 +183,38 @@ void Ring::leave() noexcept {
     left_ = true;
     // Private pages in the same place: pointers stay good, and what is freed or changed is so for this process only.
     mmap(base_, file_bytes(geometry_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd_, 0);
+}
+
+void Ring::verify(const ChunkDescriptor& chunk) const {
+    const std::uint32_t count = chunk.count.load(std::memory_order_acquire);
+    const std::uint64_t pages = ring_pages() + std::uint64_t{geometry_.spill_extents} * kExtentPages;
+    std::size_t blocks = 0;
+    std::size_t side_bytes = 0;
+    bool sound = count <= kChunkMaxEntries;
+    for (std::uint32_t i = 0; sound && i < count; ++i) {
+        const Entry entry = decode_entry(chunk.entries[i].data());
+        const std::size_t side = side_bytes_of(entry.kind);
+        const std::size_t side_at = std::size_t{entry.aux} * 8;
+        blocks += entry.stored_blocks;
+        side_bytes += side;
+        const bool data = entry.kind == EntryKind::data || entry.kind == EntryKind::relocate;
+        const bool known = data || entry.kind == EntryKind::punch || side > 0;
+        // Each entry's data moves in one run.
+        const bool owned = entry.stored_blocks == (data ? entry.count : 0) &&
+                           entry.stored_blocks <= kExtentPages;
+        sound = known && owned && entry.block + entry.count <= kMaxBlocks &&
+                (side == 0 || side_at + side <= kChunkSideBytes);
+        if (sound && entry.kind == EntryKind::resize) {
+            std::uint64_t size_bytes = 0;
+            std::memcpy(&size_bytes, chunk.side + side_at, sizeof size_bytes);
+            sound = size_bytes <= kMaxMappedBytes;
+        }
+    }
+    sound = sound && blocks <= kChunkMaxBlocks && side_bytes <= kChunkSideBytes;
+    for (std::size_t i = 0; sound && i < blocks; ++i)
+        sound = chunk.pages[i] < pages;
+    if (!sound)
+        throw FormatError("the ring holds what no process of this version writes");
 }
 
 Slot* Ring::acquire_slot() noexcept {

@@ -108,6 +108,11 @@ class Ring {
     [[nodiscard]] std::span<Slot> slots() noexcept { return {slots_, geometry_.slots}; }
     [[nodiscard]] std::span<ChunkDescriptor> chunks() noexcept { return {chunks_, geometry_.chunks}; }
 
+    // Of a dead process's ring: throws FormatError unless all that the chunk says leads to places within the
+    // descriptor, the ring and the largest volume. Nothing else guards it: whoever owns the file may have written to
+    // it.
+    void verify(const ChunkDescriptor& chunk) const;
+
     // --- slots. acquire_slot waits while all are taken (the kernel's own bounds make that rare).
     Slot* acquire_slot() noexcept;
     void release_slot(Slot* slot) noexcept;

@@ -512,7 +512,6 @@ void Volume::seek_step(ReadOp* op) noexcept {
             while (next < (end_block + kNodeEntries - 1) >> kNodeShift) {
                 if (overlay_.leaf(next) != nullptr || (frozen_ && frozen_->leaf(next) != nullptr))
                     break;
-                Missing missing;
                 std::uint64_t after = next + 1;
                 if (overlay_.leaf_punched(next)) {
                     after = overlay_.punched_until(next);

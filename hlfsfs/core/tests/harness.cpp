@@ -413,6 +413,12 @@ void Host::close(Log& log) {
     core_->remove_volume(log.id);
 }
 
+void Host::drop(Log& log) {
+    core_->remove_volume(log.id);
+    const std::lock_guard lock(mutex_);
+    open_.erase(log.id);
+}
+
 std::unique_ptr<LeftRing> Host::left_ring() const {
     return std::make_unique<LeftRing>(ring_fd_, Ring::file_bytes(options_.geometry));
 }

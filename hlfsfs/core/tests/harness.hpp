@@ -135,6 +135,8 @@ class Host {
     Opened open(Log& log, Ring* old_ring = nullptr);
     // Durable, checkpointed, closed and forgotten.
     void close(Log& log);
+    // Forgotten as it stands.
+    void drop(Log& log);
     bool checkpoint(Log& log);
     // The newest checkpoint into both slots.
     bool repeat_checkpoint(Log& log);
