@@ -20,7 +20,8 @@ from hlfsfs.store.disk import Disk
 from hlfsfs.store.local import open_local
 from tests.pool.conftest import World
 from tests.pool.fake_engine import Media
-from tests.store.crash_disk import LazyDisk, RecordingDisk, Snapshot, materialise
+from tests.store.crash_disk import LazyDisk, RecordingDisk
+from tests.store.power_loss import Snapshot, materialise
 
 # path -> (kind, id, mode); what a person sees of a store.
 View = dict[bytes, tuple[str, int, int]]
