@@ -1,7 +1,7 @@
 """What a disk may hold after the power went: the one model of it that every crash test uses.
 
-A `Recording` is a directory whose content was durable, and every change since. `Recording.after_crash` tells what may be
-left when power goes after the first so many of them. The model promises what POSIX does, so less than any filesystem:
+A `Recording` is a directory whose content was durable, and every change since. `Recording.after_crash` tells what may
+be left when power goes after the first so many of them. The model promises what POSIX does, less than any filesystem:
 
 - What a sync covers is there: of a file the changes that had ended before the sync began, of a directory its names.
 - Of the other writes any set happened, in any order, each whole or in any of its sectors of 512 bytes.

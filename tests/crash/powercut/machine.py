@@ -1,0 +1,278 @@
+"""Runs histories, cuts them after each event, recovers what is left, and checks it against the promise."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hlfsfs.store.ring_file import boot_id
+from tests.crash.powercut.image import Image, read_tree
+from tests.crash.powercut.operations import History
+from tests.crash.powercut.oracle import Oracle, complaint_again
+from tests.crash.powercut.trace import Forget, Trace, forget_nothing, read_trace
+from tests.crash.powercut.worker import Found, Worker, WorkerFailed
+from tests.store.power_loss import Fate, RandomFate, Recording, Snapshot
+
+# Where failures are kept, by seed.
+KEPT = Path(__file__).parents[3] / "build" / "powercut"
+_LOCK = b".hlfs/lock"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How thoroughly a history is cut.
+
+    Attributes:
+        cuts: how many events are followed by a cut, chosen at random; None: each.
+        chances: of what was not synced to be there nevertheless; one image for each at every cut. 0 and 1 are the
+            extremes; images that were checked already cost nothing.
+        again_every: one recovery of so many is itself cut, at `again_cuts` places; 0 for none.
+    """
+
+    cuts: int | None = None
+    chances: tuple[float, ...] = (0.0, 1.0, 0.5)
+    again_every: int = 0
+    again_cuts: int = 3
+
+
+@dataclass
+class Failure(Exception):
+    """A cut that broke the promise.
+
+    Attributes:
+        cut: the number of events before it.
+        fate: what of them was lost.
+        complaint: what is wrong.
+        when: the operation that was under way.
+    """
+
+    cut: int
+    fate: Fate
+    complaint: str
+    when: str
+    again: int | None = None
+
+    def __str__(self) -> str:
+        again = "" if self.again is None else f", and in the recovery that followed after {self.again} events"
+        return f"power cut after {self.cut} events{again} ({self.when}): {self.complaint}"
+
+
+class Run:
+    """One history as it was run: its trace, and what it promises."""
+
+    def __init__(self, directory: Path, history: History, forget: Forget = forget_nothing) -> None:
+        """Reads what `record` has left in a directory."""
+        self.directory = directory
+        self.history = history
+        empty = directory / "empty"
+        empty.mkdir(exist_ok=True)
+        recording = Recording(empty)
+        # The trace has the path and inode of the directory it was made in, which need not be there any more.
+        made_in = json.loads((directory / "root").read_text())
+        recording.root, recording.inodes = Path(made_in["path"]), {made_in["inode"]: 0}
+        self.trace: Trace = read_trace(directory / "trace", recording, forget)
+        self.oracle = Oracle(history, self.trace.notes)
+
+    @property
+    def events(self) -> int:
+        return len(self.trace.recording.events)
+
+
+def record(worker: Worker, directory: Path, history: History, segment_shift: int = 22, delay_us: int = 300) -> Run:
+    """Runs a history in an empty directory, and checks that the trace explains what is there in the end."""
+    store = directory / "store"
+    store.mkdir()
+    (directory / "root").write_text(json.dumps({"path": str(store), "inode": store.stat().st_ino}))
+    (directory / "history.json").write_text(json.dumps(history))
+    worker.call("run", store, directory / "trace", history, segment_shift, delay_us)
+    run = Run(directory, history)
+    explained = run.trace.recording.after_loss(run.events, Fate())
+    found = read_tree(store)
+    wrong = sorted(path for path in explained.keys() | found.keys() if explained.get(path) != found.get(path))
+    assert not wrong, f"the trace does not explain what became of {wrong}: something changes files unseen"
+    shutil.rmtree(store)
+    return run
+
+
+class Machine:
+    """Cuts runs; `images` counts what was recovered."""
+
+    def __init__(self, worker: Worker, directory: Path, seed: int) -> None:
+        self.images = 0
+        self.recoveries_cut = 0
+        self._worker = worker
+        self._directory = directory
+        self._seed = seed
+        self._image = Image(directory / "image")
+        self._seen: list[tuple[Snapshot, Found]] = []
+
+    def sweep(self, run: Run, plan: Plan) -> None:
+        """Cuts a run by a plan. Raises Failure for the earliest bad cut."""
+        cuts: Sequence[int] = range(run.oracle.made + 1, run.events + 1)
+        if plan.cuts is not None and plan.cuts < len(cuts):
+            cuts = sorted(random.Random(self._seed).sample(cuts, plan.cuts))
+        for cut in cuts:
+            for number, chance in enumerate(plan.chances):
+                self._cut(run, cut, RandomFate(random.Random(f"{self._seed} {cut} {number}"), chance), plan)
+
+    def check(self, run: Run, cut: int, fate: Fate) -> Found:
+        """Cuts once. Raises Failure."""
+        found = self._recover(run.trace.recording.after_loss(cut, fate))
+        self._require(run, cut, fate, run.oracle.complaint(cut, found))
+        return found
+
+    def _cut(self, run: Run, cut: int, fate: Fate, plan: Plan) -> None:
+        snapshot = run.trace.recording.after_loss(cut, fate)
+        before = self.images
+        found = self._recover(snapshot)
+        self._require(run, cut, fate, run.oracle.complaint(cut, found))
+        if plan.again_every and self.images != before and self.images % plan.again_every == 0:
+            self._cut_recovery(run, cut, fate, snapshot, plan)
+
+    def _require(self, run: Run, cut: int, fate: Fate, complaint: str, again: int | None = None) -> None:
+        if complaint:
+            raise Failure(cut, fate, complaint, run.oracle.operation_at(cut), again)
+
+    def _recover(self, snapshot: Snapshot, trace: Path | None = None) -> Found:
+        """What a recovery makes of a snapshot; the same as last time, if it is the same."""
+        if trace is None:
+            for seen, found in self._seen:
+                if seen == snapshot:
+                    return found
+        self.images += 1
+        self._image.become(on_another_boot(snapshot))
+        try:
+            found = self._worker.call("recover", self._image.root, self.images, trace)
+        except WorkerFailed as exc:
+            found = Found()
+            found.trouble = str(exc)
+        assert isinstance(found, Found)
+        # One for each chance is enough: most events change nothing that a cut would show.
+        self._seen = [*self._seen[-5:], (snapshot, found)]
+        return found
+
+    def _cut_recovery(self, run: Run, cut: int, fate: Fate, snapshot: Snapshot, plan: Plan) -> None:
+        """Runs the recovery of this snapshot once more, traced, and cuts that."""
+        rng = random.Random(f"{self._seed} {cut} again")
+        path = self._directory / "again"
+        path.unlink(missing_ok=True)
+        self._image.become(on_another_boot(snapshot))
+        recording = Recording(self._image.root)
+        first = self._recover(snapshot, path)
+        self._require(run, cut, fate, run.oracle.complaint(cut, first))
+        trace = read_trace(path, recording)
+        recovered, probed = (next(event for event, note in trace.notes if what in note) + 1 for what in _STAGES)
+        self.recoveries_cut += 1
+        places = [recovered, probed, *(rng.randrange(probed) for _ in range(plan.again_cuts))]
+        for again in places:
+            found = self._recover(recording.after_loss(again, RandomFate(rng, rng.choice(plan.chances))))
+            complaint = run.oracle.complaint(cut, found)
+            if again >= recovered:
+                complaint = complaint_again(first, found, probed=again >= probed)
+            self._require(run, cut, fate, complaint, again)
+
+
+_STAGES = ("recovered", "probed")
+
+
+def on_another_boot(snapshot: Snapshot) -> Snapshot:
+    """The same seen after the host has started again: whoever held the lock did so on another boot."""
+    lock = snapshot.get(_LOCK)
+    if lock is None:
+        return snapshot
+    other = b"0" * len(boot_id())
+    return {**snapshot, _LOCK: lock.replace(boot_id().encode(), other)}
+
+
+# --- what was found, made small ---------------------------------------------------------------------------------
+
+
+def smallest_loss(machine: Machine, run: Run, failure: Failure) -> Failure:
+    """The same cut with as little lost as it takes."""
+    if failure.again is not None:
+        return failure
+    best = failure
+    for index in sorted(failure.fate.lost, reverse=True):
+        best = _without(machine, run, best, index) or best
+    for node in sorted(best.fate.lengths):
+        best = _without(machine, run, best, -1 - node) or best
+    return best
+
+
+def _without(machine: Machine, run: Run, failure: Failure, what: int) -> Failure | None:
+    fate = Fate()
+    fate.lost = {index: parts for index, parts in failure.fate.lost.items() if index != what}
+    fate.lengths = {node: kept for node, kept in failure.fate.lengths.items() if -1 - node != what}
+    try:
+        machine.check(run, failure.cut, fate)
+    except Failure as smaller:
+        return smaller
+    return None
+
+
+def shorter_histories(history: History) -> Iterable[History]:
+    """The history without a half of it, without a quarter, and so on to single operations."""
+    size = len(history)
+    while size > 1:
+        size //= 2
+        for at in range(0, len(history), size):
+            yield history[:at] + history[at + size :]
+
+
+def shrink(history: History, failing: Callable[[History], bool], tries: int) -> History:
+    """A shorter history that fails as well, found by at most so many tries."""
+    smaller = True
+    while smaller:
+        smaller = False
+        for shorter in shorter_histories(history):
+            if tries == 0:
+                return history
+            tries -= 1
+            if failing(shorter):
+                history, smaller = shorter, True
+                break
+    return history
+
+
+def keep(run: Run, failure: Failure, seed: int) -> Path:
+    """Copies what it takes to see a failure again to where `python -m tests.crash.powercut` finds it."""
+    kept = KEPT / str(seed)
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for name in ("trace", "root", "history.json"):
+        shutil.copy(run.directory / name, kept / name)
+    fate = {"lost": failure.fate.lost, "lengths": failure.fate.lengths}
+    (kept / "cut.json").write_text(json.dumps({"cut": failure.cut, "fate": fate}))
+    return kept
+
+
+def report(run: Run, failure: Failure, seed: int, kept: Path) -> str:
+    """What a person needs to know."""
+    lost = [f"  {index}: {run.trace.texts[index]}: {_part(failure.fate, index)}" for index in sorted(failure.fate.lost)]
+    lost = lost[:40] + ([f"  … {len(lost) - 40} more"] if len(lost) > 40 else [])
+    last = [
+        f"  {index}: {run.trace.texts[index]}"
+        for index in range(max(0, failure.cut - 40), failure.cut)
+        if run.trace.texts[index]
+    ]
+    return "\n".join(
+        [
+            str(failure),
+            f"history: {json.dumps(run.history)}",
+            "lost:",
+            *lost,
+            *(f"  of file {node}, all but {kept_} changes of length" for node, kept_ in failure.fate.lengths.items()),
+            "last events:",
+            *last,
+            f"HLFS_CRASH_SEED={seed} makes this history again; its threads may run otherwise, so for this very cut:",
+            f"  .venv/bin/python -m tests.crash.powercut {kept}",
+        ]
+    )
+
+
+def _part(fate: Fate, index: int) -> str:
+    return f"only {fate.lost[index]}" if fate.lost[index] else "all of it"

@@ -1,0 +1,164 @@
+"""Power cuts after everything the engine does to its disk: a prefix of what was acknowledged, and all that was flushed.
+
+Failures print the seed and how to see the very same cut again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.crash.powercut.histories import EVERYTHING_ONCE, random_history
+from tests.crash.powercut.machine import Failure, Machine, Plan, Run, keep, record, report, shrink, smallest_loss
+from tests.crash.powercut.operations import KINDS, History
+from tests.crash.powercut.trace import Forget, Record
+from tests.crash.powercut.worker import Worker, WorkerFailed
+
+# How many shorter histories are tried once one has failed.
+SHRINKING = int(os.environ.get("HLFS_CRASH_SHRINK", "12"))
+THOROUGH = Plan(again_every=30)
+SAMPLE = Plan(cuts=90, chances=(0.5, 0.2, 0.8), again_every=40)
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    made = Worker()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[Path]:
+    """In memory where that is possible: what the disk itself loses is not what is looked at."""
+    made = Path(tempfile.mkdtemp(prefix="hlfs-powercut-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+def directory(memory: Path) -> Path:
+    return Path(tempfile.mkdtemp(dir=memory))
+
+
+@pytest.fixture(scope="module")
+def once(worker: Worker, memory: Path) -> Run:
+    """Everything once, as it was run."""
+    return record(worker, Path(tempfile.mkdtemp(dir=memory)), EVERYTHING_ONCE)
+
+
+@pytest.fixture
+def seed() -> int:
+    return int(os.environ.get("HLFS_CRASH_SEED", random.randrange(1 << 32)))
+
+
+def sweep(worker: Worker, directory: Path, run: Run, plan: Plan, seed: int) -> None:
+    """Cuts a run; fails with all that is known, and a small loss."""
+    machine = Machine(worker, directory, seed)
+    try:
+        machine.sweep(run, plan)
+    except Failure as failure:
+        smallest = smallest_loss(machine, run, failure)
+        pytest.fail(report(run, smallest, seed, keep(run, smallest, seed)), pytrace=False)
+    print(f"HLFS_CRASH_SEED={seed}: {run.events} events, {machine.images} images, {machine.recoveries_cut} twice")
+
+
+def hunt(worker: Worker, memory: Path, history: History, plan: Plan, seed: int) -> None:
+    """Runs and cuts a history; one that fails is made shorter as long as it fails."""
+    # A history of large writes fills many of the smallest segments that take them.
+    segment_shift = 21 + seed % 2
+
+    def directory() -> Path:
+        return Path(tempfile.mkdtemp(dir=memory))
+
+    def failing(shorter: History) -> bool:
+        try:
+            Machine(worker, directory(), seed).sweep(record(worker, directory(), shorter, segment_shift), plan)
+        except (Failure, WorkerFailed):
+            return True
+        return False
+
+    try:
+        run = record(worker, directory(), history, segment_shift)
+    except WorkerFailed as failure:
+        shorter = shrink(history, failing, SHRINKING)
+        pytest.fail(f"HLFS_CRASH_SEED={seed}: {failure}\nhistory: {json.dumps(shorter)}", pytrace=False)
+    try:
+        sweep(worker, directory(), run, plan, seed)
+    except pytest.fail.Exception:
+        shorter = shrink(history, failing, SHRINKING)
+        if shorter != history:
+            # Threads run otherwise each time: what was found first stands if this does not fail again.
+            sweep(worker, directory(), record(worker, directory(), shorter, segment_shift), plan, seed)
+        raise
+
+
+def test_everything_is_done_once() -> None:
+    assert {operation[0] for operation in EVERYTHING_ONCE} == KINDS.keys() - {"release"}
+
+
+def test_every_operation(worker: Worker, directory: Path, once: Run, seed: int) -> None:
+    assert any("00000001.seg" in text for text in once.trace.texts), "no rollover"
+    sweep(worker, directory, once, THOROUGH, seed)
+
+
+def test_random_histories(worker: Worker, memory: Path, seed: int) -> None:
+    hunt(worker, memory, random_history(random.Random(seed), 60), SAMPLE, seed)
+
+
+@pytest.mark.hunt
+def test_hunt_for_power_cuts(worker: Worker, memory: Path) -> None:
+    for _ in range(60):
+        seed = random.randrange(1 << 32)
+        plan = Plan(cuts=400, chances=(0.0, 0.2, 0.5, 0.8), again_every=20, again_cuts=5)
+        hunt(worker, memory, random_history(random.Random(seed), 80), plan, seed)
+
+
+# --- the machine itself: an engine that syncs less is found out --------------------------------------------------
+
+
+def _of_segments(record: Record, path: bytes, _operation: int) -> bool:
+    """The core's group commit."""
+    return path.endswith(b".seg") and record.kind == "s" and bool(record.a)
+
+
+def _of_prepared_segments(_record: Record, path: bytes, _operation: int) -> bool:
+    return b"/tmp/segment-" in path
+
+
+def _of_log_directories(_record: Record, path: bytes, _operation: int) -> bool:
+    return path.startswith(b".hlfs/logs/") and path.count(b"/") == 2
+
+
+def _of_names(_record: Record, path: bytes, operation: int) -> bool:
+    """The store's root, once there is a store."""
+    return path == b"" and operation >= 0
+
+
+def _of_records(_record: Record, path: bytes, _operation: int) -> bool:
+    return path == b".hlfs/volumes"
+
+
+def _of_a_takeover(record: Record, path: bytes, operation: int) -> bool:
+    return _of_segments(record, path, operation) and EVERYTHING_ONCE[operation][0] == "takeover"
+
+
+FORGETS: list[Forget] = [
+    _of_segments, _of_prepared_segments, _of_log_directories, _of_names, _of_records, _of_a_takeover,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("forget", FORGETS, ids=lambda forget: forget.__name__.removeprefix("_"))
+def test_a_missing_sync_is_found(worker: Worker, directory: Path, once: Run, seed: int, forget: Forget) -> None:
+    print(f"HLFS_CRASH_SEED={seed}")
+    run = Run(once.directory, once.history, forget)
+    machine = Machine(worker, directory, seed)
+    with pytest.raises(Failure) as failure:
+        machine.sweep(run, Plan(chances=(0.0, 0.5)))
+    print(f"found with {machine.images} images: {failure.value}")
