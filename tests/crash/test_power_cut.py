@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.powercut.histories import EVERYTHING_ONCE, random_history
+from tests.conftest import remove_rings
+from tests.crash.powercut.histories import EVERYTHING_ONCE, next_life, random_history
 from tests.crash.powercut.machine import Failure, Machine, Plan, Run, keep, record, report, shrink, smallest_loss
 from tests.crash.powercut.operations import KINDS, History
 from tests.crash.powercut.trace import Forget, Record
 from tests.crash.powercut.worker import Worker, WorkerFailed
+from tests.store.power_loss import RandomFate
 
 # How many shorter histories are tried once one has failed.
 SHRINKING = int(os.environ.get("HLFS_CRASH_SHRINK", "12"))
@@ -39,6 +41,8 @@ def memory() -> Iterator[Path]:
     """In memory where that is possible: what the disk itself loses is not what is looked at."""
     made = Path(tempfile.mkdtemp(prefix="hlfs-powercut-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     yield made
+    for path in made.rglob(".hlfs/store.json"):
+        remove_rings(path)
     shutil.rmtree(made)
 
 
@@ -112,12 +116,37 @@ def test_random_histories(worker: Worker, memory: Path, seed: int) -> None:
     hunt(worker, memory, random_history(random.Random(seed), 60), SAMPLE, seed)
 
 
+def test_lives_of_one_store(worker: Worker, memory: Path, seed: int) -> None:
+    lives(worker, memory, seed, 3, Plan(cuts=25, chances=(0.5, 0.2), again_every=25))
+
+
+def lives(worker: Worker, memory: Path, seed: int, count: int, plan: Plan) -> None:
+    """Each life goes on with what a cut in the one before has left."""
+    rng = random.Random(seed)
+    history, onto = random_history(rng, 30), None
+    for life in range(count):
+        print(f"life {life}:", end=" ")
+        directory = Path(tempfile.mkdtemp(dir=memory))
+        run = record(worker, directory, history, 21 + seed % 2, onto)
+        sweep(worker, directory, run, plan, seed)
+        cut = rng.randrange(run.oracle.made + 1, run.events + 1)
+        history, onto = next_life(rng, 30), run.after_loss(cut, RandomFate(rng, 0.5))
+
+
 @pytest.mark.hunt
 def test_hunt_for_power_cuts(worker: Worker, memory: Path) -> None:
     for _ in range(60):
         seed = random.randrange(1 << 32)
         plan = Plan(cuts=400, chances=(0.0, 0.2, 0.5, 0.8), again_every=20, again_cuts=5)
         hunt(worker, memory, random_history(random.Random(seed), 80), plan, seed)
+
+
+@pytest.mark.hunt
+def test_hunt_through_many_lives(worker: Worker, memory: Path) -> None:
+    for _ in range(40):
+        lives(
+            worker, memory, random.randrange(1 << 32), 10, Plan(cuts=50, chances=(0.0, 0.2, 0.5, 0.8), again_every=20)
+        )
 
 
 # --- the machine itself: an engine that syncs less is found out --------------------------------------------------

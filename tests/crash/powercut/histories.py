@@ -88,3 +88,9 @@ def random_history(rng: random.Random, length: int) -> History:
     """Mostly writes to one volume, so that segments fill up; few names, so that they meet. Some are refused."""
     beginning: History = [["create", "a"], ["mkdir", "p"], ["create", rng.choice(["b", "p/a"])]]
     return beginning + [_operation(rng) for _ in range(length)]
+
+
+def next_life(rng: random.Random, length: int) -> History:
+    """What is done to a store that a random history and a cut have left; contents begin anew."""
+    beginning: History = [["resize", path, 0] for path in sorted({*_PATHS, "p"})]
+    return beginning + [_operation(rng) for _ in range(length)]

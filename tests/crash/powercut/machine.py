@@ -15,11 +15,20 @@ from tests.crash.powercut.operations import History
 from tests.crash.powercut.oracle import Oracle, complaint_again
 from tests.crash.powercut.trace import Forget, Trace, forget_nothing, read_trace
 from tests.crash.powercut.worker import Found, Worker, WorkerFailed
-from tests.store.power_loss import Fate, RandomFate, Recording, Snapshot
+from tests.store.power_loss import Fate, RandomFate, Recording, Snapshot, materialise
 
 # Where failures are kept, by seed.
 KEPT = Path(__file__).parents[3] / "build" / "powercut"
 _LOCK = b".hlfs/lock"
+
+
+# Makes of a snapshot another one.
+Spoil = Callable[[Snapshot], Snapshot]
+
+
+def nothing_else(snapshot: Snapshot) -> Snapshot:
+    """A disk that only loses what was not synced."""
+    return snapshot
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,13 @@ class Plan:
         cuts: how many events are followed by a cut, chosen at random; None: each.
         chances: of what was not synced to be there nevertheless; one image for each at every cut. 0 and 1 are the
             extremes; images that were checked already cost nothing.
+        spoil: what the disk does on top of losing what was not synced.
         again_every: one recovery of so many is itself cut, at `again_cuts` places; 0 for none.
     """
 
     cuts: int | None = None
     chances: tuple[float, ...] = (0.0, 1.0, 0.5)
+    spoil: Spoil = nothing_else
     again_every: int = 0
     again_cuts: int = 3
 
@@ -68,12 +79,11 @@ class Run:
         """Reads what `record` has left in a directory."""
         self.directory = directory
         self.history = history
-        empty = directory / "empty"
-        empty.mkdir(exist_ok=True)
-        recording = Recording(empty)
-        # The trace has the path and inode of the directory it was made in, which need not be there any more.
-        made_in = json.loads((directory / "root").read_text())
-        recording.root, recording.inodes = Path(made_in["path"]), {made_in["inode"]: 0}
+        recording = Recording(directory / "before")
+        # The trace has the path and inodes of the directory it was made in, which need not be there any more.
+        made_in = json.loads((directory / "made_in.json").read_text())
+        recording.root = Path(made_in["path"])
+        recording.inodes = {int(inode): node for inode, node in made_in["inodes"].items()}
         self.trace: Trace = read_trace(directory / "trace", recording, forget)
         self.oracle = Oracle(history, self.trace.notes)
 
@@ -81,14 +91,30 @@ class Run:
     def events(self) -> int:
         return len(self.trace.recording.events)
 
+    def after_loss(self, cut: int, fate: Fate) -> Snapshot:
+        """What the store holds after a cut, once the host has started again."""
+        return on_another_boot(self.trace.recording.after_loss(cut, fate))
 
-def record(worker: Worker, directory: Path, history: History, segment_shift: int = 22, delay_us: int = 300) -> Run:
-    """Runs a history in an empty directory, and checks that the trace explains what is there in the end."""
+
+_RUN_FILES = ("trace", "made_in.json", "history.json")
+
+
+def record(
+    worker: Worker, directory: Path, history: History, segment_shift: int = 22, onto: Snapshot | None = None
+) -> Run:
+    """Runs a history in an empty directory, and checks that the trace explains what is there in the end.
+
+    Args:
+        onto: the store to go on with, as a cut has left it; None makes a new one.
+    """
+    for name in ("before", "store"):
+        (directory / name).mkdir()
+        materialise(onto or {}, directory / name)
     store = directory / "store"
-    store.mkdir()
-    (directory / "root").write_text(json.dumps({"path": str(store), "inode": store.stat().st_ino}))
+    made_in = {"path": str(store), "inodes": Recording(store).inodes}
+    (directory / "made_in.json").write_text(json.dumps(made_in))
     (directory / "history.json").write_text(json.dumps(history))
-    worker.call("run", store, directory / "trace", history, segment_shift, delay_us)
+    worker.call("run", store, directory / "trace", history, segment_shift, _DELAY_US)
     run = Run(directory, history)
     explained = run.trace.recording.after_loss(run.events, Fate())
     found = read_tree(store)
@@ -96,6 +122,10 @@ def record(worker: Worker, directory: Path, history: History, segment_shift: int
     assert not wrong, f"the trace does not explain what became of {wrong}: something changes files unseen"
     shutil.rmtree(store)
     return run
+
+
+# So much longer a call may take, so that more of them are under way at once.
+_DELAY_US = 300
 
 
 class Machine:
@@ -119,57 +149,58 @@ class Machine:
             for number, chance in enumerate(plan.chances):
                 self._cut(run, cut, RandomFate(random.Random(f"{self._seed} {cut} {number}"), chance), plan)
 
-    def check(self, run: Run, cut: int, fate: Fate) -> Found:
+    def check(self, run: Run, cut: int, fate: Fate, spoil: Spoil = nothing_else) -> Found:
         """Cuts once. Raises Failure."""
-        found = self._recover(run.trace.recording.after_loss(cut, fate))
+        found = self._recover(run.after_loss(cut, fate), spoil)
         self._require(run, cut, fate, run.oracle.complaint(cut, found))
         return found
 
     def _cut(self, run: Run, cut: int, fate: Fate, plan: Plan) -> None:
-        snapshot = run.trace.recording.after_loss(cut, fate)
         before = self.images
-        found = self._recover(snapshot)
-        self._require(run, cut, fate, run.oracle.complaint(cut, found))
+        self.check(run, cut, fate, plan.spoil)
         if plan.again_every and self.images != before and self.images % plan.again_every == 0:
-            self._cut_recovery(run, cut, fate, snapshot, plan)
+            self.cut_recovery(run, cut, fate, plan)
 
     def _require(self, run: Run, cut: int, fate: Fate, complaint: str, again: int | None = None) -> None:
         if complaint:
             raise Failure(cut, fate, complaint, run.oracle.operation_at(cut), again)
 
-    def _recover(self, snapshot: Snapshot, trace: Path | None = None) -> Found:
+    def _recover(self, snapshot: Snapshot, spoil: Spoil = nothing_else) -> Found:
         """What a recovery makes of a snapshot; the same as last time, if it is the same."""
-        if trace is None:
-            for seen, found in self._seen:
-                if seen == snapshot:
-                    return found
+        for seen, found in self._seen:
+            if seen == snapshot:
+                return found
+        self._image.become(spoil(snapshot))
+        found = self._recover_image(None)
+        # One for each chance is enough: most events change nothing that a cut would show.
+        self._seen = [*self._seen[-5:], (snapshot, found)]
+        return found
+
+    def _recover_image(self, trace: Path | None) -> Found:
         self.images += 1
-        self._image.become(on_another_boot(snapshot))
         try:
             found = self._worker.call("recover", self._image.root, self.images, trace)
         except WorkerFailed as exc:
             found = Found()
             found.trouble = str(exc)
         assert isinstance(found, Found)
-        # One for each chance is enough: most events change nothing that a cut would show.
-        self._seen = [*self._seen[-5:], (snapshot, found)]
         return found
 
-    def _cut_recovery(self, run: Run, cut: int, fate: Fate, snapshot: Snapshot, plan: Plan) -> None:
-        """Runs the recovery of this snapshot once more, traced, and cuts that."""
+    def cut_recovery(self, run: Run, cut: int, fate: Fate, plan: Plan) -> None:
+        """Recovers what a cut leaves, and cuts that too. Raises Failure."""
         rng = random.Random(f"{self._seed} {cut} again")
         path = self._directory / "again"
         path.unlink(missing_ok=True)
-        self._image.become(on_another_boot(snapshot))
+        self._image.become(plan.spoil(run.after_loss(cut, fate)))
         recording = Recording(self._image.root)
-        first = self._recover(snapshot, path)
+        first = self._recover_image(path)
         self._require(run, cut, fate, run.oracle.complaint(cut, first))
         trace = read_trace(path, recording)
         recovered, probed = (next(event for event, note in trace.notes if what in note) + 1 for what in _STAGES)
         self.recoveries_cut += 1
-        places = [recovered, probed, *(rng.randrange(probed) for _ in range(plan.again_cuts))]
-        for again in places:
-            found = self._recover(recording.after_loss(again, RandomFate(rng, rng.choice(plan.chances))))
+        for again in [recovered, probed, *(rng.randrange(probed) for _ in range(plan.again_cuts))]:
+            second = RandomFate(rng, rng.choice(plan.chances))
+            found = self._recover(on_another_boot(recording.after_loss(again, second)))
             complaint = run.oracle.complaint(cut, found)
             if again >= recovered:
                 complaint = complaint_again(first, found, probed=again >= probed)
@@ -243,8 +274,9 @@ def keep(run: Run, failure: Failure, seed: int) -> Path:
     kept = KEPT / str(seed)
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
-    for name in ("trace", "root", "history.json"):
+    for name in _RUN_FILES:
         shutil.copy(run.directory / name, kept / name)
+    shutil.copytree(run.directory / "before", kept / "before")
     fate = {"lost": failure.fate.lost, "lengths": failure.fate.lengths}
     (kept / "cut.json").write_text(json.dumps({"cut": failure.cut, "fate": fate}))
     return kept

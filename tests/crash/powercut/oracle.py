@@ -45,9 +45,12 @@ class Oracle:
         self._volumes: dict[int, _Volume] = {}
         self._steps: list[_Step] = []
         self._flushing: dict[tuple[int, int], int] = {}
-        self.made = next(event for event, note in notes if "made" in note)
+        self.made, made = next((event, note) for event, note in notes if "made" in note)
         done = {note["done"]: (event, note) for event, note in notes if "done" in note}
-        self._names: View = {}
+        self._begin = self._names = _view_of(made)
+        for node_id, content in made["made"].items():
+            # What it is does not matter: a history that goes on with a store empties what it writes to first.
+            self._volumes[int(node_id)] = _Volume(contents=[(-1, content)])
         for event, note in notes:
             if "do" in note:
                 self._operation(event, note["do"], *done[note["do"]])
@@ -59,7 +62,7 @@ class Oracle:
                 self._volumes[note["flushed"]].floors.append((event, index))
 
     def _operation(self, do: int, number: int, done: int, note: dict[str, Any]) -> None:
-        after = {path.encode(): (kind, node_id, mode) for path, (kind, node_id, mode) in note["names"].items()}
+        after = _view_of(note)
         if number == len(self._history):
             name, arguments = "reopen", []
         else:
@@ -107,7 +110,7 @@ class Oracle:
         return self._steps[count - 1].done
 
     def _views(self, cut: int) -> list[View]:
-        before: View = {}
+        before = self._begin
         for step in self._steps:
             if step.do >= cut:
                 break
@@ -131,6 +134,10 @@ class Oracle:
     def _about(self, node_id: int, content: str) -> str:
         indexes = [i for i, (_, digest_) in enumerate(self._volumes[node_id].contents) if digest_ == content]
         return f"{content} (state {indexes[-1]})" if indexes else f"{content} (never written)"
+
+
+def _view_of(note: dict[str, Any]) -> View:
+    return {path.encode(): (kind, node_id, mode) for path, (kind, node_id, mode) in note["names"].items()}
 
 
 def complaint_again(first: Found, found: Found, *, probed: bool) -> str:

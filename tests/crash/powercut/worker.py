@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from hlfsfs.engine import rings
+from hlfsfs.engine import Volume, rings
 from hlfsfs.errors import HlfsError
 from hlfsfs.store.ring_file import list_rings, remove_ring
 from tests.crash.powercut.operations import KINDS, OPTIONS, CutWorld, History, Player, make_world
@@ -56,7 +57,7 @@ class Host:
         self._shim = Shim()
 
     def run(self, root: Path, trace: Path, history: History, segment_shift: int, delay_us: int) -> None:
-        """Makes a store in an empty directory, does everything, and ends cleanly; all of it is in the trace."""
+        """Opens a store or makes one, does everything, and ends cleanly; all of it is in the trace."""
         self._shim.start(root, trace, delay_us)
         try:
             self._run(root, history, segment_shift)
@@ -66,7 +67,8 @@ class Host:
     def _run(self, root: Path, history: History, segment_shift: int) -> None:
         world = make_world(root, segment_shift)
         player = Player(world, self._shim)
-        self._shim.note(made=True)
+        digests = {volume.id: digest(volume.read(0, volume.size_bytes)) for volume in volumes_of(world)}
+        self._shim.note(made=digests, names=_names(world))
         for number, (name, *arguments) in enumerate(history):
             kind = KINDS[name]
             if kind.alone:
@@ -77,11 +79,10 @@ class Host:
                 kind.run(player, *arguments)
             except HlfsError as exc:
                 refused = f"{type(exc).__name__}: {exc}"
-            names = {path.decode(): found for path, found in view(world).items()}
-            self._shim.note(done=number, refused=refused, names=names)
+            self._shim.note(done=number, refused=refused, names=_names(world))
         player.settle()
         self._shim.note(do=len(history))
-        names = {path.decode(): found for path, found in view(world).items()}
+        names = _names(world)
         world.close()
         self._shim.note(done=len(history), refused="", names=names)
 
@@ -104,12 +105,15 @@ class Host:
                     remove_ring(ring)
         except (HlfsError, OSError, AssertionError) as exc:
             found.trouble = "".join(traceback.format_exception(exc)[-3:])
+        if seed % 8 == 0:
+            # Engines are in circles of references, and each has a ring's memory mapped.
+            gc.collect()
         return found
 
     def _look(self, world: CutWorld, seed: int, found: Found, *, traced: bool) -> None:
         found.names = view(world)
         check_whole(world, found.names)
-        volumes = [world.names.volume(node_id) for kind, node_id, _ in found.names.values() if kind == "volume"]
+        volumes = volumes_of(world)
         contents = {}
         for volume in volumes:
             assert not volume.damage, volume.damage
@@ -128,41 +132,61 @@ class Host:
             self._shim.note(probed=True)
 
 
+def volumes_of(world: CutWorld) -> list[Volume]:
+    """All that have a name, attached."""
+    return [world.names.volume(node_id) for kind, node_id, _ in view(world).values() if kind == "volume"]
+
+
+def _names(world: CutWorld) -> dict[str, tuple[str, int, int]]:
+    return {path.decode(): found for path, found in view(world).items()}
+
+
 class WorkerFailed(Exception):
     """The worker raised, died or hung; with its traceback where there is one."""
 
 
 class Worker:
-    """The worker's process; its methods by `call`."""
+    """The worker's process, begun again after a failure; its methods by `call`."""
 
     def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
         ours, theirs = socket.socketpair()
         environment = {**os.environ, "LD_PRELOAD": str(built()), "PYTHONDONTWRITEBYTECODE": "1"}
-        self._process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.crash.powercut", "serve", str(theirs.fileno())],
             env=environment, pass_fds=[theirs.fileno()], cwd=Path(__file__).parents[3],
         )  # fmt: skip
         theirs.close()
         self._connection = Connection(ours.detach())
+        return process
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Raises WorkerFailed."""
+        process = self._process or self._start()
         self._connection.send((name, arguments))
         if not self._connection.poll(ANSWER_TIMEOUT_S):
             self.close()
             raise WorkerFailed(f"no answer to {name} within {ANSWER_TIMEOUT_S} s")
         try:
             good, answer = self._connection.recv()
-        except EOFError as exc:
-            raise WorkerFailed(f"died during {name}: status {self._process.wait()}") from exc
+        except (EOFError, ConnectionResetError) as exc:
+            status = process.wait()
+            self.close()
+            raise WorkerFailed(f"died during {name}: status {status} (-9: out of memory?)") from exc
         if not good:
+            # What it left running would be in the way.
+            self.close()
             raise WorkerFailed(answer)
         return answer
 
     def close(self) -> None:
-        self._connection.close()
-        self._process.kill()
-        self._process.wait()
+        if self._process is not None:
+            self._connection.close()
+            self._process.kill()
+            self._process.wait()
+            self._process = None
 
 
 def serve(fd: int) -> None:
