@@ -93,7 +93,8 @@ struct RunCursor {
 class Ring {
   public:
     // Lays a new ring out in `fd` (an empty file of shared memory, already locked to this process) and populates it.
-    // `fd` stays the caller's, here and in attach: a ring has a descriptor of its own. Throws std::system_error (ENOSPC: the file system of shared memory is too small).
+    // `fd` stays the caller's, here and in attach: a ring has a descriptor of its own.
+    // Throws std::system_error (ENOSPC: the file system of shared memory is too small).
     static std::unique_ptr<Ring> create(int fd, const RingGeometry& geometry, const RingIdentity& identity);
 
     // Maps a ring left by a dead process, read-only use: chunks and slots are looked at, nothing is allocated from it.

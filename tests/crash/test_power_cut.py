@@ -11,11 +11,11 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import remove_rings
 from tests.crash.powercut.histories import EVERYTHING_ONCE, next_life, random_history
 from tests.crash.powercut.machine import Failure, Machine, Plan, Run, keep, record, report, shrink, smallest_loss
 from tests.crash.powercut.operations import KINDS, History
@@ -29,39 +29,6 @@ THOROUGH = Plan(again_every=30)
 SAMPLE = Plan(cuts=90, chances=(0.5, 0.2, 0.8), again_every=40)
 
 
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    made = Worker()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def memory() -> Iterator[Path]:
-    """In memory where that is possible: what the disk itself loses is not what is looked at."""
-    made = Path(tempfile.mkdtemp(prefix="hlfs-powercut-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-    yield made
-    for path in made.rglob(".hlfs/store.json"):
-        remove_rings(path)
-    shutil.rmtree(made)
-
-
-@pytest.fixture
-def directory(memory: Path) -> Path:
-    return Path(tempfile.mkdtemp(dir=memory))
-
-
-@pytest.fixture(scope="module")
-def once(worker: Worker, memory: Path) -> Run:
-    """Everything once, as it was run."""
-    return record(worker, Path(tempfile.mkdtemp(dir=memory)), EVERYTHING_ONCE)
-
-
-@pytest.fixture
-def seed() -> int:
-    return int(os.environ.get("HLFS_CRASH_SEED", random.randrange(1 << 32)))
-
-
 def sweep(worker: Worker, directory: Path, run: Run, plan: Plan, seed: int) -> None:
     """Cuts a run; fails with all that is known, and a small loss."""
     machine = Machine(worker, directory, seed)
@@ -73,38 +40,47 @@ def sweep(worker: Worker, directory: Path, run: Run, plan: Plan, seed: int) -> N
     print(f"HLFS_CRASH_SEED={seed}: {run.events} events, {machine.images} images, {machine.recoveries_cut} twice")
 
 
+@contextmanager
+def scratch(memory: Path) -> Iterator[Path]:
+    """A directory for one run, which are some 50 MiB."""
+    made = Path(tempfile.mkdtemp(dir=memory))
+    yield made
+    shutil.rmtree(made)
+
+
+def run_and_sweep(worker: Worker, memory: Path, history: History, plan: Plan, seed: int) -> None:
+    """Runs and cuts a history; fails with all that is known."""
+    with scratch(memory) as directory, scratch(memory) as second:
+        try:
+            # A history of large writes fills many of the smallest segments that take them.
+            run = record(worker, directory, history, segment_shift=21 + seed % 2)
+        except WorkerFailed as failure:
+            pytest.fail(f"HLFS_CRASH_SEED={seed}: {failure}\nhistory: {json.dumps(history)}", pytrace=False)
+        sweep(worker, second, run, plan, seed)
+
+
 def hunt(worker: Worker, memory: Path, history: History, plan: Plan, seed: int) -> None:
     """Runs and cuts a history; one that fails is made shorter as long as it fails."""
-    # A history of large writes fills many of the smallest segments that take them.
-    segment_shift = 21 + seed % 2
-
-    def directory() -> Path:
-        return Path(tempfile.mkdtemp(dir=memory))
 
     def failing(shorter: History) -> bool:
         try:
-            Machine(worker, directory(), seed).sweep(record(worker, directory(), shorter, segment_shift), plan)
-        except (Failure, WorkerFailed):
+            run_and_sweep(worker, memory, shorter, plan, seed)
+        except pytest.fail.Exception:
             return True
         return False
 
     try:
-        run = record(worker, directory(), history, segment_shift)
-    except WorkerFailed as failure:
-        shorter = shrink(history, failing, SHRINKING)
-        pytest.fail(f"HLFS_CRASH_SEED={seed}: {failure}\nhistory: {json.dumps(shorter)}", pytrace=False)
-    try:
-        sweep(worker, directory(), run, plan, seed)
+        run_and_sweep(worker, memory, history, plan, seed)
     except pytest.fail.Exception:
         shorter = shrink(history, failing, SHRINKING)
         if shorter != history:
             # Threads run otherwise each time: what was found first stands if this does not fail again.
-            sweep(worker, directory(), record(worker, directory(), shorter, segment_shift), plan, seed)
+            run_and_sweep(worker, memory, shorter, plan, seed)
         raise
 
 
 def test_everything_is_done_once() -> None:
-    assert {operation[0] for operation in EVERYTHING_ONCE} == KINDS.keys() - {"release"}
+    assert {operation[0] for operation in EVERYTHING_ONCE} == KINDS.keys() - {"release", "pause"}
 
 
 def test_every_operation(worker: Worker, directory: Path, once: Run, seed: int) -> None:
@@ -126,11 +102,11 @@ def lives(worker: Worker, memory: Path, seed: int, count: int, plan: Plan) -> No
     history, onto = random_history(rng, 30), None
     for life in range(count):
         print(f"life {life}:", end=" ")
-        directory = Path(tempfile.mkdtemp(dir=memory))
-        run = record(worker, directory, history, 21 + seed % 2, onto)
-        sweep(worker, directory, run, plan, seed)
-        cut = rng.randrange(run.oracle.made + 1, run.events + 1)
-        history, onto = next_life(rng, 30), run.after_loss(cut, RandomFate(rng, 0.5))
+        with scratch(memory) as directory:
+            run = record(worker, directory, history, 21 + seed % 2, onto)
+            sweep(worker, directory, run, plan, seed)
+            cut = rng.randrange(run.oracle.made + 1, run.events + 1)
+            history, onto = next_life(rng, 30), run.after_loss(cut, RandomFate(rng, 0.5))
 
 
 @pytest.mark.hunt
@@ -143,10 +119,9 @@ def test_hunt_for_power_cuts(worker: Worker, memory: Path) -> None:
 
 @pytest.mark.hunt
 def test_hunt_through_many_lives(worker: Worker, memory: Path) -> None:
+    plan = Plan(cuts=50, chances=(0.0, 0.2, 0.5, 0.8), again_every=20)
     for _ in range(40):
-        lives(
-            worker, memory, random.randrange(1 << 32), 10, Plan(cuts=50, chances=(0.0, 0.2, 0.5, 0.8), again_every=20)
-        )
+        lives(worker, memory, random.randrange(1 << 32), 10, plan)
 
 
 # --- the machine itself: an engine that syncs less is found out --------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,10 @@ class Player:
         self._flushing.append(threading.Thread(target=flush))
         self._flushing[-1].start()
 
+    def pause(self) -> None:
+        """Lets what is under way end, which nothing waits for."""
+        time.sleep(0.1)
+
     def checkpoint(self, path: str) -> None:
         self.world.engine.checkpoint(self.volume(path))
 
@@ -203,6 +208,7 @@ KINDS = {
     "resize": Kind(Player.resize, _resize),
     "flush": Kind(Player.flush, durable="path"),
     "flush_later": Kind(Player.flush_later),
+    "pause": Kind(Player.pause),
     "checkpoint": Kind(Player.checkpoint, durable="path", alone=True),
     "forget": Kind(Player.forget, alone=True),
     "takeover": Kind(Player.takeover, durable="all", alone=True),

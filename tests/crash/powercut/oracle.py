@@ -105,9 +105,9 @@ class Oracle:
         what = self._history[number] if number < len(self._history) else ["the clean end"]
         return f"{state} operation {number}: {what}"
 
-    def last_event(self, count: int) -> int:
-        """The event at which the first so many operations had ended."""
-        return self._steps[count - 1].done
+    def ended(self, count: int) -> int:
+        """The cut right after the first so many operations."""
+        return self._steps[count - 1].done + 1
 
     def _views(self, cut: int) -> list[View]:
         before = self._begin
