@@ -25,8 +25,8 @@ from tests.store.power_loss import RandomFate
 
 # How many shorter histories are tried once one has failed.
 SHRINKING = int(os.environ.get("HLFS_CRASH_SHRINK", "12"))
-THOROUGH = Plan(again_every=30)
-SAMPLE = Plan(cuts=90, chances=(0.5, 0.2, 0.8), again_every=40)
+THOROUGH = Plan(chances=(0.0, 0.5), again_every=30)
+SAMPLE = Plan(cuts=70, chances=(0.2, 0.8), again_every=40)
 
 
 def sweep(worker: Worker, directory: Path, run: Run, plan: Plan, seed: int) -> None:
@@ -93,7 +93,7 @@ def test_random_histories(worker: Worker, memory: Path, seed: int) -> None:
 
 
 def test_lives_of_one_store(worker: Worker, memory: Path, seed: int) -> None:
-    lives(worker, memory, seed, 3, Plan(cuts=25, chances=(0.5, 0.2), again_every=25))
+    lives(worker, memory, seed, 3, Plan(cuts=15, chances=(0.5, 0.2), again_every=20))
 
 
 def lives(worker: Worker, memory: Path, seed: int, count: int, plan: Plan) -> None:

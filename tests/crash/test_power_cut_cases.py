@@ -105,7 +105,7 @@ def test_a_segment_prepared_and_never_used(worker: Worker, directory: Path, seed
     used = min(written_to(run, "00000001.seg", named[0], run.events), default=run.events)
     synced = next(index for index in range(named[0], used) if texts[index].startswith("end of sync .hlfs/logs/"))
     machine = Machine(worker, directory, seed)
-    plan = Plan(cuts=30, chances=(0.0, 0.5), again_every=10)
+    plan = Plan(cuts=15, chances=(0.0, 0.5), again_every=10)
     for fate in (Fate(), _all_lost(run, synced + 1)):
         machine.cut_recovery(run, synced + 1, fate, plan)
     assert any(path.endswith(b"00000001.seg") for path in run.after_loss(synced + 1, Fate()))
@@ -174,7 +174,7 @@ def _readable(*slots: bytes) -> bool:
 def test_a_recycled_segment_full_of_older_valid_chunks(worker: Worker, directory: Path, once: Run, seed: int) -> None:
     print(f"HLFS_CRASH_SEED={seed}")
     spoiled = Spoiled()
-    plan = Plan(cuts=40, chances=(0.0, 0.5), again_every=15, spoil=spoiled.recycled)
+    plan = Plan(cuts=25, chances=(0.0, 0.5), again_every=15, spoil=spoiled.recycled)
     Machine(worker, directory, seed).sweep(once, plan)
     assert spoiled.count > 10
 
@@ -183,6 +183,6 @@ def test_the_newer_checkpoint_destroyed(worker: Worker, directory: Path, once: R
     """At any moment: the older one and the log after it say the same."""
     print(f"HLFS_CRASH_SEED={seed}")
     spoiled = Spoiled()
-    plan = Plan(cuts=50, chances=(0.0, 0.5), again_every=15, spoil=spoiled.without_newest_checkpoints)
+    plan = Plan(cuts=30, chances=(0.0, 0.5), again_every=15, spoil=spoiled.without_newest_checkpoints)
     Machine(worker, directory, seed).sweep(once, plan)
-    assert spoiled.count > 40
+    assert spoiled.count > 20

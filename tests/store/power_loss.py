@@ -76,12 +76,14 @@ class Names:
 class Sync:
     """The end of a sync which began at event `began`.
 
-    `node` None: of everything. `only`: of one event, as a write to an O_DSYNC descriptor is.
+    `node` None: of everything. `only`: of one event, as a write to an O_DSYNC descriptor is. After one that `failed`
+    nothing that it was to cover is there for sure, whatever a later one says.
     """
 
     node: int | None
     began: int
     only: int | None = None
+    failed: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -163,13 +165,17 @@ class _File:
 
     def __init__(self, content: bytes) -> None:
         self.pending: list[tuple[int, FileEvent]] = []
+        self._unsafe: set[int] = set()
         self._durable = bytearray(content)
         self._frozen: bytes | None = content
 
-    def sync(self, began: int, only: int | None) -> None:
+    def sync(self, sync: Sync) -> None:
         left = []
         for index, event in self.pending:
-            if event.ended < began and (only is None or index == only):
+            covered = event.ended < sync.began and (sync.only is None or index == sync.only)
+            if covered and sync.failed:
+                self._unsafe.add(index)
+            if covered and index not in self._unsafe:
                 _apply(self._durable, event, [(0, _size_of(event))], may_grow=True)
                 self._frozen = None
             else:
@@ -252,8 +258,9 @@ class _Medium:
     def _sync(self, event: Sync) -> None:
         for node in list(self._files) if event.node is None else [event.node]:
             if node in self._files:
-                self._files[node].sync(event.began, event.only)
-        self._sync_names(event)
+                self._files[node].sync(event)
+        if not event.failed:
+            self._sync_names(event)
 
     def _sync_names(self, event: Sync) -> None:
         """The names in the directory, and the earlier changes of the same names wherever those are."""

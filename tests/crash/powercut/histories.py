@@ -30,6 +30,8 @@ EVERYTHING_ONCE: History = [
     ["write", "a", 0, 3 * BLOCK, 13, False],
     ["takeover"],
     ["write", "a", 4 * BLOCK, 2 * BLOCK, 16, False],
+    ["write_failing", "a", 5 * BLOCK, 9 * BLOCK, 17, "sync"],
+    ["write_failing", "a", 9 * BLOCK, 9 * BLOCK, 18, "write"],
     ["forget", "a"],
     ["mkdir", "p"],
     ["create", "p/b"],
@@ -72,6 +74,7 @@ def _operation(rng: random.Random) -> Operation:
             ["punch", path, offset, some, rng.random() < 0.7],
             ["resize", path, offset],
             ["checkpoint", path],
+            ["write_failing", *_write(rng, path)[1:-1], rng.choice(["write", "sync"])],
             ["forget", path],
             ["takeover"],
             ["reopen"],
@@ -80,7 +83,7 @@ def _operation(rng: random.Random) -> Operation:
             ["unlink", path],
             rng.choice([["mkdir", "p"], ["rmdir", "p"], ["open", path], ["release"]]),
         ],
-        weights=[40, 8, 8, 4, 3, 6, 3, 2, 1, 3, 3, 2, 3],
+        weights=[40, 8, 8, 4, 3, 6, 2, 3, 2, 1, 3, 3, 2, 3],
     )[0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.crash.powercut.operations import History
 from tests.crash.powercut.oracle import Oracle, complaint_again
 from tests.crash.powercut.trace import Forget, Trace, forget_nothing, read_trace
 from tests.crash.powercut.worker import Found, Worker, WorkerFailed
-from tests.store.power_loss import Fate, RandomFate, Recording, Snapshot, materialise
+from tests.store.power_loss import Fate, Mark, RandomFate, Recording, Snapshot, materialise
 
 # Where failures are kept, by seed.
 KEPT = Path(__file__).parents[3] / "build" / "powercut"
@@ -36,7 +36,7 @@ class Plan:
     """How thoroughly a history is cut.
 
     Attributes:
-        cuts: how many events are followed by a cut, chosen at random; None: each.
+        cuts: how many of the events that change something are cut off, chosen at random; None: each.
         chances: of what was not synced to be there nevertheless; one image for each at every cut. 0 and 1 are the
             extremes; images that were checked already cost nothing.
         spoil: what the disk does on top of losing what was not synced.
@@ -116,7 +116,9 @@ def record(
     (directory / "history.json").write_text(json.dumps(history))
     worker.call("run", store, directory / "trace", history, segment_shift, _DELAY_US)
     run = Run(directory, history)
-    explained = run.trace.recording.after_loss(run.events, Fate())
+    everything = Fate()
+    everything.lost = {index: [] for index in run.trace.failed}
+    explained = run.trace.recording.after_loss(run.events, everything)
     found = read_tree(store)
     wrong = sorted(path for path in explained.keys() | found.keys() if explained.get(path) != found.get(path))
     assert not wrong, f"the trace does not explain what became of {wrong}: something changes files unseen"
@@ -142,7 +144,10 @@ class Machine:
 
     def sweep(self, run: Run, plan: Plan) -> None:
         """Cuts a run by a plan. Raises Failure for the earliest bad cut."""
-        cuts: Sequence[int] = range(run.oracle.made + 1, run.events + 1)
+        events = run.trace.recording.events
+        # Just before something changes, all that was said meanwhile has to be true.
+        cuts = [cut for cut in range(run.oracle.made + 1, run.events) if not isinstance(events[cut], Mark)]
+        cuts.append(run.events)
         if plan.cuts is not None and plan.cuts < len(cuts):
             cuts = sorted(random.Random(self._seed).sample(cuts, plan.cuts))
         for cut in cuts:

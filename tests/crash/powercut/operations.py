@@ -9,11 +9,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hlfsfs.engine import Engine, EngineOptions, Volume
+from hlfsfs.errors import StoreFailed
 from hlfsfs.pool import AttributeChanges, Defaults
 from hlfsfs.store.disk import Disk
 from tests.crash.powercut.shim import Shim
@@ -31,6 +33,9 @@ OPTIONS = EngineOptions(
     commit_s=NEVER_S,
     idle_checkpoint_s=NEVER_S,
 )
+
+# So many may still tell of one failure.
+FLUSHES = 3
 
 Operation = list[Any]  # kind, then its arguments; the first one is the path it concerns
 History = list[Operation]
@@ -110,6 +115,19 @@ class Player:
     def write(self, path: str, offset: int, size_bytes: int, seed: int, dsync: bool) -> None:
         self.volume(path).write(offset, content(seed, size_bytes), dsync)
 
+    def write_failing(self, path: str, offset: int, size_bytes: int, seed: int, what: str) -> None:
+        """A write whose way to the disk fails, which the flush that meets it says; the next one makes it durable."""
+        volume = self.volume(path)
+        self._shim.fail(what)
+        volume.write(offset, content(seed, size_bytes))
+        with suppress(StoreFailed):
+            volume.flush()
+        self._shim.fail("")
+        for _ in range(FLUSHES):
+            with suppress(StoreFailed):
+                return volume.flush()
+        raise AssertionError("no flush succeeds any more")
+
     def punch(self, path: str, offset: int, size_bytes: int, keep_size: bool) -> None:
         self.volume(path).punch(offset, size_bytes, keep_size)
 
@@ -168,6 +186,10 @@ def _write(now: bytes, offset: int, size_bytes: int, seed: int, _dsync: bool) ->
         yield now
 
 
+def _write_failing(now: bytes, offset: int, size_bytes: int, seed: int, _what: str) -> Iterator[bytes]:
+    return _write(now, offset, size_bytes, seed, False)
+
+
 def _punch(now: bytes, offset: int, size_bytes: int, keep_size: bool) -> Iterator[bytes]:
     yield zeroed(now if keep_size else now.ljust(offset + size_bytes, b"\0"), offset, size_bytes)
 
@@ -204,6 +226,7 @@ KINDS = {
     "open": Kind(Player.open),
     "release": Kind(Player.release, alone=True),
     "write": Kind(Player.write, _write, durable="asked"),
+    "write_failing": Kind(Player.write_failing, _write_failing, durable="path", alone=True),
     "punch": Kind(Player.punch, _punch),
     "resize": Kind(Player.resize, _resize),
     "flush": Kind(Player.flush, durable="path"),

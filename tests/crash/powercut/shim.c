@@ -34,6 +34,7 @@ struct record {
 static atomic_int trace_fd = -1;
 static atomic_ullong last_call;
 static atomic_uint max_delay_us;
+static atomic_int failing;  // the kind of call of which the next one fails
 static char root[PATH_MAX];
 static size_t root_length;
 static dev_t root_device;
@@ -75,6 +76,19 @@ EXPORT void powercut_delay(unsigned microseconds) {
     max_delay_us = microseconds;
 }
 
+// The next write or sync ('w' or 's') by the core fails, having done nothing; 0: none does. Tells what was still to
+// fail.
+EXPORT int powercut_fail(int kind) {
+    return atomic_exchange(&failing, kind);
+}
+
+static bool fails(int kind) {
+    if (!atomic_compare_exchange_strong(&failing, &kind, 0))
+        return false;
+    errno = EIO;
+    return true;
+}
+
 static void delay(void) {
     static _Thread_local unsigned state;
     if (max_delay_us == 0)
@@ -113,7 +127,7 @@ static long end(uint64_t call, long result) {
 
 // --- files
 
-static ssize_t traced_write(int fd, const struct iovec* parts, int count, off_t offset, int flags) {
+static ssize_t traced_write(int fd, const struct iovec* parts, int count, off_t offset, int flags, bool may_fail) {
     // -1 with SYS_pwritev2 is the file's own offset.
     uint64_t inode;
     if (!watched(fd, &inode))
@@ -139,31 +153,33 @@ static ssize_t traced_write(int fd, const struct iovec* parts, int count, off_t 
     const bool synced = (modes & O_DSYNC) != 0 || (flags & (RWF_DSYNC | RWF_SYNC)) != 0;
     const uint64_t call = begin('w', inode, at, synced, 0, copy, size);
     free(copy);
+    if (may_fail && fails('w'))
+        return end(call, -1);
     return end(call, syscall(SYS_pwritev2, fd, parts, count, offset, 0, flags));
 }
 
 EXPORT ssize_t pwritev2(int fd, const struct iovec* parts, int count, off_t offset, int flags) {
-    return traced_write(fd, parts, count, offset, flags);
+    return traced_write(fd, parts, count, offset, flags, false);
 }
 
 EXPORT ssize_t pwritev(int fd, const struct iovec* parts, int count, off_t offset) {
-    return traced_write(fd, parts, count, offset, 0);
+    return traced_write(fd, parts, count, offset, 0, true);
 }
 
 EXPORT ssize_t pwrite(int fd, const void* data, size_t size, off_t offset) {
     const struct iovec part = {(void*)data, size};
-    return traced_write(fd, &part, 1, offset, 0);
+    return traced_write(fd, &part, 1, offset, 0, false);
 }
 
 EXPORT ssize_t writev(int fd, const struct iovec* parts, int count) {
     uint64_t inode;
-    return watched(fd, &inode) ? traced_write(fd, parts, count, -1, 0) : syscall(SYS_writev, fd, parts, count);
+    return watched(fd, &inode) ? traced_write(fd, parts, count, -1, 0, false) : syscall(SYS_writev, fd, parts, count);
 }
 
 EXPORT ssize_t write(int fd, const void* data, size_t size) {
     uint64_t inode;
     const struct iovec part = {(void*)data, size};
-    return watched(fd, &inode) ? traced_write(fd, &part, 1, -1, 0) : syscall(SYS_write, fd, data, size);
+    return watched(fd, &inode) ? traced_write(fd, &part, 1, -1, 0, false) : syscall(SYS_write, fd, data, size);
 }
 
 EXPORT int ftruncate(int fd, off_t size) {
@@ -191,6 +207,8 @@ static int traced_sync(int fd, long number, bool data_only) {
     if (!watched(fd, &inode))
         return (int)syscall(number, fd);
     const uint64_t call = begin('s', inode, data_only, 0, 0, NULL, 0);
+    if (data_only && fails('s'))
+        return (int)end(call, -1);
     return (int)end(call, syscall(number, fd));
 }
 

@@ -38,6 +38,10 @@ class Shim:
     def stop(self) -> None:
         self._library.powercut_stop()
 
+    def fail(self, kind: str) -> None:
+        """The core's next "write" or "sync" fails; "" for none."""
+        self._library.powercut_fail(ord(kind[0]) if kind else 0)
+
     def note(self, **what: Any) -> None:
         """Puts something into the trace, in order with all else."""
         text = json.dumps(what).encode()

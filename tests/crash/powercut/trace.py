@@ -47,11 +47,13 @@ class Trace:
         recording: of the directory that the trace began with.
         notes: (number of the event, what was said).
         texts: a line for each event, for people.
+        failed: writes that failed, so that anything may have become of them.
     """
 
     recording: Recording
     notes: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
 
 
 def read_trace(path: Path, recording: Recording, forget: Forget = forget_nothing) -> Trace:
@@ -156,6 +158,10 @@ class _Reader:
         text = f"end of {self._trace.texts[began]}: {record.a}"
         failed = record.a < 0 or (isinstance(event, Write) and record.a != len(begun.data))
         if failed:
+            if begun.kind == "w":
+                self._trace.failed.append(began)
+            elif begun.kind in "sS":
+                self._recording.events.append(Sync(node, began, failed=True))
             return text
         if event is not None:
             event.ended = now
