@@ -1,4 +1,4 @@
-"""`python -m tests.crash.powercut DIRECTORY`: cuts a kept trace again where it failed, and leaves the image to look at.
+"""`python -m tests.crash.powercut DIRECTORY`: recovers a kept image again, in a copy which stays to be looked at.
 
 `serve FD` is the worker's process.
 """
@@ -6,33 +6,32 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.crash.powercut.machine import Failure, Machine, Run
-from tests.crash.powercut.worker import Worker, serve
-from tests.store.power_loss import Fate
+from tests.crash.powercut.machine import Run
+from tests.crash.powercut.worker import Found, Worker, serve
 
 
 def again(kept: Path) -> int:
     """Returns the exit status: 1 when it fails again."""
     told = json.loads((kept / "cut.json").read_text())
-    fate = Fate()
-    fate.lost = {int(index): [(begin, end) for begin, end in parts] for index, parts in told["fate"]["lost"].items()}
-    fate.lengths = {int(node): count for node, count in told["fate"]["lengths"].items()}
     run = Run(kept, json.loads((kept / "history.json").read_text()))
-    directory = Path(tempfile.mkdtemp(prefix="hlfs-powercut-"))
+    image = Path(tempfile.mkdtemp(prefix="hlfs-powercut-")) / "image"
+    shutil.copytree(kept / "image", image)
     worker = Worker()
-    print(f"recovered in {directory}/image")
     try:
-        print(Machine(worker, directory, 0).check(run, told["cut"], fate).digests)
-    except Failure as failure:
-        print(failure)
-        return 1
+        found: Found = worker.call("recover", image, 1)
     finally:
         worker.close()
-    return 0
+    print(f"recovered {image}, after {told['cut']} events ({run.oracle.operation_at(told['cut'])})")
+    for path, (kind, node_id, _) in found.names.items():
+        print(f"{path.decode()}: {kind} {node_id:016x} {found.digests.get(node_id, '')}")
+    complaint = found.trouble or (run.oracle.complaint(told["cut"], found) if told["again"] is None else "")
+    print(complaint or "this is as it should be")
+    return int(bool(complaint))
 
 
 if __name__ == "__main__":

@@ -59,12 +59,15 @@ class Failure(Exception):
         fate: what of them was lost.
         complaint: what is wrong.
         when: the operation that was under way.
+        image: what was recovered.
+        again: how much of that recovery had happened when it was cut as well.
     """
 
     cut: int
     fate: Fate
     complaint: str
     when: str
+    image: Snapshot
     again: int | None = None
 
     def __str__(self) -> str:
@@ -141,6 +144,7 @@ class Machine:
         self._seed = seed
         self._image = Image(directory / "image")
         self._seen: list[tuple[Snapshot, Found]] = []
+        self._tried: Snapshot = {}
 
     def sweep(self, run: Run, plan: Plan) -> None:
         """Cuts a run by a plan. Raises Failure for the earliest bad cut."""
@@ -168,21 +172,22 @@ class Machine:
 
     def _require(self, run: Run, cut: int, fate: Fate, complaint: str, again: int | None = None) -> None:
         if complaint:
-            raise Failure(cut, fate, complaint, run.oracle.operation_at(cut), again)
+            raise Failure(cut, fate, complaint, run.oracle.operation_at(cut), self._tried, again)
 
     def _recover(self, snapshot: Snapshot, spoil: Spoil = nothing_else) -> Found:
         """What a recovery makes of a snapshot; the same as last time, if it is the same."""
         for seen, found in self._seen:
             if seen == snapshot:
                 return found
-        self._image.become(spoil(snapshot))
-        found = self._recover_image(None)
+        found = self._recover_image(spoil(snapshot))
         # One for each chance is enough: most events change nothing that a cut would show.
         self._seen = [*self._seen[-5:], (snapshot, found)]
         return found
 
-    def _recover_image(self, trace: Path | None) -> Found:
+    def _recover_image(self, image: Snapshot, trace: Path | None = None) -> Found:
         self.images += 1
+        self._tried = image
+        self._image.become(image)
         try:
             found = self._worker.call("recover", self._image.root, self.images, trace)
         except WorkerFailed as exc:
@@ -196,9 +201,10 @@ class Machine:
         rng = random.Random(f"{self._seed} {cut} again")
         path = self._directory / "again"
         path.unlink(missing_ok=True)
-        self._image.become(plan.spoil(run.after_loss(cut, fate)))
+        image = plan.spoil(run.after_loss(cut, fate))
+        self._image.become(image)
         recording = Recording(self._image.root)
-        first = self._recover_image(path)
+        first = self._recover_image(image, path)
         self._require(run, cut, fate, run.oracle.complaint(cut, first))
         trace = read_trace(path, recording)
         recovered, probed = (next(event for event, note in trace.notes if what in note) + 1 for what in _STAGES)
@@ -282,8 +288,9 @@ def keep(run: Run, failure: Failure, seed: int) -> Path:
     for name in _RUN_FILES:
         shutil.copy(run.directory / name, kept / name)
     shutil.copytree(run.directory / "before", kept / "before")
-    fate = {"lost": failure.fate.lost, "lengths": failure.fate.lengths}
-    (kept / "cut.json").write_text(json.dumps({"cut": failure.cut, "fate": fate}))
+    (kept / "image").mkdir()
+    materialise(failure.image, kept / "image")
+    (kept / "cut.json").write_text(json.dumps({"cut": failure.cut, "again": failure.again}))
     return kept
 
 
@@ -305,7 +312,7 @@ def report(run: Run, failure: Failure, seed: int, kept: Path) -> str:
             *(f"  of file {node}, all but {kept_} changes of length" for node, kept_ in failure.fate.lengths.items()),
             "last events:",
             *last,
-            f"HLFS_CRASH_SEED={seed} makes this history again; its threads may run otherwise, so for this very cut:",
+            f"HLFS_CRASH_SEED={seed} makes this history again; its threads may run otherwise, so for this very image:",
             f"  .venv/bin/python -m tests.crash.powercut {kept}",
         ]
     )
