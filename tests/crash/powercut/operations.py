@@ -156,6 +156,10 @@ class Player:
     def checkpoint(self, path: str) -> None:
         self.world.engine.checkpoint(self.volume(path))
 
+    def idle(self, path: str) -> None:
+        """What follows when nobody writes to the volume for a while."""
+        self.world.engine._checkpoint_due(self.volume(path), True)
+
     def forget(self, path: str) -> None:
         """Closes the volume, if nobody has it open."""
         self.world.names.forget([self.world.names.resolve(path.encode())])
@@ -233,6 +237,7 @@ KINDS = {
     "flush_later": Kind(Player.flush_later),
     "pause": Kind(Player.pause),
     "checkpoint": Kind(Player.checkpoint, durable="path", alone=True),
+    "idle": Kind(Player.idle, durable="path", alone=True),
     "forget": Kind(Player.forget, alone=True),
     "takeover": Kind(Player.takeover, durable="all", alone=True),
     "reopen": Kind(Player.reopen, durable="all", alone=True),
