@@ -30,6 +30,13 @@ def hlfs_mountpoints() -> set[str]:
     return {fields[1] for fields in map(str.split, lines) if fields[2] == "fuse.hlfs"}
 
 
+def remove_rings(store_record: Path) -> None:
+    """Removes what is left of the rings of a store whose record this is."""
+    for found in re.findall(r'"uuid": *"([0-9a-f-]{36})"', store_record.read_text(errors="replace"))[:1]:
+        for ring in list_rings(UUID(found)):
+            remove_ring(ring)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fail the session when its tests leave an HLFS mount behind; remove the rings of stores they killed for good."""
@@ -38,6 +45,4 @@ def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     left = sorted(path for path in hlfs_mountpoints() if path.startswith(f"{base}/"))
     assert not left, f"tests left HLFS mounted at {left}"
     for record in base.rglob(".hlfs/store.json"):
-        for found in re.findall(r'"uuid": *"([0-9a-f-]{36})"', record.read_text(errors="replace"))[:1]:
-            for ring in list_rings(UUID(found)):
-                remove_ring(ring)
+        remove_rings(record)

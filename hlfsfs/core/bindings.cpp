@@ -1,5 +1,4 @@
 // hlfsfs._core: the engine for Python. Every call that may wait lets go of Python's lock. Types: hlfsfs/_core.pyi.
-#include <fcntl.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -117,10 +116,7 @@ Core* make_core(int ring_fd, const nb::bytes& store_uuid, std::uint64_t device, 
     options.max_overlay_entries = max_overlay_entries;
     options.max_open_segments = max_open_segments;
     const nb::gil_scoped_release unlocked;
-    const int own = fcntl(ring_fd, F_DUPFD_CLOEXEC, 3);
-    if (own < 0)
-        throw std::system_error(errno, std::generic_category(), "duplicating the ring's descriptor");
-    return new Core(Ring::create(own, geometry_for(ring_bytes, spill_bytes), identity), options);
+    return new Core(Ring::create(ring_fd, geometry_for(ring_bytes, spill_bytes), identity), options);
 }
 
 nb::dict attr_of(const VolumeAttr& attr) {
@@ -173,13 +169,7 @@ nb::dict stats_of(const Volume& volume) {
 // A ring that a dead process left.
 class OldRing {
   public:
-    explicit OldRing(int fd) : fd_(fcntl(fd, F_DUPFD_CLOEXEC, 3)), ring_(Ring::attach(fd_)) {}
-    ~OldRing() {
-        ring_.reset();
-        close(fd_);
-    }
-    OldRing(const OldRing&) = delete;
-    OldRing& operator=(const OldRing&) = delete;
+    explicit OldRing(int fd) : ring_(Ring::attach(fd)) {}
 
     Ring& ring() { return *ring_; }
     std::vector<std::uint64_t> volume_ids() {
@@ -196,7 +186,6 @@ class OldRing {
     }
 
   private:
-    int fd_;
     std::unique_ptr<Ring> ring_;
 };
 

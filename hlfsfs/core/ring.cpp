@@ -9,6 +9,7 @@
 #include <cstring>
 #include <new>
 #include <system_error>
+#include <utility>
 
 #include "format.hpp"
 
@@ -85,6 +86,13 @@ void populate(std::byte* start, std::size_t size_bytes) {
     }
 }
 
+std::unique_ptr<SharedFd> duplicate(int fd) {
+    const int own = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    if (own < 0)
+        fail(errno, "duplicating the ring's descriptor");
+    return std::make_unique<SharedFd>(own);
+}
+
 }  // namespace
 
 std::size_t Ring::file_bytes(const RingGeometry& geometry) noexcept {
@@ -93,6 +101,7 @@ std::size_t Ring::file_bytes(const RingGeometry& geometry) noexcept {
 
 std::unique_ptr<Ring> Ring::create(int fd, const RingGeometry& geometry, const RingIdentity& identity) {
     const Layout layout = layout_of(geometry);
+    auto own = duplicate(fd);
     if (ftruncate(fd, static_cast<off_t>(layout.end)) != 0)
         fail(errno, "sizing the ring");
     if (fallocate(fd, 0, 0, static_cast<off_t>(layout.ring_end)) != 0)
@@ -118,10 +127,11 @@ std::unique_ptr<Ring> Ring::create(int fd, const RingGeometry& geometry, const R
     std::memcpy(header.boot_id, identity.boot_id.data(), sizeof header.boot_id);
     header.crc = header_crc(header);
     std::memcpy(bytes, &header, sizeof header);
-    return std::unique_ptr<Ring>(new Ring(fd, geometry, identity, bytes));
+    return std::unique_ptr<Ring>(new Ring(std::move(own), geometry, identity, bytes));
 }
 
 std::unique_ptr<Ring> Ring::attach(int fd) {
+    auto own = duplicate(fd);
     struct stat info {};
     if (fstat(fd, &info) != 0)
         fail(errno, "looking at the ring");
@@ -152,11 +162,11 @@ std::unique_ptr<Ring> Ring::attach(int fd) {
     identity.store_device = header.store_device;
     identity.store_inode = header.store_inode;
     std::memcpy(identity.boot_id.data(), header.boot_id, sizeof header.boot_id);
-    return std::unique_ptr<Ring>(new Ring(fd, geometry, identity, static_cast<std::byte*>(base)));
+    return std::unique_ptr<Ring>(new Ring(std::move(own), geometry, identity, static_cast<std::byte*>(base)));
 }
 
-Ring::Ring(int fd, const RingGeometry& geometry, const RingIdentity& identity, std::byte* base)
-    : fd_(fd), geometry_(geometry), identity_(identity), base_(base) {
+Ring::Ring(std::unique_ptr<SharedFd> fd, const RingGeometry& geometry, const RingIdentity& identity, std::byte* base)
+    : fd_(std::move(fd)), geometry_(geometry), identity_(identity), base_(base) {
     const Layout layout = layout_of(geometry);
     slots_ = reinterpret_cast<Slot*>(base + layout.slots);
     chunks_ = reinterpret_cast<ChunkDescriptor*>(base + layout.chunks);
@@ -182,7 +192,7 @@ Ring::~Ring() {
 void Ring::leave() noexcept {
     left_ = true;
     // Private pages in the same place: pointers stay good, and what is freed or changed is so for this process only.
-    mmap(base_, file_bytes(geometry_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd_, 0);
+    mmap(base_, file_bytes(geometry_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd_->get(), 0);
 }
 
 void Ring::verify(const ChunkDescriptor& chunk) const {
@@ -200,8 +210,7 @@ void Ring::verify(const ChunkDescriptor& chunk) const {
         const bool data = entry.kind == EntryKind::data || entry.kind == EntryKind::relocate;
         const bool known = data || entry.kind == EntryKind::punch || side > 0;
         // Each entry's data moves in one run.
-        const bool owned = entry.stored_blocks == (data ? entry.count : 0) &&
-                           entry.stored_blocks <= kExtentPages;
+        const bool owned = entry.stored_blocks == (data ? entry.count : 0) && entry.stored_blocks <= kExtentPages;
         sound = known && owned && entry.block + entry.count <= kMaxBlocks &&
                 (side == 0 || side_at + side <= kChunkSideBytes);
         if (sound && entry.kind == EntryKind::resize) {
@@ -247,7 +256,7 @@ std::uint32_t Ring::take_extent() noexcept {
         extent = free_spill_extents_.back();
         const Layout layout = layout_of(geometry_);
         const auto at = static_cast<off_t>(layout.pages + std::size_t{extent} * kExtentBytes);
-        if (fallocate(fd_, 0, at, static_cast<off_t>(kExtentBytes)) != 0)
+        if (fallocate(fd_->get(), 0, at, static_cast<off_t>(kExtentBytes)) != 0)
             return kNoExtent;
         if (madvise(base_ + at, kExtentBytes, MADV_POPULATE_WRITE) != 0 && errno != EINVAL)
             return kNoExtent;
@@ -269,7 +278,7 @@ void Ring::drop_extent(std::uint32_t extent) noexcept {
             const Layout layout = layout_of(geometry_);
             const auto at = static_cast<off_t>(layout.pages + std::size_t{extent} * kExtentBytes);
             if (!left_)
-                fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, static_cast<off_t>(kExtentBytes));
+                fallocate(fd_->get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, static_cast<off_t>(kExtentBytes));
             free_spill_extents_.push_back(extent);
         }
         extents_taken_.fetch_sub(1, std::memory_order_relaxed);

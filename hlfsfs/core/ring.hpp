@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "dataplane.hpp"
+#include "segment.hpp"
 
 namespace hlfs {
 
@@ -92,6 +93,7 @@ struct RunCursor {
 class Ring {
   public:
     // Lays a new ring out in `fd` (an empty file of shared memory, already locked to this process) and populates it.
+    // `fd` stays the caller's, here and in attach: a ring has a descriptor of its own.
     // Throws std::system_error (ENOSPC: the file system of shared memory is too small).
     static std::unique_ptr<Ring> create(int fd, const RingGeometry& geometry, const RingIdentity& identity);
 
@@ -153,12 +155,12 @@ class Ring {
     static std::size_t file_bytes(const RingGeometry& geometry) noexcept;
 
   private:
-    Ring(int fd, const RingGeometry& geometry, const RingIdentity& identity, std::byte* base);
+    Ring(std::unique_ptr<SharedFd> fd, const RingGeometry& geometry, const RingIdentity& identity, std::byte* base);
     std::uint32_t take_extent() noexcept;
     void drop_extent(std::uint32_t extent) noexcept;
 
     // constant after construction
-    int fd_;
+    std::unique_ptr<SharedFd> fd_;
     RingGeometry geometry_;
     RingIdentity identity_;
     std::byte* base_;

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.engine.contents import content, written, zeroed
 from tests.engine.drivers import BLOCK, Driver, EngineDriver, MountDriver
 
 # Several leaves of the map (2 MiB each), and cheap to compare.
@@ -31,29 +32,6 @@ sizes = st.one_of(
     st.integers(1, 1 << 20),
 )
 seeds = st.integers(0, 2**32)
-
-
-def content(seed: int, size_bytes: int) -> bytes:
-    """Bytes that differ between seeds; some have blocks of zeros inside, some are zeros all over."""
-    if seed % 7 == 0:
-        return bytes(size_bytes)
-    data = bytearray(random.Random(seed).randbytes(size_bytes))
-    if seed % 5 == 0 and size_bytes > BLOCK:
-        middle = size_bytes // 2
-        data[middle : middle + 2 * BLOCK] = bytes(len(data[middle : middle + 2 * BLOCK]))
-    return bytes(data)
-
-
-def written(before: bytes, offset: int, data: bytes) -> bytes:
-    """A file's content after a write."""
-    base = before.ljust(offset, b"\0")
-    return base[:offset] + data + base[offset + len(data) :]
-
-
-def zeroed(before: bytes, offset: int, size_bytes: int) -> bytes:
-    """A file's content after a range of it was zeroed; its length stays."""
-    end = min(offset + size_bytes, len(before))
-    return before if offset >= end else before[:offset] + bytes(end - offset) + before[end:]
 
 
 class VolumeMachine(RuleBasedStateMachine):

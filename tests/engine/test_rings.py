@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -308,3 +309,14 @@ def test_what_a_dead_disk_did_not_take_waits_in_the_ring(store: Path) -> None:
     expect_data(engine)
     assert engine.call("do", 1, "read", 0, 3) == b"old"
     closed(engine)
+
+
+def test_an_engine_that_ended_gives_its_memory_back(store: Path) -> None:
+    """Also to a process that goes on: a removed file lives as long as a descriptor of it."""
+    host = EngineHost(str(store))
+    uuid = str(host.store.uuid)
+    host.close()
+    del host
+    gc.collect()
+    links = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    assert not [link for link in links if uuid in link]

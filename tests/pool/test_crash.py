@@ -15,15 +15,14 @@ import pytest
 
 from hlfsfs import errors
 from hlfsfs.pool import AttributeChanges
-from hlfsfs.store.base import CHECKPOINT_SLOT_BYTES
 from hlfsfs.store.disk import Disk
 from hlfsfs.store.local import open_local
 from tests.pool.conftest import World
 from tests.pool.fake_engine import Media
-from tests.store.crash_disk import LazyDisk, RecordingDisk, Snapshot, materialise
+from tests.pool.views import View, check_whole, view
+from tests.store.crash_disk import LazyDisk, RecordingDisk
+from tests.store.power_loss import Snapshot, materialise
 
-# path -> (kind, id, mode); what a person sees of a store.
-View = dict[bytes, tuple[str, int, int]]
 CHANCES = (0.0, 1.0, 0.2, 0.5, 0.5, 0.8)
 
 
@@ -65,36 +64,11 @@ class Trial:
                         yield snapshot, expected
 
 
-def view(world: World) -> View:
-    """All names with what they name."""
-    found: View = {}
-    below = [(b"", 1)]
-    while below:
-        path, pool_id = below.pop()
-        for name, entry in world.names.readdir(pool_id):
-            inner = os.path.join(path, name)
-            found[inner] = (entry.kind, entry.id, entry.mode)
-            if entry.kind == "pool":
-                below.append((inner, entry.id))
-    return found
-
-
 def check(world: World, expected: list[View]) -> None:
-    """The store is whole and looks as it may, and nothing is over that nothing names."""
+    """The store is whole and looks as it may."""
     found = view(world)
     assert found in expected
-    assert world.report.damage == []
-    volumes = sorted(node_id for kind, node_id, _ in found.values() if kind == "volume")
-    pools = sorted(node_id for kind, node_id, _ in found.values() if kind == "pool")
-    assert world.store.list_volumes() == volumes
-    assert world.store.list_pool_records() == pools
-    assert os.listdir(world.root / ".hlfs/tmp") == []
-    records = [world.store.read_volume(volume_id) for volume_id in volumes]
-    assert {record.log_uuid for record in records} == set(world.store.list_logs())
-    for record in records:
-        assert record.state == "live"
-        assert len(world.store.read_checkpoint_slots(record.log_uuid)[0]) == CHECKPOINT_SLOT_BYTES
-        world.names.getattr(record.id)
+    check_whole(world, found)
 
 
 class Cutter:

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from hlfsfs import errors
 from hlfsfs.pool import AttributeChanges
 from tests.pool.conftest import RealWorld, World
-from tests.pool.test_crash import view
+from tests.pool.views import view
 from tests.store.crash_disk import LazyDisk
 
 NAMES = st.sampled_from([b"a", b"b", b"c"])

@@ -1,0 +1,101 @@
+"""Histories: one with everything once, and ones at random."""
+
+from __future__ import annotations
+
+import random
+
+from tests.crash.powercut.operations import History, Operation
+
+BLOCK = 4096
+# Contents stay small, so that an image is recovered in milliseconds.
+MAX_BLOCKS = 320
+
+EVERYTHING_ONCE: History = [
+    ["create", "a"],
+    ["write", "a", 0, 5 * BLOCK, 1, False],
+    ["write", "a", 3000, 6000, 2, False],
+    ["flush", "a"],
+    ["write", "a", 8 * BLOCK, 1 << 20, 3, False],
+    ["flush_later", "a"],
+    ["write", "a", 100 * BLOCK, 64 * BLOCK, 4, False],
+    ["write", "a", 10 * BLOCK, 512, 6, True],
+    ["punch", "a", 20 * BLOCK + 100, 30 * BLOCK, True],
+    ["checkpoint", "a"],
+    ["write", "a", 12345, 1 << 20, 8, False],
+    ["write", "a", 20 * BLOCK, 1 << 20, 9, False],
+    ["write", "a", 0, 1 << 20, 11, False],
+    ["flush", "a"],
+    ["write", "a", 64 * BLOCK, 1 << 20, 12, False],
+    ["resize", "a", 100 * BLOCK + 7],
+    ["write", "a", 0, 3 * BLOCK, 13, False],
+    ["takeover"],
+    ["write", "a", 4 * BLOCK, 2 * BLOCK, 16, False],
+    ["write_failing", "a", 5 * BLOCK, 9 * BLOCK, 17, "sync"],
+    ["write_failing", "a", 9 * BLOCK, 9 * BLOCK, 18, "write"],
+    ["idle", "a"],
+    ["write", "a", 7 * BLOCK, 2 * BLOCK, 20, False],
+    ["forget", "a"],
+    ["mkdir", "p"],
+    ["create", "p/b"],
+    ["write", "p/b", 0, 3 * BLOCK, 17, True],
+    ["rename", "p/b", "a", 0],
+    ["write", "a", BLOCK, 3 * BLOCK, 18, False],
+    ["create", "c"],
+    ["rename", "c", "a", 2],
+    ["chmod", "a", 0o600],
+    ["open", "c"],
+    ["unlink", "c"],
+    ["reopen"],
+    ["rename", "a", "p/d", 1],
+    ["write", "p/d", 0, BLOCK, 19, False],
+    ["unlink", "p/d"],
+    ["rmdir", "p"],
+]
+
+_PATHS = ("a", "a", "a", "b", "p/a")
+
+
+def _write(rng: random.Random, path: str) -> Operation:
+    blocks = rng.choice([1, 1, 2, 3, 8, 32, 64, 200, 256])
+    offset = rng.randrange(max(1, MAX_BLOCKS - blocks)) * BLOCK
+    size_bytes = blocks * BLOCK
+    if rng.random() < 0.3:
+        offset, size_bytes = offset + rng.randrange(8) * 512, max(1, size_bytes - rng.randrange(BLOCK))
+    return ["write", path, offset, size_bytes, rng.randrange(1 << 20), rng.random() < 0.1]
+
+
+def _operation(rng: random.Random) -> Operation:
+    path, other = rng.choice(_PATHS), rng.choice(_PATHS)
+    offset = rng.randrange(MAX_BLOCKS * BLOCK)
+    some = rng.randrange(1, MAX_BLOCKS * BLOCK // 2)
+    return rng.choices(
+        [
+            _write(rng, path),
+            ["flush", path],
+            ["flush_later", path],
+            ["punch", path, offset, some, rng.random() < 0.7],
+            ["resize", path, offset],
+            [rng.choice(["checkpoint", "checkpoint", "idle"]), path],
+            ["write_failing", *_write(rng, path)[1:-1], rng.choice(["write", "sync"])],
+            ["forget", path],
+            ["takeover"],
+            ["reopen"],
+            ["create", path],
+            ["rename", path, other, rng.choice([0, 0, 1, 2])],
+            ["unlink", path],
+            rng.choice([["mkdir", "p"], ["rmdir", "p"], ["open", path], ["release"]]),
+        ],
+        weights=[40, 8, 8, 4, 3, 6, 2, 3, 2, 1, 3, 3, 2, 3],
+    )[0]
+
+
+def random_history(rng: random.Random, length: int) -> History:
+    """Mostly writes to one volume, so that segments fill up; few names, so that they meet. Some are refused."""
+    beginning: History = [["create", "a"], ["mkdir", "p"], ["create", rng.choice(["b", "p/a"])]]
+    return beginning + [_operation(rng) for _ in range(length)]
+
+
+def next_life(rng: random.Random, length: int) -> History:
+    """What is done to a store that a random history and a cut have left; contents begin anew."""
+    beginning: History = [["resize", path, 0] for path in sorted({*_PATHS, "p"})]
+    return beginning + [_operation(rng) for _ in range(length)]

@@ -1,0 +1,252 @@
+"""What is done to a store, one function for each kind; a history is a list of them, in JSON's terms.
+
+A new kind, as of reclaiming space, is one more entry in `KINDS`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hlfsfs.engine import Engine, EngineOptions, Volume
+from hlfsfs.errors import StoreFailed
+from hlfsfs.pool import AttributeChanges, Defaults
+from hlfsfs.store.disk import Disk
+from tests.crash.powercut.shim import Shim
+from tests.engine.contents import content, written, zeroed
+from tests.pool.conftest import RealWorld, World
+
+MIB = 1 << 20
+# Nothing becomes durable but by what the history says.
+NEVER_S = 3600.0
+OPTIONS = EngineOptions(
+    ring_bytes=16 * MIB,
+    spill_bytes=16 * MIB,
+    read_cache_bytes=4 * MIB,
+    map_cache_bytes=4 * MIB,
+    commit_s=NEVER_S,
+    idle_checkpoint_s=NEVER_S,
+)
+
+# So many may still tell of one failure.
+FLUSHES = 3
+
+Operation = list[Any]  # kind, then its arguments; the first one is the path it concerns
+History = list[Operation]
+
+
+class CutWorld(RealWorld):
+    """A store with the real engine, small segments, and nobody to make anything durable by himself."""
+
+    segment_shift = 22
+    options = OPTIONS
+
+    def start_engine(self) -> Any:
+        return Engine(self.store, self.options)
+
+    def open(self, **options: Any) -> None:
+        super().open(**options, defaults=Defaults(segment_shift=self.segment_shift))
+
+    def die(self) -> None:
+        """Ends without making anything durable, as far as a process can: the ring stays, so a takeover finds it."""
+        self.engine._service.stop()
+        self.engine.core.stop()
+        self.store.close()
+
+
+class Player:
+    """Does a history's operations."""
+
+    def __init__(self, world: World, shim: Shim) -> None:
+        self.world = world
+        self._shim = shim
+        self._handles: list[int] = []
+        self._dead: list[Any] = []  # engines whose rings must not be tidied up
+        self._flushing: list[threading.Thread] = []
+
+    def volume(self, path: str) -> Volume:
+        return self.world.names.volume(self.world.names.resolve(path.encode()))
+
+    def place(self, path: str) -> tuple[int, bytes]:
+        """Id of the pool, and name in it."""
+        above, name = os.path.split(path.encode())
+        return self.world.names.resolve(above), name
+
+    def settle(self) -> None:
+        """Waits for flushes begun earlier."""
+        for thread in self._flushing:
+            thread.join()
+        self._flushing.clear()
+
+    def create(self, path: str) -> None:
+        self.world.names.create(*self.place(path), 0o644, 0, 0)
+
+    def mkdir(self, path: str) -> None:
+        self.world.names.mkdir(*self.place(path), 0o755, 0, 0)
+
+    def rename(self, old: str, new: str, flags: int) -> None:
+        self.world.names.rename(*self.place(old), *self.place(new), flags)
+
+    def unlink(self, path: str) -> None:
+        self.world.names.unlink(*self.place(path))
+
+    def rmdir(self, path: str) -> None:
+        self.world.names.rmdir(*self.place(path))
+
+    def chmod(self, path: str, mode: int) -> None:
+        self.world.names.setattr(self.world.names.resolve(path.encode()), AttributeChanges(mode=mode))
+
+    def open(self, path: str) -> None:
+        node_id = self.world.names.resolve(path.encode())
+        self.world.names.open(node_id, os.O_RDWR)
+        self._handles.append(node_id)
+
+    def release(self) -> None:
+        """Closes what was opened first, which deletes it if it has no name any more."""
+        if self._handles:
+            self.world.names.release(self._handles.pop(0))
+
+    def write(self, path: str, offset: int, size_bytes: int, seed: int, dsync: bool) -> None:
+        self.volume(path).write(offset, content(seed, size_bytes), dsync)
+
+    def write_failing(self, path: str, offset: int, size_bytes: int, seed: int, what: str) -> None:
+        """A write whose way to the disk fails, which the flush that meets it says; the next one makes it durable."""
+        volume = self.volume(path)
+        self._shim.fail(what)
+        volume.write(offset, content(seed, size_bytes))
+        with suppress(StoreFailed):
+            volume.flush()
+        self._shim.fail("")
+        for _ in range(FLUSHES):
+            with suppress(StoreFailed):
+                return volume.flush()
+        raise AssertionError("no flush succeeds any more")
+
+    def punch(self, path: str, offset: int, size_bytes: int, keep_size: bool) -> None:
+        self.volume(path).punch(offset, size_bytes, keep_size)
+
+    def resize(self, path: str, size_bytes: int) -> None:
+        self.volume(path).resize(size_bytes)
+
+    def flush(self, path: str) -> None:
+        self.volume(path).flush()
+
+    def flush_later(self, path: str) -> None:
+        """Begins a flush and goes on, so that writes are under way while it runs."""
+        volume = self.volume(path)
+        self._shim.note(flushing=volume.id, number=(number := len(self._flushing)))
+
+        def flush() -> None:
+            volume.flush()
+            self._shim.note(flushed=volume.id, number=number)
+
+        self._flushing.append(threading.Thread(target=flush))
+        self._flushing[-1].start()
+
+    def pause(self) -> None:
+        """Lets what is under way end, which nothing waits for."""
+        time.sleep(0.1)
+
+    def checkpoint(self, path: str) -> None:
+        self.world.engine.checkpoint(self.volume(path))
+
+    def idle(self, path: str) -> None:
+        """What follows when nobody writes to the volume for a while."""
+        self.world.engine._checkpoint_due(self.volume(path), True)
+
+    def forget(self, path: str) -> None:
+        """Closes the volume, if nobody has it open."""
+        self.world.names.forget([self.world.names.resolve(path.encode())])
+
+    def takeover(self) -> None:
+        """The process dies with all in its ring, and a next one takes over."""
+        assert isinstance(self.world, CutWorld)
+        self.world.die()
+        self._dead.append(self.world.engine)
+        self._handles.clear()
+        self.world.open()
+
+    def reopen(self) -> None:
+        """A clean end, and a new beginning."""
+        self.world.close()
+        self._handles.clear()
+        self.world.open()
+
+
+# The contents a change goes through, each of them atomic, from one that is given.
+Change = Callable[..., Iterator[bytes]]
+
+
+def _write(now: bytes, offset: int, size_bytes: int, seed: int, _dsync: bool) -> Iterator[bytes]:
+    data = content(seed, size_bytes)
+    for at in range(0, size_bytes, MIB):
+        now = written(now, offset + at, data[at : at + MIB])
+        yield now
+
+
+def _write_failing(now: bytes, offset: int, size_bytes: int, seed: int, _what: str) -> Iterator[bytes]:
+    return _write(now, offset, size_bytes, seed, False)
+
+
+def _punch(now: bytes, offset: int, size_bytes: int, keep_size: bool) -> Iterator[bytes]:
+    yield zeroed(now if keep_size else now.ljust(offset + size_bytes, b"\0"), offset, size_bytes)
+
+
+def _resize(now: bytes, size_bytes: int) -> Iterator[bytes]:
+    yield now[:size_bytes].ljust(size_bytes, b"\0")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of operation.
+
+    Attributes:
+        run: does it.
+        change: what it makes of the content of the volume at its path.
+        durable: what it makes durable of what was acknowledged before it, itself included: the volume at its path, or
+            all of them. A write does if its last argument says so.
+        alone: flushes begun earlier end first.
+    """
+
+    run: Callable[..., None]
+    change: Change | None = None
+    durable: str = ""
+    alone: bool = False
+
+
+KINDS = {
+    "create": Kind(Player.create, durable="path"),
+    "mkdir": Kind(Player.mkdir),
+    "rename": Kind(Player.rename, alone=True),
+    "unlink": Kind(Player.unlink, alone=True),
+    "rmdir": Kind(Player.rmdir),
+    "chmod": Kind(Player.chmod),
+    "open": Kind(Player.open),
+    "release": Kind(Player.release, alone=True),
+    "write": Kind(Player.write, _write, durable="asked"),
+    "write_failing": Kind(Player.write_failing, _write_failing, durable="path", alone=True),
+    "punch": Kind(Player.punch, _punch),
+    "resize": Kind(Player.resize, _resize),
+    "flush": Kind(Player.flush, durable="path"),
+    "flush_later": Kind(Player.flush_later),
+    "pause": Kind(Player.pause),
+    "checkpoint": Kind(Player.checkpoint, durable="path", alone=True),
+    "idle": Kind(Player.idle, durable="path", alone=True),
+    "forget": Kind(Player.forget, alone=True),
+    "takeover": Kind(Player.takeover, durable="all", alone=True),
+    "reopen": Kind(Player.reopen, durable="all", alone=True),
+}
+
+
+def make_world(root: Path, segment_shift: int, options: EngineOptions = OPTIONS) -> CutWorld:
+    """A store, opened as a mount would."""
+    # A class of its own, since the constructor opens the store.
+    kind = type("SizedWorld", (CutWorld,), {"segment_shift": segment_shift, "options": options})
+    world: CutWorld = kind(root, disk=Disk())
+    return world

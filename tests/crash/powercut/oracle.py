@@ -1,0 +1,159 @@
+"""What may be left of a history when power goes, by the promise of docs/DESIGN.md.
+
+A volume is a prefix of what was done to it, and holds all that was made durable. Names are as before or as after the
+one operation that was under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.crash.powercut.operations import KINDS, History
+from tests.crash.powercut.worker import Found, digest
+from tests.pool.views import View
+
+
+@dataclass
+class _Volume:
+    """Contents in order, each from the event on by which it may be there; at which event how many of them must be."""
+
+    now: bytes = b""
+    contents: list[tuple[int, str]] = field(default_factory=list)
+    floors: list[tuple[int, int]] = field(default_factory=list)
+
+    def allowed(self, cut: int) -> list[str]:
+        floor = max((index for event, index in self.floors if event < cut), default=0)
+        return [content for event, content in self.contents[floor:] if event < cut]
+
+
+@dataclass
+class _Step:
+    """One operation: between events `do` and `done`; names look like `after` then."""
+
+    do: int
+    done: int
+    after: View
+
+
+class Oracle:
+    """Made of what a trace's notes say was acknowledged when."""
+
+    def __init__(self, history: History, notes: list[tuple[int, dict[str, Any]]]) -> None:
+        self._history = history
+        self._volumes: dict[int, _Volume] = {}
+        self._steps: list[_Step] = []
+        self._flushing: dict[tuple[int, int], int] = {}
+        self.made, made = next((event, note) for event, note in notes if "made" in note)
+        done = {note["done"]: (event, note) for event, note in notes if "done" in note}
+        self._begin = self._names = _view_of(made)
+        for node_id, content in made["made"].items():
+            # What it is does not matter: a history that goes on with a store empties what it writes to first.
+            self._volumes[int(node_id)] = _Volume(contents=[(-1, content)])
+        for event, note in notes:
+            if "do" in note:
+                self._operation(event, note["do"], *done[note["do"]])
+            elif "flushing" in note:
+                volume = self._volumes[note["flushing"]]
+                self._flushing[note["flushing"], note["number"]] = len(volume.contents) - 1
+            elif "flushed" in note:
+                index = self._flushing[note["flushed"], note["number"]]
+                self._volumes[note["flushed"]].floors.append((event, index))
+
+    def _operation(self, do: int, number: int, done: int, note: dict[str, Any]) -> None:
+        after = _view_of(note)
+        if number == len(self._history):
+            name, arguments = "reopen", []
+        else:
+            name, *arguments = self._history[number]
+        kind = KINDS[name]
+        if not note["refused"]:
+            self._make_volumes(do, after)
+            found = self._names.get(arguments[0].encode()) if arguments else None
+            if found and kind.change is not None:
+                self._change(self._volumes[found[1]], do, kind.change(self._volumes[found[1]].now, *arguments[1:]))
+            for volume in self._made_durable(kind.durable, found and found[1], arguments):
+                volume.floors.append((done, len(volume.contents) - 1))
+        self._names = after
+        self._steps.append(_Step(do, done, after))
+
+    def _make_volumes(self, do: int, after: View) -> None:
+        for kind, node_id, _ in after.values():
+            if kind == "volume" and node_id not in self._volumes:
+                self._volumes[node_id] = _Volume(contents=[(do, digest(b""))])
+
+    def _change(self, volume: _Volume, do: int, contents: Iterator[bytes]) -> None:
+        for now in contents:
+            volume.now = now
+            volume.contents.append((do, digest(now)))
+
+    def _made_durable(self, what: str, node_id: int | None, arguments: list[Any]) -> list[_Volume]:
+        if what == "all":
+            return list(self._volumes.values())
+        if node_id is not None and (what == "path" or (what == "asked" and arguments[-1])):
+            return [self._volumes[node_id]]
+        return []
+
+    def operation_at(self, cut: int) -> str:
+        """What was under way, or had just ended, at a cut."""
+        begun = [number for number, step in enumerate(self._steps) if step.do < cut]
+        if not begun:
+            return "making the store"
+        number = begun[-1]
+        state = "during" if self._steps[number].done >= cut else "after"
+        what = self._history[number] if number < len(self._history) else ["the clean end"]
+        return f"{state} operation {number}: {what}"
+
+    def ended(self, count: int) -> int:
+        """The cut right after the first so many operations."""
+        return self._steps[count - 1].done + 1
+
+    def _views(self, cut: int) -> list[View]:
+        before = self._begin
+        for step in self._steps:
+            if step.do >= cut:
+                break
+            if step.done >= cut:
+                return [before, step.after]
+            before = step.after
+        return [before]
+
+    def complaint(self, cut: int, found: Found) -> str:
+        """What of that should not be; empty when all is well."""
+        if found.trouble:
+            return found.trouble
+        if found.names not in (views := self._views(cut)):
+            return f"names are {found.names}, not one of {views}"
+        for node_id, content in found.digests.items():
+            allowed = self._volumes[node_id].allowed(cut)
+            if content not in allowed:
+                return f"volume {node_id:016x} is {self._about(node_id, content)}, not one of {allowed}"
+        return ""
+
+    def _about(self, node_id: int, content: str) -> str:
+        indexes = [i for i, (_, digest_) in enumerate(self._volumes[node_id].contents) if digest_ == content]
+        return f"{content} (state {indexes[-1]})" if indexes else f"{content} (never written)"
+
+
+def _view_of(note: dict[str, Any]) -> View:
+    return {path.encode(): (kind, node_id, mode) for path, (kind, node_id, mode) in note["names"].items()}
+
+
+def complaint_again(first: Found, found: Found, *, probed: bool) -> str:
+    """The same of a store that had answered after its recovery, and lost power again.
+
+    Args:
+        first: what the first recovery made of it.
+        found: what the second did.
+        probed: what was written in between had been flushed.
+    """
+    if found.trouble:
+        return found.trouble
+    if found.names != first.names:
+        return f"names are {found.names}, not {first.names}"
+    for node_id, content in found.digests.items():
+        allowed = [first.probed[node_id]] if probed else [first.digests[node_id], first.probed[node_id]]
+        if content not in allowed:
+            return f"volume {node_id:016x} is {content}, not one of {allowed}"
+    return ""

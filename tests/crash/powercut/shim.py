@@ -1,0 +1,48 @@
+"""Builds the shim, and talks to it in a process that was started with it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).with_name("shim.c")
+BUILT = Path(__file__).parents[3] / "build" / "powercut" / "shim.so"
+
+
+def built() -> Path:
+    """The shim, built again where its source is newer; safe for several test runs at once."""
+    if not BUILT.exists() or BUILT.stat().st_mtime < SOURCE.stat().st_mtime:
+        BUILT.parent.mkdir(parents=True, exist_ok=True)
+        new = BUILT.with_suffix(f".{os.getpid()}")
+        options = ["-std=gnu17", "-O2", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-shared", "-fPIC"]
+        subprocess.run(["gcc", *options, "-o", str(new), str(SOURCE)], check=True, timeout=120)
+        new.rename(BUILT)
+    return BUILT
+
+
+class Shim:
+    """The shim of this process."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(os.environ["LD_PRELOAD"])
+
+    def start(self, root: Path, trace: Path, delay_us: int) -> None:
+        """Writes down from here on what happens below `root`; calls may take `delay_us` longer."""
+        self._library.powercut_delay(delay_us)
+        self._library.powercut_start(os.fsencode(root), os.fsencode(trace))
+
+    def stop(self) -> None:
+        self._library.powercut_stop()
+
+    def fail(self, kind: str) -> None:
+        """The core's next "write" or "sync" fails; "" for none."""
+        self._library.powercut_fail(ord(kind[0]) if kind else 0)
+
+    def note(self, **what: Any) -> None:
+        """Puts something into the trace, in order with all else."""
+        text = json.dumps(what).encode()
+        self._library.powercut_note(text, ctypes.c_size_t(len(text)))
