@@ -251,7 +251,7 @@ void LogCheck::check_chunk(const Scanned& scanned, const ChunkSummary& chunk) {
             const bool punched = slot < scanned.crcs.size() && scanned.crcs[slot] == punched_crc();
             if (punched && segment.from_footer && !replayed(chunk.header))
                 continue;
-            const bool data = entry.kind == EntryKind::data;
+            const bool data = entry.kind == EntryKind::data || entry.kind == EntryKind::relocate;
             found(data ? "data does not match its checksum" : "map node does not match its checksum",
                   std::pair{segment.header.segno, slot}, data ? std::optional(entry.block + i) : std::nullopt,
                   data && replayed(chunk.header));

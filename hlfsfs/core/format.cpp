@@ -47,8 +47,8 @@ bool consistent(const ChunkSummary& chunk) noexcept {
             return false;
         if (entry.block > kMaxBlocks || entry.count > kMaxBlocks || entry.block + entry.count > kMaxBlocks)
             return false;
-        const bool plain_data = entry.kind == EntryKind::data && entry.count != entry.stored_blocks;
-        if (plain_data)
+        const bool has_payload = entry.kind == EntryKind::data || entry.kind == EntryKind::relocate;
+        if (has_payload && entry.count != entry.stored_blocks)
             return false;
         stored += entry.stored_blocks;
         const std::size_t side_at = std::size_t{entry.aux} * 8;
