@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hlfsfs import _core
-from tests.crash.powercut.machine import Machine, Plan, Run, record
+from tests.crash.powercut.machine import Machine, Plan, Run, Spoil, record
 from tests.crash.powercut.operations import History
 from tests.crash.powercut.worker import Worker, digest
 from tests.engine.contents import BLOCK, content, written
@@ -124,43 +124,37 @@ def _all_lost(run: Run, cut: int) -> Fate:
 # --- what the disk does on top of losing what was not synced ----------------------------------------------------
 
 
-class Spoiled:
-    """Counts what it did, so that a test knows it was not in vain."""
+def recycled(snapshot: Snapshot) -> Snapshot:
+    """As if the newest segment of each log were a recycled file: full of valid chunks of the same log's oldest."""
+    changed = dict(snapshot)
+    for oldest, newest in _ends(snapshot):
+        data, stale = snapshot[newest] or b"", snapshot[oldest] or b""
+        used = -(-len(data.rstrip(b"\0")) // BLOCK) * BLOCK
+        rest = stale[used : len(data)]
+        changed[newest] = data[:used] + rest + data[used + len(rest) :]
+    return changed
 
-    count = 0
 
-    def recycled(self, snapshot: Snapshot) -> Snapshot:
-        """As if the newest segment of each log were a recycled file: full of valid chunks of the same log's oldest."""
-        changed = dict(snapshot)
-        for oldest, newest in self._ends(snapshot):
-            data, stale = snapshot[newest] or b"", snapshot[oldest] or b""
-            used = -(-len(data.rstrip(b"\0")) // BLOCK) * BLOCK
-            rest = stale[used : len(data)]
-            changed[newest] = data[:used] + rest + data[used + len(rest) :]
-            self.count += any(rest)
-        return changed
+def _ends(snapshot: Snapshot) -> list[tuple[bytes, bytes]]:
+    logs: dict[bytes, list[bytes]] = {}
+    for path in sorted(snapshot):
+        if path.endswith(b".seg") and path.startswith(b".hlfs/logs/"):
+            logs.setdefault(path.rpartition(b"/")[0], []).append(path)
+    return [(paths[0], paths[-1]) for paths in logs.values() if len(paths) > 1]
 
-    @staticmethod
-    def _ends(snapshot: Snapshot) -> list[tuple[bytes, bytes]]:
-        logs: dict[bytes, list[bytes]] = {}
-        for path in sorted(snapshot):
-            if path.endswith(b".seg") and path.startswith(b".hlfs/logs/"):
-                logs.setdefault(path.rpartition(b"/")[0], []).append(path)
-        return [(paths[0], paths[-1]) for paths in logs.values() if len(paths) > 1]
 
-    def without_newest_checkpoints(self, snapshot: Snapshot) -> Snapshot:
-        """Destroys the newer slot of each log, unless the cut has already torn the other one."""
-        changed = dict(snapshot)
-        for path, data in snapshot.items():
-            if not path.endswith(b"/checkpoint") or data is None or len(data) != 2 * SLOT_BYTES:
-                continue
-            slots = [data[:SLOT_BYTES], data[SLOT_BYTES:]]
-            newer = max((0, 1), key=lambda number: int.from_bytes(slots[number][32:40], "little"))
-            slots[newer] = b"\xa5" * SLOT_BYTES
-            if _readable(*slots):
-                changed[path] = b"".join(slots)
-                self.count += 1
-        return changed
+def without_newest_checkpoints(snapshot: Snapshot) -> Snapshot:
+    """Destroys the newer slot of each log, unless the cut has already torn the other one."""
+    changed = dict(snapshot)
+    for path, data in snapshot.items():
+        if not path.endswith(b"/checkpoint") or data is None or len(data) != 2 * SLOT_BYTES:
+            continue
+        slots = [data[:SLOT_BYTES], data[SLOT_BYTES:]]
+        generations = [int.from_bytes(slot[32:40], "little") for slot in slots]
+        slots[generations.index(max(generations))] = b"\xa5" * SLOT_BYTES
+        if _readable(*slots):
+            changed[path] = b"".join(slots)
+    return changed
 
 
 def _readable(*slots: bytes) -> bool:
@@ -171,18 +165,10 @@ def _readable(*slots: bytes) -> bool:
     return True
 
 
-def test_a_recycled_segment_full_of_older_valid_chunks(worker: Worker, directory: Path, once: Run, seed: int) -> None:
+@pytest.mark.parametrize("spoil", [recycled, without_newest_checkpoints], ids=lambda spoil: spoil.__name__)
+def test_a_disk_with_more_than_losses(worker: Worker, directory: Path, once: Run, seed: int, spoil: Spoil) -> None:
+    """A recycled segment full of older valid chunks; the newer checkpoint destroyed, at any moment."""
     print(f"HLFS_CRASH_SEED={seed}")
-    spoiled = Spoiled()
-    plan = Plan(cuts=25, chances=(0.0, 0.5), again_every=15, spoil=spoiled.recycled)
-    Machine(worker, directory, seed).sweep(once, plan)
-    assert spoiled.count > 10
-
-
-def test_the_newer_checkpoint_destroyed(worker: Worker, directory: Path, once: Run, seed: int) -> None:
-    """At any moment: the older one and the log after it say the same."""
-    print(f"HLFS_CRASH_SEED={seed}")
-    spoiled = Spoiled()
-    plan = Plan(cuts=30, chances=(0.0, 0.5), again_every=15, spoil=spoiled.without_newest_checkpoints)
-    Machine(worker, directory, seed).sweep(once, plan)
-    assert spoiled.count > 20
+    machine = Machine(worker, directory, seed)
+    machine.sweep(once, Plan(cuts=25, chances=(0.0, 0.5), again_every=15, spoil=spoil))
+    assert machine.images > 20

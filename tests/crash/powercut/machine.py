@@ -31,6 +31,10 @@ def nothing_else(snapshot: Snapshot) -> Snapshot:
     return snapshot
 
 
+def _spoils(spoil: Spoil, snapshot: Snapshot) -> bool:
+    return spoil(snapshot) != snapshot
+
+
 @dataclass(frozen=True)
 class Plan:
     """How thoroughly a history is cut.
@@ -39,7 +43,7 @@ class Plan:
         cuts: how many of the events that change something are cut off, chosen at random; None: each.
         chances: of what was not synced to be there nevertheless; one image for each at every cut. 0 and 1 are the
             extremes; images that were checked already cost nothing.
-        spoil: what the disk does on top of losing what was not synced.
+        spoil: what the disk does on top of losing what was not synced; cuts where it would do nothing are left out.
         again_every: one recovery of so many is itself cut, at `again_cuts` places; 0 for none.
     """
 
@@ -152,6 +156,8 @@ class Machine:
         # Just before something changes, all that was said meanwhile has to be true.
         cuts = [cut for cut in range(run.oracle.made + 1, run.events) if not isinstance(events[cut], Mark)]
         cuts.append(run.events)
+        if plan.spoil is not nothing_else:
+            cuts = [cut for cut in cuts if _spoils(plan.spoil, run.after_loss(cut, Fate()))]
         if plan.cuts is not None and plan.cuts < len(cuts):
             cuts = sorted(random.Random(self._seed).sample(cuts, plan.cuts))
         for cut in cuts:
