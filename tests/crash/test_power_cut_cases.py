@@ -47,7 +47,8 @@ def test_a_footer_without_its_payload(worker: Worker, directory: Path, seed: int
     fate = Fate()
     fate.lost = {index: [] for index in (chunks if kept.endswith("segment") else [*chunks, *later])}
     assert footer not in fate.lost
-    found = Machine(worker, directory, seed).check(run, end, fate)
+    machine = Machine(worker, directory, seed)
+    found = machine.recover(machine.check(run, end, fate))
     assert list(found.digests.values()) == [digest(content(1, 40 * BLOCK))]
 
 
@@ -70,7 +71,7 @@ def test_a_torn_write_of_1_mib(worker: Worker, directory: Path, seed: int) -> No
     machine, rng = Machine(worker, directory, seed), random.Random(seed)
 
     def left(fate: Fate) -> str:
-        (found,) = machine.check(run, end, fate).digests.values()
+        (found,) = machine.recover(machine.check(run, end, fate)).digests.values()
         return found
 
     chunks = written_to(run, ".seg", flushed, end)
@@ -107,7 +108,7 @@ def test_a_segment_prepared_and_never_used(worker: Worker, directory: Path, seed
     machine = Machine(worker, directory, seed)
     plan = Plan(cuts=15, chances=(0.0, 0.5), again_every=10)
     for fate in (Fate(), _all_lost(run, synced + 1)):
-        machine.cut_recovery(run, synced + 1, fate, plan)
+        machine.cut_twice(run, synced + 1, fate, plan)
     assert any(path.endswith(b"00000001.seg") for path in run.after_loss(synced + 1, Fate()))
     (directory / "second").mkdir()
     onto = run.after_loss(synced + 1, Fate())
@@ -119,6 +120,24 @@ def _all_lost(run: Run, cut: int) -> Fate:
     fate = Fate()
     fate.lost = {index: [] for index in range(cut)}
     return fate
+
+
+# --- a cut that nothing but an empty segment tells ---------------------------------------------------------------
+
+
+def test_a_cut_told_by_an_empty_segment(worker: Worker, directory: Path, seed: int) -> None:
+    """A chunk whose sync failed and that was written again in a new epoch, where only the old one reached the disk.
+
+    The recovery that leaves it out must do so for good, although the new epoch's segment holds nothing.
+    """
+    history: History = [["create", "a"], ["write", "a", 0, BLOCK, 1, True], ["write_failing", "a", 0, BLOCK, 2, "sync"]]
+    run = record(worker, directory, history)
+    texts, durable = run.trace.texts, run.oracle.ended(2)
+    (again,) = written_to(run, "00000001.seg", durable, run.oracle.ended(3))
+    synced = next(index for index in range(again, run.events) if texts[index].startswith("end of sync"))
+    fate = Fate()
+    fate.lost[again] = []
+    Machine(worker, directory, seed).cut_twice(run, synced, fate, Plan(again_cuts=20))
 
 
 # --- what the disk does on top of losing what was not synced ----------------------------------------------------
