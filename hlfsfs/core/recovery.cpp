@@ -351,10 +351,23 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
                       " although more of it was durable");
     }
 
-    // A segment that no chunk was ever written to was prepared and not used.
-    for (std::size_t s = 0; s < scanned.size(); ++s) {
-        if (scanned[s].chunks.empty() && scanned[s].header.segno > replay.end.segno) {
-            report.unfinished_segments.push_back(scanned[s].header.segno);
+    // A segment that no chunk was ever written to was prepared and not used. One of the newest epoch stays if none of
+    // that epoch was used: nothing else on the disk says where the older ones ended.
+    std::uint64_t newest_epoch = 0;
+    std::uint64_t told_epoch = 0;
+    const auto unused = [&replay](const ScannedSegment& segment) {
+        return segment.chunks.empty() && segment.header.segno > replay.end.segno;
+    };
+    for (const ScannedSegment& segment : scanned) {
+        newest_epoch = std::max(newest_epoch, segment.header.epoch);
+        if (!unused(segment))
+            told_epoch = std::max(told_epoch, segment.header.epoch);
+    }
+    for (const ScannedSegment& segment : scanned) {
+        if (unused(segment) && (segment.header.epoch < newest_epoch || told_epoch == newest_epoch)) {
+            report.unfinished_segments.push_back(segment.header.segno);
+        } else {
+            told_epoch = std::max(told_epoch, segment.header.epoch);
         }
     }
     // An index that a kept checkpoint knows is not taken for a new one.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hlfsfs import _core
-from tests.crash.powercut.machine import Machine, Plan, Run, record
+from tests.crash.powercut.machine import Machine, Plan, Run, Spoil, record
 from tests.crash.powercut.operations import History
 from tests.crash.powercut.worker import Worker, digest
 from tests.engine.contents import BLOCK, content, written
@@ -47,7 +47,8 @@ def test_a_footer_without_its_payload(worker: Worker, directory: Path, seed: int
     fate = Fate()
     fate.lost = {index: [] for index in (chunks if kept.endswith("segment") else [*chunks, *later])}
     assert footer not in fate.lost
-    found = Machine(worker, directory, seed).check(run, end, fate)
+    machine = Machine(worker, directory, seed)
+    found = machine.recover(machine.check(run, end, fate))
     assert list(found.digests.values()) == [digest(content(1, 40 * BLOCK))]
 
 
@@ -70,7 +71,7 @@ def test_a_torn_write_of_1_mib(worker: Worker, directory: Path, seed: int) -> No
     machine, rng = Machine(worker, directory, seed), random.Random(seed)
 
     def left(fate: Fate) -> str:
-        (found,) = machine.check(run, end, fate).digests.values()
+        (found,) = machine.recover(machine.check(run, end, fate)).digests.values()
         return found
 
     chunks = written_to(run, ".seg", flushed, end)
@@ -107,7 +108,7 @@ def test_a_segment_prepared_and_never_used(worker: Worker, directory: Path, seed
     machine = Machine(worker, directory, seed)
     plan = Plan(cuts=15, chances=(0.0, 0.5), again_every=10)
     for fate in (Fate(), _all_lost(run, synced + 1)):
-        machine.cut_recovery(run, synced + 1, fate, plan)
+        machine.cut_twice(run, synced + 1, fate, plan)
     assert any(path.endswith(b"00000001.seg") for path in run.after_loss(synced + 1, Fate()))
     (directory / "second").mkdir()
     onto = run.after_loss(synced + 1, Fate())
@@ -121,46 +122,58 @@ def _all_lost(run: Run, cut: int) -> Fate:
     return fate
 
 
+# --- a cut that nothing but an empty segment tells ---------------------------------------------------------------
+
+
+def test_a_cut_told_by_an_empty_segment(worker: Worker, directory: Path, seed: int) -> None:
+    """A chunk whose sync failed and that was written again in a new epoch, where only the old one reached the disk.
+
+    The recovery that leaves it out must do so for good, although the new epoch's segment holds nothing.
+    """
+    history: History = [["create", "a"], ["write", "a", 0, BLOCK, 1, True], ["write_failing", "a", 0, BLOCK, 2, "sync"]]
+    run = record(worker, directory, history)
+    texts, durable = run.trace.texts, run.oracle.ended(2)
+    (again,) = written_to(run, "00000001.seg", durable, run.oracle.ended(3))
+    synced = next(index for index in range(again, run.events) if texts[index].startswith("end of sync"))
+    fate = Fate()
+    fate.lost[again] = []
+    Machine(worker, directory, seed).cut_twice(run, synced, fate, Plan(again_cuts=20))
+
+
 # --- what the disk does on top of losing what was not synced ----------------------------------------------------
 
 
-class Spoiled:
-    """Counts what it did, so that a test knows it was not in vain."""
+def recycled(snapshot: Snapshot) -> Snapshot:
+    """As if the newest segment of each log were a recycled file: full of valid chunks of the same log's oldest."""
+    changed = dict(snapshot)
+    for oldest, newest in _ends(snapshot):
+        data, stale = snapshot[newest] or b"", snapshot[oldest] or b""
+        used = -(-len(data.rstrip(b"\0")) // BLOCK) * BLOCK
+        rest = stale[used : len(data)]
+        changed[newest] = data[:used] + rest + data[used + len(rest) :]
+    return changed
 
-    count = 0
 
-    def recycled(self, snapshot: Snapshot) -> Snapshot:
-        """As if the newest segment of each log were a recycled file: full of valid chunks of the same log's oldest."""
-        changed = dict(snapshot)
-        for oldest, newest in self._ends(snapshot):
-            data, stale = snapshot[newest] or b"", snapshot[oldest] or b""
-            used = -(-len(data.rstrip(b"\0")) // BLOCK) * BLOCK
-            rest = stale[used : len(data)]
-            changed[newest] = data[:used] + rest + data[used + len(rest) :]
-            self.count += any(rest)
-        return changed
+def _ends(snapshot: Snapshot) -> list[tuple[bytes, bytes]]:
+    logs: dict[bytes, list[bytes]] = {}
+    for path in sorted(snapshot):
+        if path.endswith(b".seg") and path.startswith(b".hlfs/logs/"):
+            logs.setdefault(path.rpartition(b"/")[0], []).append(path)
+    return [(paths[0], paths[-1]) for paths in logs.values() if len(paths) > 1]
 
-    @staticmethod
-    def _ends(snapshot: Snapshot) -> list[tuple[bytes, bytes]]:
-        logs: dict[bytes, list[bytes]] = {}
-        for path in sorted(snapshot):
-            if path.endswith(b".seg") and path.startswith(b".hlfs/logs/"):
-                logs.setdefault(path.rpartition(b"/")[0], []).append(path)
-        return [(paths[0], paths[-1]) for paths in logs.values() if len(paths) > 1]
 
-    def without_newest_checkpoints(self, snapshot: Snapshot) -> Snapshot:
-        """Destroys the newer slot of each log, unless the cut has already torn the other one."""
-        changed = dict(snapshot)
-        for path, data in snapshot.items():
-            if not path.endswith(b"/checkpoint") or data is None or len(data) != 2 * SLOT_BYTES:
-                continue
-            slots = [data[:SLOT_BYTES], data[SLOT_BYTES:]]
-            newer = max((0, 1), key=lambda number: int.from_bytes(slots[number][32:40], "little"))
-            slots[newer] = b"\xa5" * SLOT_BYTES
-            if _readable(*slots):
-                changed[path] = b"".join(slots)
-                self.count += 1
-        return changed
+def without_newest_checkpoints(snapshot: Snapshot) -> Snapshot:
+    """Destroys the newer slot of each log, unless the cut has already torn the other one."""
+    changed = dict(snapshot)
+    for path, data in snapshot.items():
+        if not path.endswith(b"/checkpoint") or data is None or len(data) != 2 * SLOT_BYTES:
+            continue
+        slots = [data[:SLOT_BYTES], data[SLOT_BYTES:]]
+        generations = [int.from_bytes(slot[32:40], "little") for slot in slots]
+        slots[generations.index(max(generations))] = b"\xa5" * SLOT_BYTES
+        if _readable(*slots):
+            changed[path] = b"".join(slots)
+    return changed
 
 
 def _readable(*slots: bytes) -> bool:
@@ -171,18 +184,10 @@ def _readable(*slots: bytes) -> bool:
     return True
 
 
-def test_a_recycled_segment_full_of_older_valid_chunks(worker: Worker, directory: Path, once: Run, seed: int) -> None:
+@pytest.mark.parametrize("spoil", [recycled, without_newest_checkpoints], ids=lambda spoil: spoil.__name__)
+def test_a_disk_with_more_than_losses(worker: Worker, directory: Path, once: Run, seed: int, spoil: Spoil) -> None:
+    """A recycled segment full of older valid chunks; the newer checkpoint destroyed, at any moment."""
     print(f"HLFS_CRASH_SEED={seed}")
-    spoiled = Spoiled()
-    plan = Plan(cuts=25, chances=(0.0, 0.5), again_every=15, spoil=spoiled.recycled)
-    Machine(worker, directory, seed).sweep(once, plan)
-    assert spoiled.count > 10
-
-
-def test_the_newer_checkpoint_destroyed(worker: Worker, directory: Path, once: Run, seed: int) -> None:
-    """At any moment: the older one and the log after it say the same."""
-    print(f"HLFS_CRASH_SEED={seed}")
-    spoiled = Spoiled()
-    plan = Plan(cuts=30, chances=(0.0, 0.5), again_every=15, spoil=spoiled.without_newest_checkpoints)
-    Machine(worker, directory, seed).sweep(once, plan)
-    assert spoiled.count > 20
+    machine = Machine(worker, directory, seed)
+    machine.sweep(once, Plan(cuts=25, chances=(0.0, 0.5), again_every=15, spoil=spoil))
+    assert machine.images > 20

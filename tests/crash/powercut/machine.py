@@ -31,6 +31,10 @@ def nothing_else(snapshot: Snapshot) -> Snapshot:
     return snapshot
 
 
+def _spoils(spoil: Spoil, snapshot: Snapshot) -> bool:
+    return spoil(snapshot) != snapshot
+
+
 @dataclass(frozen=True)
 class Plan:
     """How thoroughly a history is cut.
@@ -39,7 +43,7 @@ class Plan:
         cuts: how many of the events that change something are cut off, chosen at random; None: each.
         chances: of what was not synced to be there nevertheless; one image for each at every cut. 0 and 1 are the
             extremes; images that were checked already cost nothing.
-        spoil: what the disk does on top of losing what was not synced.
+        spoil: what the disk does on top of losing what was not synced; cuts where it would do nothing are left out.
         again_every: one recovery of so many is itself cut, at `again_cuts` places; 0 for none.
     """
 
@@ -152,36 +156,43 @@ class Machine:
         # Just before something changes, all that was said meanwhile has to be true.
         cuts = [cut for cut in range(run.oracle.made + 1, run.events) if not isinstance(events[cut], Mark)]
         cuts.append(run.events)
+        if plan.spoil is not nothing_else:
+            cuts = [cut for cut in cuts if _spoils(plan.spoil, run.after_loss(cut, Fate()))]
         if plan.cuts is not None and plan.cuts < len(cuts):
             cuts = sorted(random.Random(self._seed).sample(cuts, plan.cuts))
         for cut in cuts:
             for number, chance in enumerate(plan.chances):
                 self._cut(run, cut, RandomFate(random.Random(f"{self._seed} {cut} {number}"), chance), plan)
 
-    def check(self, run: Run, cut: int, fate: Fate, spoil: Spoil = nothing_else) -> Found:
-        """Cuts once. Raises Failure."""
-        found = self._recover(run.after_loss(cut, fate), spoil)
-        self._require(run, cut, fate, run.oracle.complaint(cut, found))
-        return found
+    def check(self, run: Run, cut: int, fate: Fate, spoil: Spoil = nothing_else) -> Snapshot:
+        """Cuts once, and returns the image that was recovered. Raises Failure."""
+        image = spoil(run.after_loss(cut, fate))
+        self._require(run, cut, fate, run.oracle.complaint(cut, self.recover(image)))
+        return image
 
     def _cut(self, run: Run, cut: int, fate: Fate, plan: Plan) -> None:
         before = self.images
-        self.check(run, cut, fate, plan.spoil)
+        image = self.check(run, cut, fate, plan.spoil)
         if plan.again_every and self.images != before and self.images % plan.again_every == 0:
-            self.cut_recovery(run, cut, fate, plan)
+            self._cut_recovery(run, cut, fate, image, plan)
+
+    def cut_twice(self, run: Run, cut: int, fate: Fate, plan: Plan) -> None:
+        """Cuts, and cuts the recovery that follows. Raises Failure."""
+        self._cut_recovery(run, cut, fate, self.check(run, cut, fate, plan.spoil), plan)
 
     def _require(self, run: Run, cut: int, fate: Fate, complaint: str, again: int | None = None) -> None:
         if complaint:
             raise Failure(cut, fate, complaint, run.oracle.operation_at(cut), self._tried, again)
 
-    def _recover(self, snapshot: Snapshot, spoil: Spoil = nothing_else) -> Found:
-        """What a recovery makes of a snapshot; the same as last time, if it is the same."""
+    def recover(self, image: Snapshot) -> Found:
+        """What a recovery makes of a store; the same as last time, if it is the same."""
+        self._tried = image
         for seen, found in self._seen:
-            if seen == snapshot:
+            if seen == image:
                 return found
-        found = self._recover_image(spoil(snapshot))
+        found = self._recover_image(image)
         # One for each chance is enough: most events change nothing that a cut would show.
-        self._seen = [*self._seen[-5:], (snapshot, found)]
+        self._seen = [*self._seen[-5:], (image, found)]
         return found
 
     def _recover_image(self, image: Snapshot, trace: Path | None = None) -> Found:
@@ -196,12 +207,10 @@ class Machine:
         assert isinstance(found, Found)
         return found
 
-    def cut_recovery(self, run: Run, cut: int, fate: Fate, plan: Plan) -> None:
-        """Recovers what a cut leaves, and cuts that too. Raises Failure."""
+    def _cut_recovery(self, run: Run, cut: int, fate: Fate, image: Snapshot, plan: Plan) -> None:
         rng = random.Random(f"{self._seed} {cut} again")
         path = self._directory / "again"
         path.unlink(missing_ok=True)
-        image = plan.spoil(run.after_loss(cut, fate))
         self._image.become(image)
         recording = Recording(self._image.root)
         first = self._recover_image(image, path)
@@ -211,7 +220,7 @@ class Machine:
         self.recoveries_cut += 1
         for again in [recovered, probed, *(rng.randrange(probed) for _ in range(plan.again_cuts))]:
             second = RandomFate(rng, rng.choice(plan.chances))
-            found = self._recover(on_another_boot(recording.after_loss(again, second)))
+            found = self.recover(on_another_boot(recording.after_loss(again, second)))
             complaint = run.oracle.complaint(cut, found)
             if again >= recovered:
                 complaint = complaint_again(first, found, probed=again >= probed)

@@ -151,7 +151,7 @@ class Player:
 
     def pause(self) -> None:
         """Lets what is under way end, which nothing waits for."""
-        time.sleep(0.1)
+        time.sleep(0.5)
 
     def checkpoint(self, path: str) -> None:
         self.world.engine.checkpoint(self.volume(path))
