@@ -34,6 +34,16 @@ EVERYTHING_ONCE: History = [
     ["write_failing", "a", 9 * BLOCK, 9 * BLOCK, 18, "write"],
     ["idle", "a"],
     ["write", "a", 7 * BLOCK, 2 * BLOCK, 20, False],
+    ["write", "a", 30 * BLOCK, 1 << 20, 21, False],
+    ["write", "a", 5 * BLOCK, 1 << 20, 22, False],
+    ["write", "a", 90 * BLOCK, 3 * BLOCK, 23, False],
+    ["clean", "a"],
+    ["write", "a", 0, 1 << 20, 24, False],
+    ["write", "a", 40 * BLOCK, 1 << 20, 25, False],
+    ["write", "a", 3 * BLOCK, 200 * BLOCK, 26, False],
+    ["write", "a", 2 * BLOCK, 200 * BLOCK, 27, False],
+    ["clean", "a"],
+    ["write", "a", 2 * BLOCK, 100 * BLOCK, 28, False],
     ["forget", "a"],
     ["mkdir", "p"],
     ["create", "p/b"],
@@ -76,6 +86,7 @@ def _operation(rng: random.Random) -> Operation:
             ["punch", path, offset, some, rng.random() < 0.7],
             ["resize", path, offset],
             [rng.choice(["checkpoint", "checkpoint", "idle"]), path],
+            ["clean", path],
             ["write_failing", *_write(rng, path)[1:-1], rng.choice(["write", "sync"])],
             ["forget", path],
             ["takeover"],
@@ -85,7 +96,7 @@ def _operation(rng: random.Random) -> Operation:
             ["unlink", path],
             rng.choice([["mkdir", "p"], ["rmdir", "p"], ["open", path], ["release"]]),
         ],
-        weights=[40, 8, 8, 4, 3, 6, 2, 3, 2, 1, 3, 3, 2, 3],
+        weights=[40, 8, 8, 4, 3, 6, 3, 2, 3, 2, 1, 3, 3, 2, 3],
     )[0]
 
 

@@ -1,6 +1,6 @@
 """What is done to a store, one function for each kind; a history is a list of them, in JSON's terms.
 
-A new kind, as of reclaiming space, is one more entry in `KINDS`.
+A new kind is one more entry in `KINDS`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class CutWorld(RealWorld):
 
     def die(self) -> None:
         """Ends without making anything durable, as far as a process can: the ring stays, so a takeover finds it."""
+        self.engine._cleaner.stop()
         self.engine._service.stop()
         self.engine.core.stop()
         self.store.close()
@@ -160,6 +161,10 @@ class Player:
         """What follows when nobody writes to the volume for a while."""
         self.world.engine._checkpoint_due(self.volume(path), True)
 
+    def clean(self, path: str) -> None:
+        """Gets back what space can be had."""
+        self.world.engine.clean(self.volume(path))
+
     def forget(self, path: str) -> None:
         """Closes the volume, if nobody has it open."""
         self.world.names.forget([self.world.names.resolve(path.encode())])
@@ -238,6 +243,7 @@ KINDS = {
     "pause": Kind(Player.pause),
     "checkpoint": Kind(Player.checkpoint, durable="path", alone=True),
     "idle": Kind(Player.idle, durable="path", alone=True),
+    "clean": Kind(Player.clean, durable="path", alone=True),
     "forget": Kind(Player.forget, alone=True),
     "takeover": Kind(Player.takeover, durable="all", alone=True),
     "reopen": Kind(Player.reopen, durable="all", alone=True),
