@@ -269,6 +269,7 @@ void bind_recovery(nb::class_<Volume>& volume, nb::module_& m) {
         .def_ro("replayed_chunks", &RecoveryReport::replayed_chunks)
         .def_ro("replayed_bytes", &RecoveryReport::replayed_bytes)
         .def_ro("ring_entries", &RecoveryReport::ring_entries)
+        .def_ro("ring_damaged_blocks", &RecoveryReport::ring_damaged_blocks)
         .def_ro("unfinished_segments", &RecoveryReport::unfinished_segments);
     m.def(
         "replay_start_segno",

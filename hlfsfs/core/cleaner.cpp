@@ -352,7 +352,7 @@ void Volume::release_segment(std::uint32_t index) {
     std::unique_ptr<Segment>& segment = table_.at(index);
     if (!segment || !cleanable(*segment))
         throw std::system_error(EBUSY, std::generic_category(), "the segment is in use");
-    if (segment->fd)
+    if (segment->fd_counted)
         core_.open_descriptors.fetch_sub(1, std::memory_order_relaxed);
     segment.reset();
     free_indexes_.emplace_back(index, generation_ + (checkpointing_ ? 1 : 0));

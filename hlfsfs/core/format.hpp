@@ -34,7 +34,7 @@ inline constexpr std::uint16_t kFormatVersion = 1;
 // --- positions -------------------------------------------------------------------------------------------------------
 
 // The smallest holds the largest request with its summary and footer.
-inline constexpr std::uint32_t kMinSegmentShift = 22;
+inline constexpr std::uint32_t kMinSegmentShift = 21;
 inline constexpr std::uint32_t kMaxSegmentShift = 27;
 inline constexpr std::uint32_t kMaxSegmentIndex = (1U << 24) - 1;
 

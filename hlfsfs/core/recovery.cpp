@@ -477,8 +477,10 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
                     while (!(run = core_.take_pages(static_cast<std::uint32_t>(entry.count))))
                         core_.ring().wait_for_pages();
                     for (std::uint32_t b = 0; b < run->count; ++b) {
-                        std::memcpy(core_.ring().page(run->first + b), old_ring.page(chunk->pages[index + b]),
-                                    kBlockBytes);
+                        std::byte* copy = core_.ring().page(run->first + b);
+                        std::memcpy(copy, old_ring.page(chunk->pages[index + b]), kBlockBytes);
+                        // Its checksum stays, so that it reads as an error.
+                        report.ring_damaged_blocks += crc32c_block(copy) != chunk->checks[index + b] ? 1 : 0;
                     }
                     item.first_page = run->first;
                     item.crcs = chunk->checks + index;
@@ -515,6 +517,20 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
         return;
     report.unclean = true;
     {
+        Lock lock(mutex_);
+        wait_durable(lock, next_number());
+    }
+    if (report.ring_damaged_blocks > 0) {
+        // A bad block ends the log unless something behind it says that it was durable, and what was acknowledged after
+        // it must not end with it.
+        PublishItem times{};
+        times.kind = EntryKind::ext;
+        {
+            const Lock lock(mutex_);
+            times.mtime_ns = mtime_ns_;
+            times.ctime_ns = ctime_ns_;
+        }
+        publish_waiting({&times, 1}, 0, sizeof(ExtTimes));
         Lock lock(mutex_);
         wait_durable(lock, next_number());
     }

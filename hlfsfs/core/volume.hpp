@@ -78,6 +78,7 @@ struct RecoveryReport {
     std::uint64_t replayed_chunks = 0;
     std::uint64_t replayed_bytes = 0;
     std::uint64_t ring_entries = 0;
+    std::uint64_t ring_damaged_blocks = 0;           // no longer what was acknowledged: they read as EIO
     std::vector<std::uint64_t> unfinished_segments;  // prepared and never used: their files may go
 };
 

@@ -192,6 +192,11 @@ class Engine:
         elif not self._store.read_only:
             for segno in report.unfinished_segments:
                 self._store.remove_segment(volume.log_uuid, segno)
+        if report.ring_damaged_blocks > 0:
+            lost = report.ring_damaged_blocks
+            log.error(
+                "%s: %d blocks changed in shared memory and read as I/O errors until they are rewritten", what, lost
+            )
         if report.unclean:
             counts = (report.replayed_chunks, report.replayed_bytes, report.ring_entries)
             log.info("%s: recovered: %d chunks, %d bytes read, %d entries from the ring", what, *counts)

@@ -115,7 +115,7 @@ class Owned(Features, kw_only=True):
     xattrs: dict[str, bytes] = {}
 
 
-MIN_SEGMENT_SHIFT, MAX_SEGMENT_SHIFT = 22, 27
+MIN_SEGMENT_SHIFT, MAX_SEGMENT_SHIFT = 21, 27
 
 
 class VolumeRecord(Owned, kw_only=True):
