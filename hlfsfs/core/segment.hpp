@@ -46,6 +46,7 @@ struct Segment {
     // while it is written to
     std::uint32_t allocated_slots = 0;
     std::uint32_t tail_slot = 1;
+    std::uint64_t opened_ns = 0;
     bool unsynced = false;
     std::uint32_t unwritten_chunks = 0;
     std::vector<std::byte> footer_body;  // every summary so far, without padding

@@ -247,6 +247,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     bool place(LiveChunk& chunk, std::size_t used_bytes);
     void roll_segment();
     void refuse_space(int error) noexcept;
+    [[nodiscard]] bool filling_fast() const;
     void want_segment();
     void want_growth(std::uint32_t needed_slots);
     [[nodiscard]] bool fits_current(std::uint32_t total, std::size_t used_bytes) const;

@@ -23,6 +23,11 @@ constexpr std::uint64_t kUnflushedPublishes = 256;
 // A volume of a few hundred KiB takes less than 1 MiB.
 constexpr std::uint32_t kFirstSegmentSlots = 192;
 constexpr std::uint32_t kGrowthSlots = 1024;
+// 200 MB/s over at least 4 MiB.
+constexpr std::uint32_t kFastSlots = 1024;
+constexpr std::uint64_t kFastNsPerSlot = 20'000;
+constexpr std::uint64_t kCheapCheckpointBytes = std::uint64_t{256} << 20;
+constexpr std::uint64_t kCheapShare = 64;
 constexpr std::uint64_t kRefusalNs = 100'000'000;
 constexpr std::uint64_t kRetryNs = 200'000'000;
 constexpr std::uint64_t kRetryBrokenNs = 1'000'000'000;
@@ -59,6 +64,13 @@ bool Volume::backed(std::uint32_t total, std::size_t used_bytes) const {
     return prepared_ && 1 + total <= prepared_->allocated_slots;
 }
 
+// Whether the open segment fills so fast that to allocate in small steps, or to make the next one late, would have
+// writers wait.
+bool Volume::filling_fast() const {
+    return current_ != nullptr && current_->tail_slot > kFastSlots &&
+           monotonic_ns() - current_->opened_ns < current_->tail_slot * kFastNsPerSlot;
+}
+
 void Volume::want_segment() {
     if (prepared_ || requested_ || read_only_ || (retry_segment_ns_ != 0 && monotonic_ns() < retry_segment_ns_))
         return;
@@ -84,8 +96,8 @@ void Volume::want_segment() {
     event.volume_id = config_.id;
     event.segno = segment->identity.segno;
     const bool small = current_ == nullptr && live_.empty();
-    event.allocate_bytes =
-        std::uint64_t{std::min(segment_slots_, small ? kFirstSegmentSlots : kGrowthSlots)} * kBlockBytes;
+    const std::uint32_t slots = small ? kFirstSegmentSlots : filling_fast() ? segment_slots_ : kGrowthSlots;
+    event.allocate_bytes = std::uint64_t{std::min(segment_slots_, slots)} * kBlockBytes;
     event.header.assign(reinterpret_cast<const char*>(block.data()), block.size());
     requested_ = std::move(segment);
     core_.post(std::move(event));
@@ -152,6 +164,7 @@ void Volume::roll_segment() {
         footers_due_.push_back(current_);
     }
     current_ = prepared_.get();
+    current_->opened_ns = monotonic_ns();
     current_->footer_body.reserve(std::size_t{512} << 10);
     if (prepared_->index == table_.size()) {
         table_.push_back(std::move(prepared_));
@@ -185,10 +198,12 @@ bool Volume::place(LiveChunk& chunk, std::size_t used_bytes) {
     where.payload_slot = chunk.slot + chunk.summary_blocks;
     chunk.state = LiveChunk::State::sealed;
     to_write_.push_back(&chunk);
+    const bool fast = filling_fast();
     const std::uint32_t low_water = std::clamp<std::uint32_t>(current_->tail_slot / 4, 16, kGrowthSlots / 2);
-    if (current_->allocated_slots < segment_slots_ && current_->allocated_slots - current_->tail_slot < low_water)
-        want_growth(0);
-    if (current_->tail_slot > segment_slots_ / 2)
+    if (current_->allocated_slots < segment_slots_ &&
+        (fast || current_->allocated_slots - current_->tail_slot < low_water))
+        want_growth(fast ? segment_slots_ - current_->tail_slot : 0);
+    if (fast || current_->tail_slot > segment_slots_ / 2)
         want_segment();
     return true;
 }
@@ -412,10 +427,13 @@ void Volume::maybe_checkpoint() {
         return;
     const CoreOptions& options = core_.options();
     const bool many_entries = overlay_.entries() > options.checkpoint_entries;
-    const bool long_log = (log_slots_ - log_slots_at_checkpoint_) * kBlockBytes > options.checkpoint_log_bytes;
+    const std::uint64_t log_bytes = (log_slots_ - log_slots_at_checkpoint_) * kBlockBytes;
+    const bool long_log = log_bytes > options.checkpoint_log_bytes;
     const bool pressed = core_.overlay_entries.load(std::memory_order_relaxed) > options.max_overlay_entries / 4 * 3 &&
                          !overlay_.empty();
-    if (!many_entries && !long_log && !pressed)
+    // Where few nodes would be written for much of the log: what was overwritten meanwhile is free the sooner.
+    const bool cheap = log_bytes > kCheapCheckpointBytes && overlay_.leaves() * kBlockBytes * kCheapShare < log_bytes;
+    if (!many_entries && !long_log && !pressed && !cheap)
         return;
     checkpoint_requested_ = true;
     Event event;

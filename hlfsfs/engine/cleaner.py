@@ -37,7 +37,7 @@ SHORT_SHARE = 0.1
 BUSY_REST = 3
 # Nobody has written for so long: the volume is idle.
 IDLE_S = 2.0
-PERIOD_S = 1.0
+PERIOD_S = 0.25
 # Runs shorter than this many blocks are punched only when idle or short of space.
 BUSY_RUN = 4
 
@@ -151,9 +151,12 @@ class Cleaner:
 
     def _background(self, volume: Volume, known: _Known) -> bool:
         unused = CleanReport()
+        in_no_need = not self._short() and not self._idle(volume, known) and self._excess_bytes(volume) <= 0
         for candidate in self._wanted(volume, known, 0):
-            if candidate.live_blocks_hint == 0:
-                self._clean_one(volume, known, candidate, unused, how=_core.CleanHow.LOOK)
+            # While the volume is busy the dead stay, as more spares for the time when these are used up.
+            if candidate.live_blocks_hint > 0 or (in_no_need and not self._store.wants_spares()):
+                break
+            self._clean_one(volume, known, candidate, unused, how=_core.CleanHow.LOOK, min_run=0)
         while not self._stopping.is_set():
             short = self._short()
             if short:

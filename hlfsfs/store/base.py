@@ -175,6 +175,10 @@ class Store(ABC):
         """Removes a segment as `remove_segment` does; its file may serve as a later one, which spares allocating."""
 
     @abstractmethod
+    def wants_spares(self) -> bool:
+        """Whether a retired segment would be kept for a later one."""
+
+    @abstractmethod
     def drop_spares(self) -> int:
         """Gives the space of all files kept for later segments back; returns how many bytes that was."""
 

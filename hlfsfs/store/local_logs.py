@@ -80,7 +80,10 @@ class LocalLogs(LocalSpares):
             try:
                 self._allocate(fd, allocate_bytes)
                 self.disk.write(fd, header, 0)
-                self.disk.fsync(fd)
+                if spare:
+                    self.disk.fdatasync(fd)
+                else:
+                    self.disk.fsync(fd)
                 self.disk.rename(aside, self.segment_path(log_uuid, segno), Rename.NOREPLACE)
                 self.disk.fsync_dir(self.log_path(log_uuid))
                 _use_direct_io(fd)

@@ -31,17 +31,16 @@ class LocalSpares(LocalPart):
         A crash leaves the file in one of the two places.
         """
         found = self.disk.stat(path)
-        space = self.disk.statvfs(self.meta)
-        worth = (
-            found.st_size >= MIN_SPARE_BYTES
-            and found.st_blocks * 512 >= found.st_size
-            and space.f_bavail > space.f_blocks * FREE_SHARE
-            and len(self._spares()) < MAX_SPARES
-        )
+        whole = found.st_size >= MIN_SPARE_BYTES and found.st_blocks * 512 >= found.st_size
+        worth = whole and self.wants_spares()
         if worth:
             name = secrets.token_hex(8).encode()
             self.disk.rename(path, os.path.join(self.meta, b"spares", name), Rename.NOREPLACE)
         return worth
+
+    def wants_spares(self) -> bool:
+        space = self.disk.statvfs(self.meta)
+        return space.f_bavail > space.f_blocks * FREE_SHARE and len(self._spares()) < MAX_SPARES
 
     def take_spare(self, least_bytes: int) -> bytes | None:
         """Moves a spare of about `least_bytes` or more to a temporary path and returns that; None: there is none."""

@@ -49,6 +49,9 @@ class RecordingDisk(Disk):
     def fsync(self, fd: int) -> None:
         self.recording.events.append(Sync(self._open[fd][0], self._now))
 
+    def fdatasync(self, fd: int) -> None:
+        self.fsync(fd)
+
     def rename(self, old: bytes, new: bytes, how: Rename) -> None:
         super().rename(old, new, how)
         self.recording.rename(old, new, exchange=how is Rename.EXCHANGE)
@@ -70,4 +73,7 @@ class LazyDisk(Disk):
     """A disk for looking at what a crash left: nothing is cut any more, so syncing can be saved."""
 
     def fsync(self, fd: int) -> None:
+        pass
+
+    def fdatasync(self, fd: int) -> None:
         pass
