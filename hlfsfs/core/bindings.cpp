@@ -181,7 +181,14 @@ nb::dict stats_of(const Volume& volume) {
 // A ring that a dead process left.
 class OldRing {
   public:
-    explicit OldRing(int fd) : fd_(fcntl(fd, F_DUPFD_CLOEXEC, 3)), ring_(Ring::attach(fd_)) {}
+    explicit OldRing(int fd) : fd_(fcntl(fd, F_DUPFD_CLOEXEC, 3)) {
+        try {
+            ring_ = Ring::attach(fd_);
+        } catch (...) {
+            close(fd_);
+            throw;
+        }
+    }
     ~OldRing() {
         ring_.reset();
         close(fd_);
@@ -214,7 +221,11 @@ void bind_ring(nb::module_& m) {
         .def_prop_ro("store_uuid", [](OldRing& self) { return bytes_of(self.ring().identity().store_uuid); })
         .def_prop_ro("store_device", [](OldRing& self) { return self.ring().identity().store_device; })
         .def_prop_ro("store_inode", [](OldRing& self) { return self.ring().identity().store_inode; })
-        .def_prop_ro("boot_id", [](OldRing& self) { return std::string(self.ring().identity().boot_id.data()); })
+        .def_prop_ro("boot_id",
+                     [](OldRing& self) {
+                         const auto& text = self.ring().identity().boot_id;
+                         return std::string(text.begin(), std::find(text.begin(), text.end(), '\0'));
+                     })
         .def("volume_ids", &OldRing::volume_ids);
     m.def(
         "ring_file_bytes",
