@@ -285,3 +285,26 @@ def test_an_unused_ring_of_a_start_that_was_cut_is_swept(store: Path) -> None:
     expect_data(engine)
     assert not stray.exists()
     closed(engine)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="a lock record that names another boot, or none, makes the mount pass over this boot's ring, and sweep it",
+)
+@pytest.mark.parametrize("spoil", [{"boot_id": "another boot"}, None])
+def test_a_damaged_lock_record_loses_no_ring(store: Path, spoil: dict[str, str] | None) -> None:
+    """The ring itself says of which boot and store it is: what it holds is taken, or the mount refused."""
+    killed(store)
+    lock = store / ".hlfs" / "lock"
+    good = lock.read_bytes()
+    if spoil is None:
+        lock.write_bytes(b"\xff" + good[1:])
+    else:
+        set_lock_record(store, **spoil)
+    try:
+        engine = opened(store)
+    except RuntimeError:
+        lock.write_bytes(good)
+        engine = opened(store)
+    expect_data(engine)
+    closed(engine)
