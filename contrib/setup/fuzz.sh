@@ -17,7 +17,7 @@ build() {
 }
 
 fuzz() {
-    local name=$1 program="$dir/fuzz_$1" work output count=$((${runs[$1]} * times))
+    local name=$1 program="$dir/fuzz_$1" failed=0 work output count=$((${runs[$1]} * times))
     work=$(mktemp -d) && output="$work/output"
     mkdir -p "$work/seeds" "$work/corpus" "$dir/found"
     HLFS_FUZZ_SEEDS="$work/seeds" "$program"
@@ -31,15 +31,15 @@ fuzz() {
         printf 'fuzz %-10s %s\n' "$name" "$(grep -o 'Done.*' "$output")"
     else
         tail -n 60 "$output"
-        echo "fuzz $name: failed; again with: HLFS_SEED=$seed $0 $*"
-        return 1
+        echo "fuzz $name: failed; again with: HLFS_SEED=$seed contrib/setup/fuzz.sh $jobs $times"
+        failed=1
     fi
     rm -rf "$work"
+    return $failed
 }
 
 { flock 9 && build 9>&-; } 9>build/.lock
 echo "fuzzing with HLFS_SEED=$seed:"
-export -f fuzz
 status=0
 for pair in "log summary" "ring footer" "fuse checkpoint" "segment table"; do
     for name in $pair; do fuzz "$name" & done
