@@ -26,7 +26,7 @@ fuzz() {
     # Without comparison traces: they would teach the fuzzer to forge checksums, and damage does not.
     # Leaks are the core's own tests' business; looking for them after every input takes longer than the input.
     if ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 timeout $((300 * times)) "$program" -seed="$seed" \
-        -runs="$count" -use_cmp=0 -detect_leaks=0 -timeout=20 -artifact_prefix="$dir/found/$name-" \
+        -runs="$count" -use_cmp=0 -detect_leaks=0 -timeout=60 -artifact_prefix="$dir/found/$name-" \
         "${directories[@]}" >"$output" 2>&1; then
         printf 'fuzz %-10s %s\n' "$name" "$(grep -o 'Done.*' "$output")"
     else
