@@ -6,7 +6,7 @@ set -euo pipefail
 
 jobs=$1 times=${2:-1} dir=build/fuzz seed=${HLFS_SEED:-$RANDOM}
 # Inputs a run; so many that each takes some seconds on one core.
-declare -A runs=([summary]=200000 [footer]=200000 [checkpoint]=20000 [segment]=1000 [table]=1000 [log]=500 [ring]=500 [fuse]=8000)
+declare -A runs=([summary]=200000 [footer]=200000 [checkpoint]=20000 [segment]=1000 [table]=1000 [log]=400 [ring]=400 [fuse]=8000)
 
 build() {
     if [ ! -f "$dir/build.ninja" ]; then
@@ -17,7 +17,7 @@ build() {
 }
 
 fuzz() {
-    local name=$1 program="$dir/fuzz_$1" work output count=$((${runs[$1]} * times))
+    local name=$1 program="$dir/fuzz_$1" failed=0 work output count=$((${runs[$1]} * times))
     work=$(mktemp -d) && output="$work/output"
     mkdir -p "$work/seeds" "$work/corpus" "$dir/found"
     HLFS_FUZZ_SEEDS="$work/seeds" "$program"
@@ -25,21 +25,21 @@ fuzz() {
     [ ! -d "$kept" ] || directories+=("$kept")
     # Without comparison traces: they would teach the fuzzer to forge checksums, and damage does not.
     # Leaks are the core's own tests' business; looking for them after every input takes longer than the input.
-    if ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 timeout $((60 * times)) "$program" -seed="$seed" \
-        -runs="$count" -use_cmp=0 -detect_leaks=0 -timeout=20 -artifact_prefix="$dir/found/$name-" \
+    if ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 timeout $((300 * times)) "$program" -seed="$seed" \
+        -runs="$count" -use_cmp=0 -detect_leaks=0 -timeout=60 -artifact_prefix="$dir/found/$name-" \
         "${directories[@]}" >"$output" 2>&1; then
         printf 'fuzz %-10s %s\n' "$name" "$(grep -o 'Done.*' "$output")"
     else
         tail -n 60 "$output"
-        echo "fuzz $name: failed; again with: HLFS_SEED=$seed $0 $*"
-        return 1
+        echo "fuzz $name: failed; again with: HLFS_SEED=$seed contrib/setup/fuzz.sh $jobs $times"
+        failed=1
     fi
     rm -rf "$work"
+    return $failed
 }
 
 { flock 9 && build 9>&-; } 9>build/.lock
 echo "fuzzing with HLFS_SEED=$seed:"
-export -f fuzz
 status=0
 for pair in "log summary" "ring footer" "fuse checkpoint" "segment table"; do
     for name in $pair; do fuzz "$name" & done

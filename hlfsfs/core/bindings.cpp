@@ -195,7 +195,11 @@ void bind_ring(nb::module_& m) {
         .def_prop_ro("store_uuid", [](OldRing& self) { return bytes_of(self.ring().identity().store_uuid); })
         .def_prop_ro("store_device", [](OldRing& self) { return self.ring().identity().store_device; })
         .def_prop_ro("store_inode", [](OldRing& self) { return self.ring().identity().store_inode; })
-        .def_prop_ro("boot_id", [](OldRing& self) { return std::string(self.ring().identity().boot_id.data()); })
+        .def_prop_ro("boot_id",
+                     [](OldRing& self) {
+                         const auto& text = self.ring().identity().boot_id;
+                         return std::string(text.begin(), std::find(text.begin(), text.end(), '\0'));
+                     })
         .def("volume_ids", &OldRing::volume_ids);
     m.def(
         "ring_file_bytes",

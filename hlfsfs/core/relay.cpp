@@ -138,7 +138,8 @@ Relay::Sent Relay::send_forgets(Request& request) noexcept {
     constexpr std::size_t kStart = wire::kInHeaderBytes + sizeof(fuse_batch_forget_in);
     static_assert((kRequestHeaderBytes - kStart) % sizeof(fuse_forget_one) == 0);
     constexpr std::uint32_t kInSlot = (kRequestHeaderBytes - kStart) / sizeof(fuse_forget_one);
-    const std::uint32_t total = (request.length_bytes - kStart) / sizeof(fuse_forget_one);
+    const std::uint32_t total =
+        (std::max<std::size_t>(request.length_bytes, kStart) - kStart) / sizeof(fuse_forget_one);
     while (request.sent < total) {
         const bool in_slot = request.sent < kInSlot;
         const std::uint32_t count =

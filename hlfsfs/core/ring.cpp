@@ -211,8 +211,7 @@ void Ring::verify(const ChunkDescriptor& chunk) const {
         const bool known = data || entry.kind == EntryKind::punch || side > 0;
         // Each entry's data moves in one run.
         const bool owned = entry.stored_blocks == (data ? entry.count : 0) && entry.stored_blocks <= kExtentPages;
-        sound = known && owned && entry.block + entry.count <= kMaxBlocks &&
-                (side == 0 || side_at + side <= kChunkSideBytes);
+        sound = known && owned && entry.block + entry.count <= kMaxBlocks && side_at + side <= kChunkSideBytes;
         if (sound && entry.kind == EntryKind::resize) {
             std::uint64_t size_bytes = 0;
             std::memcpy(&size_bytes, chunk.side + side_at, sizeof size_bytes);

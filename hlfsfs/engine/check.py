@@ -10,7 +10,7 @@ from hlfsfs.engine.rings import belongs, opened_ring
 from hlfsfs.errors import Damaged, HlfsError, StoreFailed
 from hlfsfs.store import Store
 from hlfsfs.store.records import LockRecord, VolumeRecord
-from hlfsfs.store.ring_file import RingRefused, boot_id
+from hlfsfs.store.ring_file import RingRefused, boot_id, list_rings
 
 LOST = "what reads it gets an I/O error: restore the volume from a backup, or write the block anew"
 SPARE = "no data is lost; move the volume's data to a new volume, and look at the disk"
@@ -125,6 +125,11 @@ def last_use(store: Store, previous: LockRecord | None) -> LastUse:
     """Looks at how the last use of the store ended. `previous` is what `Store.lock` returned."""
     if previous is None or previous.clean:
         return LastUse(True, "opens it")
+    if previous.boot_id != boot_id():
+        for path in list_rings(store.uuid):
+            with opened_ring(path) as ring:
+                if ring is not None and belongs(ring, store) and ring.boot_id == boot_id() and ring.volume_ids():
+                    return LastUse(False, f"writes what {path} holds to disk", path)
     if not previous.boot_id or previous.boot_id != boot_id() or previous.ring is None:
         return LastUse(False, "opens it with what was flushed before this host's boot")
     try:

@@ -74,15 +74,35 @@ def left_rings(store: Store, previous: LockRecord | None, options: EngineOptions
         RingMissing: it is gone, or is not this store's (a copy names the ring of its original).
         ReadOnly: it holds writes and the store is opened read-only.
     """
-    if previous is None or not previous.boot_id or previous.boot_id != boot_id():
+    if previous is None:
         yield []
         return
     with ExitStack() as stack:
+        if previous.boot_id != boot_id():
+            yield _unnamed(stack, store, options)
+            return
         # The last user's first: a volume in it was sound then, so what an older ring holds of it is past.
         found = [] if previous.clean else _last_users(stack, store, previous.ring or "(none)", options)
         if not options.discard_ring and not store.read_only:
             found.extend(_kept(stack, store, previous.kept_rings))
         yield found
+
+
+def _unnamed(stack: ExitStack, store: Store, options: EngineOptions) -> list[LeftRing]:
+    """Rings of this store and boot that hold something, although the lock record is unreadable or of another boot."""
+    found = []
+    for path in list_rings(store.uuid):
+        ring = stack.enter_context(opened_ring(path))
+        if ring is None or not belongs(ring, store) or ring.boot_id != boot_id() or not ring.volume_ids():
+            continue
+        if options.discard_ring:
+            log.warning("%s: going on without %s, as discard_ring says", store.uri, path)
+            continue
+        if store.read_only:
+            raise ReadOnly(store.uri, "its last user ended uncleanly; mount it read-write once, then read-only")
+        log.warning("%s: %s is this store's, although its lock record does not say so", store.uri, path)
+        found.append(LeftRing(path, ring))
+    return found
 
 
 def _kept(stack: ExitStack, store: Store, paths: list[str]) -> list[LeftRing]:

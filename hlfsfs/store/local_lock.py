@@ -12,7 +12,7 @@ import msgspec
 from hlfsfs.errors import HlfsError, StoreLocked
 from hlfsfs.store.disk import Disk
 from hlfsfs.store.local_base import LocalPart, reading
-from hlfsfs.store.records import LockRecord
+from hlfsfs.store.records import NOT_JSON, LockRecord
 
 # Longer than any record, so that a rewrite in place covers the old content with one block.
 LOCK_RECORD_BYTES = 4096
@@ -81,5 +81,5 @@ def decode_lock(data: bytes) -> LockRecord | None:
         return None
     try:
         return LockRecord.from_json(msgspec.json.decode(data.rstrip(b" \n\0"), type=dict[str, Any]))
-    except (msgspec.ValidationError, msgspec.DecodeError):
+    except NOT_JSON:
         return LockRecord(boot_id="", pid=0, clean=False)

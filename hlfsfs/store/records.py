@@ -6,7 +6,7 @@ Keys this version does not know are kept when a record is written again, at ever
 
 import time
 import zlib
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -19,6 +19,13 @@ ROOT_POOL_ID = 1
 MIN_ID = 1 << 32
 MAX_ID = 1 << 62
 
+# What decoding JSON that anybody may have written raises.
+NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+StableId = Annotated[int, msgspec.Meta(ge=1, lt=MAX_ID)]
+Mode = Annotated[int, msgspec.Meta(ge=0, le=0o7777)]
+UserId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+TimeNs = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 VolumeState = Literal["live", "unlinked-open", "hidden"]
 PoolState = Literal["live", "replaced"]
 
@@ -86,7 +93,7 @@ class Features(Record, kw_only=True):
 class LogRef(Record, kw_only=True):
     """A log a volume reads. `no` is its number in the volume's segment table; exactly one has role `own`."""
 
-    no: int
+    no: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
     uuid: UUID
     role: Literal["own", "origin"] = "own"
 
@@ -108,14 +115,11 @@ class Owned(Features, kw_only=True):
     """
 
     uuid: UUID
-    id: int
-    mode: int
-    uid: int
-    gid: int
+    id: StableId
+    mode: Mode
+    uid: UserId
+    gid: UserId
     xattrs: dict[str, bytes] = {}
-
-
-MIN_SEGMENT_SHIFT, MAX_SEGMENT_SHIFT = 21, 27
 
 
 class VolumeRecord(Owned, kw_only=True):
@@ -129,8 +133,8 @@ class VolumeRecord(Owned, kw_only=True):
 
     state: VolumeState
     logs: list[LogRef]
-    block_shift: int = 12
-    segment_shift: int = 26
+    block_shift: Literal[12] = 12
+    segment_shift: Annotated[int, msgspec.Meta(ge=21, le=27)] = 26
     origin: Origin | None = None
 
     @property
@@ -141,8 +145,6 @@ class VolumeRecord(Owned, kw_only=True):
     def __post_init__(self) -> None:
         if sum(log.role == "own" for log in self.logs) != 1:
             raise ValueError("not exactly one log of its own")
-        if not MIN_SEGMENT_SHIFT <= self.segment_shift <= MAX_SEGMENT_SHIFT:
-            raise ValueError(f"segments of 2^{self.segment_shift} bytes")
 
 
 class PoolRecord(Owned, kw_only=True):
@@ -154,7 +156,7 @@ class PoolRecord(Owned, kw_only=True):
 
     state: PoolState = "live"
     replaced_at: bytes = b""
-    ctime_ns: int = 0
+    ctime_ns: TimeNs = 0
 
 
 class StoreInfo(Features, kw_only=True):
@@ -163,7 +165,7 @@ class StoreInfo(Features, kw_only=True):
     nested: ClassVar[dict[str, type[Record]]] = {"root_pool": PoolRecord}
 
     uuid: UUID
-    created_ns: int = msgspec.field(default_factory=time.time_ns)
+    created_ns: TimeNs = msgspec.field(default_factory=time.time_ns)
     root_pool: PoolRecord
 
 
@@ -219,5 +221,5 @@ def decode_record(kind: type[R], data: bytes, what: str) -> R:
         if incompat:
             raise UnknownFeature(what, incompat)
         return kind.from_json(value)
-    except (msgspec.ValidationError, msgspec.DecodeError) as exc:
+    except NOT_JSON as exc:
         raise RecordDamaged(what, str(exc)) from exc

@@ -5,7 +5,7 @@ import secrets
 import stat
 from uuid import UUID
 
-from hlfsfs.errors import HlfsError, SharedMemoryFull, StoreFailed
+from hlfsfs.errors import HlfsError, SharedMemoryFull, StoreFailed, printable
 
 # Memory that survives the process and not the boot.
 RING_DIR = "/dev/shm"
@@ -69,6 +69,8 @@ def open_ring(path: str) -> int | None:
         return None
     except OSError as exc:
         raise RingRefused(path, os.strerror(exc.errno or 0)) from exc
+    except ValueError as exc:
+        raise RingRefused(printable(path), "no file has such a name") from exc
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         os.close(fd)

@@ -320,3 +320,22 @@ def test_an_engine_that_ended_gives_its_memory_back(store: Path) -> None:
     gc.collect()
     links = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
     assert not [link for link in links if uuid in link]
+
+
+@pytest.mark.parametrize("spoil", [{"boot_id": "another boot"}, None])
+def test_a_damaged_lock_record_loses_no_ring(store: Path, spoil: dict[str, str] | None) -> None:
+    """The ring itself says of which boot and store it is: what it holds is taken, or the mount refused."""
+    killed(store)
+    lock = store / ".hlfs" / "lock"
+    good = lock.read_bytes()
+    if spoil is None:
+        lock.write_bytes(b"\xff" + good[1:])
+    else:
+        set_lock_record(store, **spoil)
+    try:
+        engine = opened(store)
+    except RuntimeError:
+        lock.write_bytes(good)
+        engine = opened(store)
+    expect_data(engine)
+    closed(engine)

@@ -22,6 +22,7 @@ constexpr std::uint64_t kVolume = 0x123456789;
 constexpr std::uint64_t kUnknown = 0x1000;  // and above: not attached, and no such volume
 constexpr std::uint64_t kMaxLogBytes = 32 << 20;
 constexpr int kMaxMessages = 16;
+constexpr std::size_t kForgetsAt = wire::kInHeaderBytes + sizeof(fuse_batch_forget_in);
 
 bool answered(std::uint32_t opcode) {
     return opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET && opcode != FUSE_NOTIFY_REPLY;
@@ -108,6 +109,7 @@ class Server {
         // A request of a false length is refused before anybody looks what it is.
         if (answered(header.opcode) || header.len != message.size())
             pending_.insert(header.unique);
+        sent_bytes_ += message.size();
         if (send(kernel_[0], message.data(), message.size(), MSG_NOSIGNAL) < 0)
             std::abort();
     }
@@ -144,6 +146,9 @@ class Server {
             expect(request.size() >= wire::kInHeaderBytes, "what is forwarded is a request");
             const auto header = wire::load<fuse_in_header>(request.data());
             expect(header.len == request.size(), "a forwarded request is as long as it says");
+            if (header.opcode == FUSE_BATCH_FORGET)
+                forgotten_bytes_ += request.size() - kForgetsAt;
+            expect(forgotten_bytes_ <= sent_bytes_, "no more is forwarded than was sent");
             if (!answered(header.opcode))
                 continue;
             Bytes body;
@@ -187,6 +192,8 @@ class Server {
     int control_[2]{};
     std::unique_ptr<Channel> channel_;
     std::uint64_t unique_ = 100;
+    std::uint64_t sent_bytes_ = 0;
+    std::uint64_t forgotten_bytes_ = 0;
     std::set<std::uint64_t> pending_;
     std::vector<Bytes> replies_;
     Bytes buffer_ = Bytes(std::size_t{2} << 20);
@@ -256,10 +263,23 @@ Bytes other_seed() {
     return seed;
 }
 
+// Requests of some opcodes without the arguments they should have.
+Bytes short_seed(std::uint32_t first_opcode) {
+    Bytes seed;
+    for (int i = 0; i < kMaxMessages; ++i) {
+        fuse_in_header header{};
+        header.opcode = first_opcode + static_cast<std::uint32_t>(i);
+        append(seed, static_cast<std::uint16_t>(sizeof header));
+        append(seed, std::uint8_t{0});
+        append(seed, header);
+    }
+    return seed;
+}
+
 }  // namespace
 
 std::vector<Bytes> seeds() {
-    return {data_seed(), control_seed(), other_seed()};
+    return {data_seed(), control_seed(), other_seed(), short_seed(0), short_seed(16), short_seed(32), short_seed(48)};
 }
 
 }  // namespace hlfs::fuzz
