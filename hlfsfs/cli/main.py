@@ -24,6 +24,12 @@ def _check() -> click.Command:
     return check
 
 
+def _clean() -> click.Command:
+    from hlfsfs.cli.clean import clean  # noqa: PLC0415
+
+    return clean
+
+
 def _mount() -> click.Command:
     from hlfsfs.cli.mount import mount  # noqa: PLC0415 - see LazyGroup
 
@@ -56,6 +62,7 @@ def _volume() -> click.Command:
 
 COMMANDS: dict[str, Callable[[], click.Command]] = {
     "check": _check,
+    "clean": _clean,
     "mount": _mount,
     "pool": _pool,
     "stat": _stat,

@@ -1,15 +1,14 @@
 """`hlfs stat`: what a volume or pool is and takes, through a mount or offline."""
 
-import errno
 import json
 import os
 from typing import Any
 
 import click
 
+from hlfsfs.cli.mounted import path_error
 from hlfsfs.cli.offline import offline
 from hlfsfs.cli.output import format_value, print_fields, print_json
-from hlfsfs.errors import AccessDenied, HlfsError, NoSuchName, StoreFailed, printable
 from hlfsfs.pool import STATS_ATTRIBUTE
 
 # What people are shown, in this order; programs get everything.
@@ -20,7 +19,9 @@ SHOWN = {
     "size_bytes": "size",
     "allocated_bytes": "allocated",
     "log_allocated_bytes": "log",
-    "mapped_bytes": "live in the log",
+    "live_bytes": "live at its checkpoint",
+    "dead_bytes": "dead",
+    "pinned_bytes": "not judged yet",
     "segments": "segments",
     "checkpoint_time_ns": "last checkpoint",
     "dirty_bytes": "dirty",
@@ -31,15 +32,6 @@ SHOWN = {
     "read_only": "read-only",
     "damage": "damage",
 }
-
-
-class NotInAMount(HlfsError):
-    """A path that is not in a mount of HLFS."""
-
-    errno = errno.EINVAL
-
-    def __init__(self, path: str) -> None:
-        super().__init__(f"{printable(path)}: not in a mount of HLFS; for a store that is not mounted, give a URI")
 
 
 @click.command("stat", short_help="Show size, space and state of a volume or pool.")
@@ -64,17 +56,5 @@ def _mounted(path: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(os.getxattr(path, STATS_ATTRIBUTE))
     except OSError as exc:
-        raise _path_error(path, exc) from exc
+        raise path_error(path, exc) from exc
     return found
-
-
-def _path_error(path: str, exc: OSError) -> HlfsError:
-    match exc.errno:
-        case errno.ENOENT | errno.ENOTDIR:
-            return NoSuchName(printable(path))
-        case errno.ENODATA | errno.EOPNOTSUPP:
-            return NotInAMount(path)
-        case errno.EACCES | errno.EPERM:
-            return AccessDenied(printable(path))
-        case _:
-            return StoreFailed(printable(path), exc)

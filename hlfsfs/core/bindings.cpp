@@ -141,7 +141,7 @@ nb::dict stats_of(const Volume& volume) {
     HLFS_FIELD(mapped_bytes);
     HLFS_FIELD(dirty_bytes);
     HLFS_FIELD(overlay_entries);
-    HLFS_FIELD(log_bytes);
+    HLFS_FIELD(appended_bytes);
     HLFS_FIELD(segments);
     HLFS_FIELD(epoch);
     HLFS_FIELD(sequence);
@@ -159,6 +159,8 @@ nb::dict stats_of(const Volume& volume) {
     HLFS_FIELD(map_levels);
     HLFS_FIELD(parked);
     HLFS_FIELD(live_bytes);
+    HLFS_FIELD(first_pinned_segno);
+    HLFS_FIELD(pinned_live_bytes);
     HLFS_FIELD(cleaned_bytes);
     HLFS_FIELD(moved_bytes);
     HLFS_FIELD(read_only);
@@ -351,6 +353,7 @@ void bind_cleaner(nb::class_<Volume>& volume, nb::module_& m) {
     nb::class_<Volume::Cleaned>(m, "Cleaned")
         .def_ro("blocks", &Volume::Cleaned::blocks)
         .def_ro("live_blocks", &Volume::Cleaned::live_blocks)
+        .def_ro("dead_blocks", &Volume::Cleaned::dead_blocks)
         .def_ro("freed_blocks", &Volume::Cleaned::freed_blocks)
         .def_ro("moved_blocks", &Volume::Cleaned::moved_blocks)
         .def_ro("removable", &Volume::Cleaned::removable);

@@ -99,12 +99,17 @@ class Volume::MapCursor {
     std::vector<Standing> at_;
 };
 
+// Recoveries from either kept checkpoint read all segments from here on.
+std::uint64_t Volume::first_pinned_segno() const {
+    const std::uint64_t newest = newest_.replay_start.segno;
+    return older_ ? std::min(newest, older_->replay_start.segno) : newest;
+}
+
 bool Volume::cleanable(const Segment& segment) const {
     const bool ended = segment.state == SegmentState::sealed || segment.state == SegmentState::punched ||
                        segment.state == SegmentState::damaged;
     return ended && segment.log_no == 0 && &segment != current_ && segment.unwritten_chunks == 0 && !segment.unsynced &&
-           segment.footer_body.empty() && segment.identity.segno < newest_.replay_start.segno &&
-           (!older_ || segment.identity.segno < older_->replay_start.segno);
+           segment.footer_body.empty() && segment.identity.segno < first_pinned_segno();
 }
 
 std::vector<Volume::CleanCandidate> Volume::clean_candidates() const {
@@ -194,8 +199,10 @@ Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how,
         if (base_generation_ == found.base_generation && found.footer)
             segment.live_blocks_hint = found.in_newest;
     }
-    if (cleaned.removable || how == CleanHow::look)
+    if (cleaned.removable || how == CleanHow::look) {
+        cleaned.dead_blocks = cleaned.removable ? allocated_bytes(fd) / kBlockBytes : count_dead(found, fd);
         return cleaned;
+    }
     if (how == CleanHow::punch) {
         cleaned.freed_blocks = punch_dead(found, fd, min_run);
     } else {
@@ -211,13 +218,15 @@ Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how,
     return cleaned;
 }
 
-// With a footer, summaries go too: the footer repeats them.
-std::uint64_t Volume::punch_dead(const Survey& survey, int fd, std::uint32_t min_run) {
+// Runs of unreachable blocks that are not punched yet, as offsets in the file: begin, end. With a footer, summaries go
+// too: the footer repeats them.
+template <typename Visit>
+void Volume::each_dead_run(const Survey& survey, int fd, std::uint32_t min_run, Visit visit) {
     std::vector<bool> dead(survey.end_slot, survey.footer);
-    dead[0] = false;
+    if (!dead.empty())
+        dead[0] = false;
     for (const Survey::Block& block : survey.blocks)
         dead[block.slot] = !block.live;
-    const std::uint64_t before = allocated_bytes(fd);
     for (std::uint32_t first = 0; first < dead.size();) {
         if (!dead[first]) {
             ++first;
@@ -231,11 +240,34 @@ std::uint64_t Volume::punch_dead(const Survey& survey, int fd, std::uint32_t min
         if (end - first >= min_run) {
             const off_t data = lseek(fd, offset, SEEK_DATA);
             const bool hole = data < 0 ? errno == ENXIO : data >= stop;
-            if (!hole && ::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, stop - offset) != 0)
-                throw std::system_error(errno, std::generic_category(), "punching a segment");
+            if (!hole)
+                visit(offset, stop);
         }
         first = end;
     }
+}
+
+std::uint64_t Volume::count_dead(const Survey& survey, int fd) {
+    off_t bytes = 0;
+    each_dead_run(survey, fd, 1, [&](off_t offset, off_t stop) {
+        while (offset < stop) {
+            const off_t data = lseek(fd, offset, SEEK_DATA);
+            if (data < 0 || data >= stop)
+                break;
+            const off_t hole = lseek(fd, data, SEEK_HOLE);
+            offset = hole < 0 ? stop : std::min(hole, stop);
+            bytes += offset - data;
+        }
+    });
+    return static_cast<std::uint64_t>(bytes) / kBlockBytes;
+}
+
+std::uint64_t Volume::punch_dead(const Survey& survey, int fd, std::uint32_t min_run) {
+    const std::uint64_t before = allocated_bytes(fd);
+    each_dead_run(survey, fd, min_run, [fd](off_t offset, off_t stop) {
+        if (::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, stop - offset) != 0)
+            throw std::system_error(errno, std::generic_category(), "punching a segment");
+    });
     const std::uint64_t after = allocated_bytes(fd);
     return after < before ? (before - after) / kBlockBytes : 0;
 }

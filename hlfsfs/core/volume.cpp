@@ -87,10 +87,15 @@ Volume::Stats Volume::stats() const {
     stats.mapped_bytes = mapped_estimate() * kBlockBytes;
     stats.dirty_bytes = live_pages_ * kBlockBytes;
     stats.overlay_entries = overlay_.entries() + (frozen_ ? frozen_->entries() : 0);
-    stats.log_bytes = log_slots_ * kBlockBytes;
+    stats.appended_bytes = log_slots_ * kBlockBytes;
+    stats.first_pinned_segno = first_pinned_segno();
     for (const auto& segment : table_) {
-        stats.segments += segment ? 1 : 0;
-        stats.live_bytes += segment ? segment->live_blocks_hint * kBlockBytes : 0;
+        if (!segment)
+            continue;
+        ++stats.segments;
+        stats.live_bytes += segment->live_blocks_hint * kBlockBytes;
+        if (segment->identity.segno >= stats.first_pinned_segno)
+            stats.pinned_live_bytes += segment->live_blocks_hint * kBlockBytes;
     }
     stats.cleaned_bytes = cleaned_blocks_ * kBlockBytes;
     stats.moved_bytes = moved_blocks_ * kBlockBytes;

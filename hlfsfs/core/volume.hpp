@@ -142,6 +142,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     struct Cleaned {
         std::uint64_t blocks = 0;        // payload and summaries
         std::uint64_t live_blocks = 0;   // that a map leads to
+        std::uint64_t dead_blocks = 0;   // look: what punching would free now
         std::uint64_t freed_blocks = 0;  // punched now
         std::uint64_t moved_blocks = 0;  // written again at the log's end
         bool removable = false;          // no map leads into it: release_segment(), then the file may go
@@ -165,12 +166,15 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     CloseResult close_log(bool only_if_idle);
 
     struct Stats {
-        std::uint64_t size_bytes, mapped_bytes, dirty_bytes, overlay_entries, log_bytes, segments, epoch, sequence,
+        std::uint64_t size_bytes, mapped_bytes, dirty_bytes, overlay_entries, segments, epoch, sequence,
             durable_sequence;
+        std::uint64_t appended_bytes;  // to the log since it was opened, with what recovery replayed
         std::uint64_t checkpoint_generation, checkpoint_time_ns, reads, read_bytes, writes, written_bytes, flushes,
             damaged_blocks;
         std::uint64_t chunks, nodes_written, map_levels, parked;
         std::uint64_t live_bytes;  // of the log that the newest checkpoint's map holds, its nodes included
+        // From this segment on the cleaner may touch none yet; and what of live_bytes is there.
+        std::uint64_t first_pinned_segno, pinned_live_bytes;
         std::uint64_t cleaned_bytes, moved_bytes;
         bool read_only;
     };
@@ -319,9 +323,13 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         LogPosition replay_start;
     };
     class MapCursor;
+    [[nodiscard]] std::uint64_t first_pinned_segno() const;
     [[nodiscard]] bool cleanable(const Segment& segment) const;
     Survey survey(std::uint32_t index, int fd);
+    template <typename Visit>
+    static void each_dead_run(const Survey& survey, int fd, std::uint32_t min_run, Visit visit);
     std::uint64_t punch_dead(const Survey& survey, int fd, std::uint32_t min_run);
+    static std::uint64_t count_dead(const Survey& survey, int fd);
     std::uint64_t move_live(const Survey& survey, int fd);
     void wait_for_readers(Lock& lock);
     [[nodiscard]] std::uint32_t next_index() const;

@@ -1,7 +1,8 @@
 """Volume life cycle: attach, recover, checkpoint, close. Synchronous; the hot path is native (hlfsfs._core)."""
 
+from hlfsfs.engine.cleaner import CleanReport
 from hlfsfs.engine.engine import Engine, session
 from hlfsfs.engine.options import EngineOptions
 from hlfsfs.engine.volume import MAX_VOLUME_BYTES, Volume, VolumeAttr
 
-__all__ = ["MAX_VOLUME_BYTES", "Engine", "EngineOptions", "Volume", "VolumeAttr", "session"]
+__all__ = ["MAX_VOLUME_BYTES", "CleanReport", "Engine", "EngineOptions", "Volume", "VolumeAttr", "session"]

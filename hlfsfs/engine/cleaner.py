@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from hlfsfs import _core
+from hlfsfs.engine.space import SpaceWatch
 from hlfsfs.engine.volume import Volume
 from hlfsfs.errors import HlfsError, LogDamaged
 from hlfsfs.store import Store
@@ -40,11 +41,20 @@ IDLE_S = 2.0
 PERIOD_S = 0.25
 # Runs shorter than this many blocks are punched only when idle or short of space.
 BUSY_RUN = 4
+# How often the store's space is looked at while nothing is to be cleaned.
+WATCH_S = 10.0
 
 
 @dataclass
 class CleanReport:
-    """What a pass looked at and did."""
+    """What a pass looked at and did.
+
+    Attributes:
+        segments: looked at.
+        log_bytes: what the log took before.
+        dead_bytes: what could be freed now; a dry run only.
+        freed_bytes: what was given back, that of `removed_segments` included; `moved_bytes` of it are taken again.
+    """
 
     segments: int = 0
     log_bytes: int = 0
@@ -83,7 +93,9 @@ class Cleaner:
         self._lock = threading.Lock()  # guards _due and _known
         self._due: set[int] = set()
         self._known: dict[int, _Known] = {}
-        self._pass = threading.RLock()  # held by the one who cleans: the core's rule
+        self._watch = SpaceWatch(store.uri)
+        self._pass = threading.Lock()  # held by the one who cleans: the core's rule; guards _demanded
+        self._demanded: set[int] = set()
         self._thread = threading.Thread(target=self._run, name="hlfs-cleaner")
 
     def start(self) -> None:
@@ -103,10 +115,16 @@ class Cleaner:
         self._woken.set()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody else cleans for the block."""
+    def on_demand(self, volume_id: int) -> Iterator[None]:
+        """The thread leaves this volume to the caller for the block, so that its report holds all there was to get."""
         with self._pass:
+            self._demanded.add(volume_id)
+        try:
             yield
+        finally:
+            with self._pass:
+                self._demanded.discard(volume_id)
+            self.wake(volume_id)
 
     @contextmanager
     def kept_away(self, volume_id: int) -> Iterator[None]:
@@ -121,8 +139,9 @@ class Cleaner:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._woken.wait()
+            self._woken.wait(WATCH_S)
             self._woken.clear()
+            self._look_at_space()
             with self._lock:
                 due = list(self._due)
             for volume_id in due:
@@ -133,6 +152,12 @@ class Cleaner:
                 waiting = bool(self._due)
             if waiting and not self._stopping.wait(PERIOD_S):
                 self._woken.set()
+
+    def _look_at_space(self) -> None:
+        try:
+            self._watch.look(self._store.statfs())
+        except HlfsError as exc:
+            log.warning("the store's space is not known: %s", exc)
 
     def _visit(self, volume_id: int) -> bool:
         """Cleans what is worth it now. False: there will be more once the volume is idle."""
@@ -157,7 +182,7 @@ class Cleaner:
             if candidate.live_blocks_hint > 0 or (in_no_need and not self._store.wants_spares()):
                 break
             self._clean_one(volume, known, candidate, unused, how=_core.CleanHow.LOOK, min_run=0)
-        while not self._stopping.is_set():
+        while not self._stopping.is_set() and volume.id not in self._demanded:
             short = self._short()
             if short:
                 self._store.drop_spares()
@@ -199,7 +224,7 @@ class Cleaner:
         Args:
             volume: attached.
             dry_run: only look.
-            progress: is told how many segments are done, and of how many.
+            progress: is told how many segments are done, and of how many; what it raises ends the pass.
 
         Raises:
             StoreFailed, NoSpace: what was freed before stays free.
@@ -208,7 +233,7 @@ class Cleaner:
         candidates = volume.native.clean_candidates()
         for done, candidate in enumerate(candidates):
             progress(done, len(candidates))
-            self._clean_one(volume, _Known(), candidate, report, dry_run=dry_run)
+            self._clean_one(volume, None, candidate, report, dry_run=dry_run, short=self._short())
         progress(len(candidates), len(candidates))
         return report
 
@@ -236,7 +261,7 @@ class Cleaner:
     def _clean_one(
         self,
         volume: Volume,
-        known: _Known,
+        known: _Known | None,
         candidate: "_core.CleanCandidate",
         report: CleanReport,
         *,
@@ -245,9 +270,10 @@ class Cleaner:
         short: bool = False,
         dry_run: bool = False,
     ) -> None:
-        """Cleans one segment; `how` None: as its hint suggests."""
-        generation = int(volume.native.stats()["checkpoint_generation"])
-        known.seen[candidate.segno] = _Seen(candidate.live_blocks_hint, generation, min_run)
+        """Cleans one segment. `known` None: on demand; `how` None: as its hint suggests."""
+        if known is not None:
+            generation = int(volume.native.stats()["checkpoint_generation"])
+            known.seen[candidate.segno] = _Seen(candidate.live_blocks_hint, generation, min_run)
         try:
             fd = self._store.open_segment(volume.log_uuid, candidate.segno, writable=not dry_run)
         except LogDamaged:
@@ -255,14 +281,13 @@ class Cleaner:
             return
         try:
             with self._pass:
-                if self._find(volume.id) is not volume:
+                if self._find(volume.id) is not volume or (known is not None and volume.id in self._demanded):
                     return
                 blocks = os.fstat(fd).st_blocks * 512 // BLOCK_BYTES
                 how = _core.CleanHow.LOOK if dry_run else how or self._how(candidate.live_blocks_hint, blocks, short)
                 done = volume.native.clean_segment(candidate.index, fd, how, min_run)
                 report.segments += 1
-                report.log_bytes += blocks * BLOCK_BYTES
-                report.dead_bytes += max(blocks - done.live_blocks, 0) * BLOCK_BYTES
+                report.dead_bytes += done.dead_blocks * BLOCK_BYTES if dry_run else 0
                 report.freed_bytes += done.freed_blocks * BLOCK_BYTES
                 report.moved_bytes += done.moved_blocks * BLOCK_BYTES
                 if done.removable and not dry_run:

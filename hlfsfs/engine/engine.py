@@ -24,6 +24,7 @@ from hlfsfs.errors import (
     FormatVersion,
     HlfsError,
     LogDamaged,
+    NoSpace,
     NoSuchVolume,
     StoreFailed,
     UnknownFeature,
@@ -281,24 +282,40 @@ class Engine:
         Args:
             volume: attached.
             dry_run: change nothing but checkpoints.
-            progress: is told how many segments are done, and of how many.
+            progress: is told how many segments are done, and of how many; what it raises ends the pass.
 
         Raises:
             NoSpace, StoreFailed: what was freed before stays free.
         """
-        with self._cleaner.alone():
+        with self._cleaner.on_demand(volume.id):
             volume.flush()
-            self.checkpoint(volume)
-            self.repeat_checkpoint(volume)
+            log_bytes = self._store.log_allocated_bytes(volume.log_uuid)
+            full = self._checkpoint_twice(volume)
             report = self._cleaner.clean(volume, dry_run=dry_run, progress=progress)
-            if report.moved_bytes:
-                # The old places go once both checkpoints know the new ones.
-                self.checkpoint(volume)
-                self.repeat_checkpoint(volume)
-                emptied = self._cleaner.clean(volume, progress=progress)
-                report.freed_bytes += emptied.freed_bytes
-                report.removed_segments += emptied.removed_segments
+            report.log_bytes = log_bytes
+            if dry_run:
+                return report
+            if full is not None and not report.freed_bytes:
+                raise full
+            if report.moved_bytes or full is not None:
+                # What was moved has an old place to go once both checkpoints know the new one; and what was freed has
+                # made room for the checkpoint that could not be written.
+                full = self._checkpoint_twice(volume)
+                again = self._cleaner.clean(volume, progress=progress)
+                report.freed_bytes += again.freed_bytes
+                report.removed_segments += again.removed_segments
+                report.moved_bytes += again.moved_bytes
         return report
+
+    def _checkpoint_twice(self, volume: Volume) -> NoSpace | None:
+        """Has what is so now in both checkpoints; without space for that, the newest there is, and returns why."""
+        full = None
+        try:
+            self.checkpoint(volume)
+        except NoSpace as exc:
+            full = exc
+        self.repeat_checkpoint(volume)
+        return full
 
     def detach(self, volume_id: int) -> None:
         """Makes a volume durable, checkpoints and closes it. The caller sees to it that nobody uses it.

@@ -6,13 +6,13 @@ All methods block, may be called from any thread, and raise nothing but HlfsErro
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 from hlfsfs import _core
-from hlfsfs.errors import HlfsError, NoSpace, ReadOnly, SizeTooBig, StoreFailed
+from hlfsfs.errors import HlfsError, LogDamaged, NoSpace, ReadOnly, SizeTooBig, StoreFailed
 from hlfsfs.store import Store
 from hlfsfs.store.records import VolumeRecord
 
@@ -127,14 +127,35 @@ class Volume:
         self.native.set_owner(0o100000 | mode, uid, gid, nlink)
 
     def stats(self) -> dict[str, Any]:
-        """Figures for people and tools; sizes in bytes, times in nanoseconds since the epoch."""
+        """Figures for people and tools; sizes in bytes, times in nanoseconds since the epoch.
+
+        The log's space, `log_allocated_bytes`, is what lives in it as the newest checkpoint says (`live_bytes`), what
+        the cleaner can give back or will two checkpoints later (`dead_bytes`), and what is dead, prepared or too young
+        to be judged in segments it may not touch yet (`pinned_bytes`). `appended_bytes` is what was written to the log
+        since it was attached, with what its recovery replayed.
+        """
+        native = self.native.stats()
+        first_pinned, live_there = native.pop("first_pinned_segno"), native.pop("pinned_live_bytes")
+        log_bytes = self._store.log_allocated_bytes(self.log_uuid)
+        pinned_bytes = max(self._allocated_bytes_from(first_pinned) - live_there, 0)
         return {
             "uuid": str(self.uuid),
             "log_uuid": str(self.log_uuid),
-            "log_allocated_bytes": self._store.log_allocated_bytes(self.log_uuid),
+            "log_allocated_bytes": log_bytes,
+            "dead_bytes": max(log_bytes - native["live_bytes"] - pinned_bytes, 0),
+            "pinned_bytes": pinned_bytes,
             "damage": self.damage,
-            **self.native.stats(),
+            **native,
         }
+
+    def _allocated_bytes_from(self, first_segno: int) -> int:
+        total_bytes = 0
+        for segno in self._store.list_segments(self.log_uuid):
+            if segno >= first_segno:
+                # Prepared and not used, it may be removed meanwhile.
+                with suppress(LogDamaged):
+                    total_bytes += self._store.segment_stat(self.log_uuid, segno)[1]
+        return total_bytes
 
     @contextmanager
     def _errors(self, size_bytes: int = 0) -> Iterator[None]:

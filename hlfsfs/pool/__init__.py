@@ -3,9 +3,11 @@
 from hlfsfs.pool.attributes import ROOT_ID, UNKNOWN_ID, AttributeChanges, Attributes, Defaults, EntryAttributes
 from hlfsfs.pool.namespace import Namespace
 from hlfsfs.pool.sweep import SweepReport
+from hlfsfs.pool.xattrs import CLEAN as CLEAN_ATTRIBUTE
 from hlfsfs.pool.xattrs import STATS as STATS_ATTRIBUTE
 
 __all__ = [
+    "CLEAN_ATTRIBUTE",
     "ROOT_ID",
     "STATS_ATTRIBUTE",
     "UNKNOWN_ID",

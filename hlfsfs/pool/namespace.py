@@ -7,12 +7,13 @@ Threads: see `tree.Shared` for the two locks. Neither is held while a volume doe
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from hlfsfs.errors import HlfsError, NotAPool, NotAVolume
 from hlfsfs.pool.attributes import ROOT_ID, AttributeChanges, Attributes, Defaults, EntryAttributes, Ownership
 from hlfsfs.pool.changes import Changes
+from hlfsfs.pool.cleaning import Cleaning
 from hlfsfs.pool.names import check_length
 from hlfsfs.pool.properties import Properties
 from hlfsfs.pool.renames import Place, Renames
@@ -22,7 +23,7 @@ from hlfsfs.pool.volumes import Volumes
 from hlfsfs.store import Store, StoreSpace
 
 if TYPE_CHECKING:
-    from hlfsfs.engine import Engine, Volume
+    from hlfsfs.engine import CleanReport, Engine, Volume
 
 
 class Namespace:
@@ -54,7 +55,8 @@ class Namespace:
         if not isinstance(root, PoolNode):
             raise NotAPool(self._shared.what(root))
         self._root = root
-        self._properties = Properties(self._shared, self._volumes, self._changes, root)
+        self._cleaning = Cleaning(self._shared, self._volumes)
+        self._properties = Properties(self._shared, self._volumes, self._changes, self._cleaning, root)
 
     def sweep(self, held: Collection[int] = ()) -> SweepReport:
         """Settles what a crash left half-way, and deletes volumes that lost their name.
@@ -65,7 +67,8 @@ class Namespace:
         return Sweep(self._shared, self._volumes, self._changes, held).run()
 
     def close(self) -> None:
-        """Deletes the volumes that were kept only because they were open. The engine is closed by its owner."""
+        """Stops cleaning, deletes volumes that were kept only because they were open. The engine is its owner's."""
+        self._cleaning.close()
         with self._shared.lock:
             opened = [node for node in self._shared.tree.volumes() if node.handles]
         for node in opened:
@@ -143,6 +146,22 @@ class Namespace:
     def stats(self, node_id: int) -> dict[str, Any]:
         """What `hlfs stat` shows, JSON-ready: of a volume `Volume.stats` and its identity; of a pool what it holds."""
         return self._properties.stats(self._node(node_id))
+
+    def clean(
+        self, node_id: int, *, dry_run: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> "CleanReport":
+        """Gets back the space of a volume's log that nothing needs; what the `user.hlfs.clean` attribute orders.
+
+        Args:
+            node_id: of a volume.
+            dry_run: tell what there is to get back.
+            progress: is told how many segments are done, and of how many; what it raises ends the run.
+
+        Raises:
+            StaleId, NotAVolume: there is no such volume.
+            ReadOnly, NoSpace, StoreFailed, Damaged: what was freed before stays free.
+        """
+        return self._cleaning.clean(self._volume(node_id), dry_run=dry_run, progress=progress)
 
     # --- changing names ---------------------------------------------------------------------------------------
 
@@ -226,7 +245,10 @@ class Namespace:
         return self._properties.getxattr(self._node(node_id), name)
 
     def setxattr(self, node_id: int, name: bytes, value: bytes, flags: int = 0) -> None:
-        """Sets an attribute; durable. Raises as `xattrs.with_attribute`, and StaleId, Damaged, ReadOnly."""
+        """Sets an attribute; durable. Raises as `xattrs.with_attribute`, and StaleId, Damaged, ReadOnly.
+
+        `user.hlfs.clean` is an order to the volume; raises as `Cleaning.order`.
+        """
         self._properties.setxattr(self._node(node_id), name, value, flags)
 
     def removexattr(self, node_id: int, name: bytes) -> None:

@@ -8,6 +8,7 @@ from hlfsfs.errors import NoAttribute, NotAVolume, SizeTooBig
 from hlfsfs.pool import xattrs
 from hlfsfs.pool.attributes import ROOT_ID, AttributeChanges, Attributes, EntryAttributes, check_volume_mode
 from hlfsfs.pool.changes import Changes
+from hlfsfs.pool.cleaning import Cleaning
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
 from hlfsfs.store.records import PoolRecord, VolumeRecord
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 class Properties:
     """Reads from record, volume and store what stat(2) and getxattr(2) tell, and changes it there."""
 
-    def __init__(self, shared: Shared, volumes: Volumes, changes: Changes, root: PoolNode) -> None:
+    def __init__(self, shared: Shared, volumes: Volumes, changes: Changes, cleaning: Cleaning, root: PoolNode) -> None:
         self._shared = shared
         self._volumes = volumes
         self._changes = changes
+        self._cleaning = cleaning
         self._root = root
 
     def shown_id(self, node: Node) -> int:
@@ -128,6 +130,8 @@ class Properties:
         text = xattrs.parse_name(name)
         if text == xattrs.STATS:
             return json.dumps(self.stats(node)).encode()
+        if text == xattrs.CLEAN:
+            return json.dumps(self._cleaning.state(self._volume(node)).as_json()).encode()
         kept = self._record(node).xattrs
         if text not in kept:
             raise NoAttribute(self._shared.what(node), text)
@@ -136,6 +140,9 @@ class Properties:
     def setxattr(self, node: Node, name: bytes, value: bytes, flags: int) -> None:
         """See `Namespace.setxattr`."""
         text = xattrs.parse_name(name)
+        if text == xattrs.CLEAN:
+            self._cleaning.order(self._volume(node), value)
+            return
         with self._shared.changing:
             kept = self._record(node).xattrs
             changed = xattrs.with_attribute(kept, text, value, flags, self._shared.what(node))
@@ -151,6 +158,11 @@ class Properties:
     def listxattr(self, node: Node, *, privileged: bool) -> list[bytes]:
         """See `Namespace.listxattr`."""
         return xattrs.listed(self._record(node).xattrs, privileged=privileged)
+
+    def _volume(self, node: Node) -> VolumeNode:
+        if not isinstance(node, VolumeNode):
+            raise NotAVolume(self._shared.what(node))
+        return node
 
     def _record(self, node: Node) -> VolumeRecord | PoolRecord:
         with self._shared.lock:

@@ -17,6 +17,7 @@ from hlfsfs.store.records import ROOT_POOL_ID, PoolRecord, VolumeRecord
 
 if TYPE_CHECKING:
     from hlfsfs.engine import Engine
+    from hlfsfs.pool.cleaning import CleanState
 
 
 @dataclass(eq=False, slots=True)
@@ -68,6 +69,7 @@ class VolumeNode(Node):
         users: calls that work on the attached volume just now.
         closing: it is being detached or dropped; new users wait.
         gone: it was dropped.
+        cleaning: how its last cleaning on demand stands; guarded by `Cleaning`.
     """
 
     record: VolumeRecord | None = None
@@ -76,6 +78,7 @@ class VolumeNode(Node):
     users: int = 0
     closing: bool = False
     gone: bool = False
+    cleaning: "CleanState | None" = None
 
     @property
     def nlink(self) -> int:

@@ -1,7 +1,8 @@
 """Which extended attributes volumes and pools have.
 
 `user.*`, `trusted.*` and the labels of security modules are kept in the record. `user.hlfs.*` is HLFS's own: computed,
-read-only and not listed, so that copying a file with its attributes does not copy them.
+not kept and not listed, so that copying a file with its attributes does not copy them. Of these only `user.hlfs.clean`
+can be set, which is an order; see `Cleaning`.
 """
 
 import os
@@ -11,6 +12,7 @@ from hlfsfs.errors import AttributeExists, NoAttribute, NoSpace, NotPermitted, N
 KEPT_PREFIXES = ("user.", "trusted.", "security.")
 OWN_PREFIX = "user.hlfs."
 STATS = "user.hlfs.stats"
+CLEAN = "user.hlfs.clean"
 # File capabilities would have to be dropped at each write, as set-user-ID bits would.
 CAPABILITY = "security.capability"
 # Records are held in memory and written as a whole.

@@ -265,4 +265,4 @@ def test_probing_an_idle_volume_writes_nothing(native: Mounted) -> None:
         qemu_io(volume, "read 0 4k")
         run("dd", f"if={volume}", "of=/dev/null", "bs=4k", "count=16")
 
-    assert changes(volume, ["writes", "sequence", "log_bytes", "chunks"], probe) == (0, 0, 0, 0)
+    assert changes(volume, ["writes", "sequence", "appended_bytes", "chunks"], probe) == (0, 0, 0, 0)

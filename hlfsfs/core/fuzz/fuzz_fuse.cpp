@@ -55,7 +55,7 @@ class Server {
     }
 
     void run(Input input) {
-        if (volume_->stats().log_bytes > kMaxLogBytes)
+        if (volume_->stats().appended_bytes > kMaxLogBytes)
             renew();
         for (int i = 0; i < kMaxMessages && !input.empty(); ++i)
             take_message(input);

@@ -101,7 +101,7 @@ TEST_CASE("an open chunk is let grow where nobody flushes") {
     const auto chunks_written = [&] { return volume->stats().chunks; };
     for (std::uint64_t i = 0; i < 300; ++i)
         put(host, *volume, i);
-    const auto log_blocks = [&] { return volume->stats().log_bytes / kBlockBytes; };
+    const auto log_blocks = [&] { return volume->stats().appended_bytes / kBlockBytes; };
     // One chunk of both blocks, or a chunk for each.
     constexpr std::uint64_t kTogether = 3;
     constexpr std::uint64_t kApart = 4;

@@ -1,0 +1,42 @@
+"""Tells the log when the filesystem below a store runs out of space, once each time, and when that is over."""
+
+import logging
+
+from hlfsfs.store import StoreSpace
+
+log = logging.getLogger(__name__)
+
+# Shares in use at which a line is logged, and how far below one it counts as over.
+WARN_SHARES = (0.85, 0.95)
+OVER_SHARE = 0.02
+
+
+class SpaceWatch:
+    """Remembers which of the shares the store has passed; one thread at a time."""
+
+    def __init__(self, what: str) -> None:
+        """`what` is how the log calls the store."""
+        self._what = what
+        self._passed = 0
+
+    def look(self, space: StoreSpace) -> None:
+        """Logs a line if `space` is on another side of a share than when it was last looked at."""
+        used = used_share(space)
+        passed = sum(used >= share for share in WARN_SHARES)
+        if passed < self._passed:
+            passed = max(passed, sum(used >= share - OVER_SHARE for share in WARN_SHARES[: self._passed]))
+        if passed == self._passed:
+            return
+        # Rounded down: 100 % is full.
+        state = f"{self._what}: its filesystem is {int(used * 100)} % full, {space.available_bytes >> 20} MiB are left"
+        if passed > self._passed:
+            log.warning("%s; delete or trim volumes, or enlarge it", state)
+        else:
+            log.warning("%s: that is below %d %% again", state, WARN_SHARES[passed] * 100)
+        self._passed = passed
+
+
+def used_share(space: StoreSpace) -> float:
+    """As df(1) has it: of what an ordinary user may use at all."""
+    used_bytes = space.total_bytes - space.free_bytes
+    return used_bytes / max(used_bytes + space.available_bytes, 1)
