@@ -222,6 +222,7 @@ TEST_CASE("the rest is forwarded whole, and so is its reply", "[channel]") {
     CHECK(mount.control.next()->header.nodeid == 1);
     mount.control.answer(unique, -ENOENT);
     CHECK(mount.kernel.reply()->error == -ENOENT);
+    CHECK(mount.slots_become_free());
 
     for (const std::size_t size :
          {std::size_t{1}, std::size_t{40}, std::size_t{41}, std::size_t{255}, std::size_t{65536}}) {
