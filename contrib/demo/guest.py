@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,17 +25,18 @@ class GuestRun:
     console: list[str]
 
 
-def qemu_command(disk: Path, *, cache: str = "none") -> list[str]:
-    """The command line that boots the disk, its serial line on standard output."""
+def qemu_command(disk: Path, *, cache: str = "none", more: Sequence[str] = ()) -> list[str]:
+    """The command line that boots the disk, its serial line on standard output; `more` options of QEMU at its end."""
     drive = f"file={str(disk).replace(',', ',,')},format=raw,if=virtio,cache={cache}"
     machine = ["-accel", "tcg", "-m", "256", "-nic", "none", "-display", "none", "-no-reboot"]
-    return [QEMU, *machine, "-serial", "stdio", "-monitor", "none", "-drive", drive]
+    return [QEMU, *machine, "-serial", "stdio", "-monitor", "none", "-drive", drive, *more]
 
 
 def boot(
     disk: Path,
     *,
     cache: str = "none",
+    more: Sequence[str] = (),
     timeout_s: float = 90,
     on_line: Callable[[str], None] = lambda line: None,
 ) -> GuestRun:
@@ -44,12 +45,13 @@ def boot(
     Args:
         disk: a raw image or volume made by `contrib.demo.image.build_image`.
         cache: QEMU's cache mode for it.
+        more: further options of QEMU, say for another disk.
         timeout_s: after this long QEMU is killed, and the run counts as failed.
         on_line: called with each line of the serial line as it comes.
     """
     console: list[str] = []
     with subprocess.Popen(
-        qemu_command(disk, cache=cache),
+        qemu_command(disk, cache=cache, more=more),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

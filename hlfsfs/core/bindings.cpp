@@ -218,7 +218,8 @@ void bind_core(nb::module_& m) {
         .value("CHECKPOINT_DUE", EventKind::checkpoint_due)
         .value("DISCARD_SEGMENT", EventKind::discard_segment)
         .value("LOG_FAILED", EventKind::log_failed)
-        .value("DAMAGE", EventKind::damage);
+        .value("DAMAGE", EventKind::damage)
+        .value("MAKE_ROOM", EventKind::make_room);
     nb::class_<Event>(m, "Event")
         .def_ro("kind", &Event::kind)
         .def_ro("volume_id", &Event::volume_id)
@@ -307,6 +308,7 @@ void bind_control(nb::class_<Volume>& volume) {
     volume
         .def("supply_segment", &Volume::supply_segment, nb::arg("segno"), nb::arg("fd"), nb::arg("allocated_bytes"),
              nb::call_guard<nb::gil_scoped_release>())
+        .def("room_made", &Volume::room_made, nb::arg("enough"), nb::call_guard<nb::gil_scoped_release>())
         .def("segment_failed", &Volume::segment_failed, nb::arg("segno"), nb::arg("error"),
              nb::call_guard<nb::gil_scoped_release>())
         .def("supply_descriptor", &Volume::supply_descriptor, nb::arg("index"), nb::arg("fd"), nb::arg("error"),

@@ -95,17 +95,17 @@ void Volume::place_node_chunk(std::vector<std::array<std::byte, kEntryBytes>> en
     const std::uint32_t summary = summary_blocks(entries.size(), blocks, 0);
     const std::uint32_t total = summary + static_cast<std::uint32_t>(blocks);
     Lock lock(mutex_);
-    const std::uint64_t refusals = refusals_;
+    const std::uint64_t refusals = upkeep_refusals_;
     for (;;) {
         if (generation != log_generation_ || broken_)
             throw std::system_error(EIO, std::generic_category(), "the log failed during a checkpoint");
-        if (refusals != refusals_)
+        if (refusals != upkeep_refusals_)
             throw std::system_error(ENOSPC, std::generic_category(), "no space for map nodes");
         // Log order is sequence order: what is published goes first.
         if (seal_open() && backed(total, used))
             break;
         if (open_ == nullptr && fits_current(total, used)) {
-            want_growth(total);
+            want_growth(total, Purpose::upkeep);
         } else if (prepared_ && !fits_current(total, used) && 1 + total > prepared_->allocated_slots) {
             roll_segment();
         } else {
@@ -603,7 +603,7 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::repeat_checkpoint(
     Lock lock(mutex_);
     while (checkpointing_)
         wait_change(lock);
-    if (read_only_ || !older_ || older_->replay_start.segno == newest_.replay_start.segno)
+    if (read_only_ || !older_ || (older_->replay_start.segno == newest_.replay_start.segno && older_->root == root_))
         return std::nullopt;
     checkpointing_ = true;
     Checkpoint record = newest_;

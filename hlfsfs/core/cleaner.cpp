@@ -341,6 +341,9 @@ std::uint64_t Volume::move_live(const Survey& survey, int fd) {
                 std::fill(published.begin(), published.end(), false);
                 if (admission == Admission::refused)
                     throw std::system_error(space_refused_, std::generic_category(), "no space to move blocks to");
+                // Who makes room waits for the cleaner to be done.
+                if (making_room_)
+                    throw std::system_error(ENOSPC, std::generic_category(), "no space to move blocks to");
                 wake();
                 wait_change(lock);
             }

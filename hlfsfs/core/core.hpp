@@ -44,6 +44,7 @@ enum class EventKind : int {
     discard_segment = 4,  // a prepared segment that will not be used
     log_failed = 5,       // a write or fdatasync failed with `error`; the volume goes on in a new epoch
     damage = 6,           // a stored block at `segno`, `slot` is not what its pointer says
+    make_room = 7,        // less than `allocate_bytes` are left: clean, then Volume::room_made
 };
 
 struct Event {

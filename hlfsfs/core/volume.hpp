@@ -115,6 +115,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
 
     void supply_segment(std::uint64_t segno, int fd, std::uint64_t allocated_bytes);
     void segment_failed(std::uint64_t segno, int error);
+    // Answer to make_room. Writers that waited for it go on, or get ENOSPC.
+    void room_made(bool enough);
     void supply_descriptor(std::uint32_t index, int fd, int error);
 
     // Merges what is frozen and returns the slot's bytes and number to write; nullopt when nothing changed. Waits for
@@ -221,6 +223,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     };
 
     enum class Admission { ok, wait, refused };
+    // What space is for. Upkeep may take what data leaves free: map nodes, discards, what was acknowledged before.
+    enum class Purpose { data, upkeep };
 
     enum class SourceKind : std::uint8_t { hole, memory, cached, stored };
     struct BlockSource {
@@ -250,10 +254,11 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     bool seal_open();
     bool place(LiveChunk& chunk, std::size_t used_bytes);
     void roll_segment();
-    void refuse_space(int error) noexcept;
     [[nodiscard]] bool filling_fast() const;
+    void refuse_space(int error, Purpose purpose) noexcept;
     void want_segment();
-    void want_growth(std::uint32_t needed_slots);
+    void want_growth(std::uint32_t needed_slots, Purpose purpose);
+    bool ask_for_room(std::uint64_t wanted_bytes);
     [[nodiscard]] bool fits_current(std::uint32_t total, std::size_t used_bytes) const;
     [[nodiscard]] bool backed(std::uint32_t total, std::size_t used_bytes) const;
     [[nodiscard]] bool eligible_to_seal() const;
@@ -419,11 +424,15 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     LogPosition previous_end_;
     std::uint64_t next_segno_ = 0;
     std::uint32_t growth_wanted_ = 0;
+    std::uint32_t upkeep_wanted_ = 0;  // of these, for upkeep
     bool growing_ = false;
     std::uint32_t syncs_since_growth_ = 0;
     int space_refused_ = 0;  // errno of the last growth or preparation that failed, for a short time
     std::uint64_t space_refused_ns_ = 0;
-    std::uint64_t log_slots_ = 0;  // written since creation of this object, plus what recovery found
+    bool upkeep_refused_ = false;      // by that failure
+    bool making_room_ = false;         // asked for and not answered yet
+    std::uint64_t room_tried_ns_ = 0;  // when there was not enough to be had
+    std::uint64_t log_slots_ = 0;      // written since creation of this object, plus what recovery found
     std::uint64_t log_slots_at_checkpoint_ = 0;
     std::uint64_t read_clock_ = 0;
     // Indexes that are free in the table, and the generation of the last checkpoint that may know them otherwise.
@@ -450,7 +459,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     bool checkpoint_requested_ = false;
     std::uint64_t publishes_ = 0;  // requests published, replayed ones included
     std::uint64_t publishes_at_checkpoint_ = 0;
-    std::uint64_t refusals_ = 0;        // how often space could not be had
+    std::uint64_t refusals_ = 0;  // how often space could not be had
+    std::uint64_t upkeep_refusals_ = 0;
     std::uint64_t replay_time_ns_ = 0;  // while recovering: the time the replayed requests were made
     std::uint64_t generation_ = 0;
     int newest_slot_ = 1;

@@ -1,5 +1,6 @@
 // The way to the disk: chunk writes, footers, group commit, retirement, and what follows a failed write.
 #include <fcntl.h>
+#include <sys/statvfs.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -21,7 +22,9 @@ constexpr std::chrono::microseconds kGatherTime{100};
 // With at least one fdatasync for every so many blocks of log, the log is written ahead.
 constexpr std::uint32_t kOftenSyncedSlots = 64;
 constexpr std::uint64_t kMuchLogBytes = std::uint64_t{16} << 20;
-constexpr std::uint32_t kRegrowSlots = 2048;  // a chunk and its footer fit in any case
+constexpr std::uint64_t kMaxKeptFreeBytes = std::uint64_t{256} << 20;
+constexpr std::uint64_t kLastStepBytes = std::uint64_t{256} << 10;  // the log of a nearly full disk grows by
+constexpr std::uint32_t kRegrowSlots = 2048;                        // a chunk and its footer fit in any case
 
 // Writes every byte or returns an errno.
 int write_all(int fd, std::vector<iovec>& vectors, off_t offset) noexcept {
@@ -72,6 +75,11 @@ int write_zeros(int fd, const std::byte* zeros, off_t offset, off_t length) noex
         length -= part;
     }
     return 0;
+}
+
+// Data leaves so much of the file system free for map nodes and discards, without which nothing could be given back.
+std::uint64_t kept_free_bytes(const struct statvfs& space) noexcept {
+    return std::min<std::uint64_t>(std::uint64_t{space.f_blocks} * space.f_frsize / 20, kMaxKeptFreeBytes);
 }
 
 // A thread's place to build summaries in.
@@ -248,24 +256,35 @@ void Volume::write_footer(Lock& lock, Segment* segment) {
 
 void Volume::grow(Lock& lock) {
     Segment* segment = current_;
-    if (segment == nullptr) {
-        growth_wanted_ = 0;
+    const std::uint32_t wanted = std::exchange(growth_wanted_, 0);
+    const std::uint32_t upkeep = std::exchange(upkeep_wanted_, 0);
+    if (segment == nullptr)
         return;
-    }
     const std::uint32_t from = segment->allocated_slots;
-    const std::uint32_t to =
-        std::min(segment_slots_, std::max(from + growth_wanted_, segment->tail_slot + growth_wanted_));
-    growth_wanted_ = 0;
+    std::uint32_t to = std::min(segment_slots_, std::max(from + wanted, segment->tail_slot + wanted));
     if (to <= from)
         return;
     growing_ = true;
-    const bool often_synced = syncs_since_growth_ * kOftenSyncedSlots >= to - from;
+    const std::uint32_t tail = segment->tail_slot;
+    const bool written_ahead = syncs_since_growth_ * kOftenSyncedSlots >= to - from;
     const std::shared_ptr<SharedFd> fd = segment->fd;
     lock.unlock();
+    struct statvfs space {};
+    std::uint64_t kept_bytes = 0;
+    if (fstatvfs(fd->get(), &space) == 0) {
+        kept_bytes = kept_free_bytes(space);
+        const std::uint64_t free_bytes = std::uint64_t{space.f_bavail} * space.f_frsize;
+        const std::uint64_t steps = free_bytes > kept_bytes ? (free_bytes - kept_bytes) / kLastStepBytes : 0;
+        const std::uint64_t for_data = from + steps * (kLastStepBytes / kBlockBytes);
+        const std::uint32_t for_upkeep = upkeep == 0 ? 0 : tail + upkeep;
+        to = std::max(static_cast<std::uint32_t>(std::min<std::uint64_t>(to, for_data)), std::min(to, for_upkeep));
+    }
     const auto offset = static_cast<off_t>(from) * static_cast<off_t>(kBlockBytes);
     const auto length = static_cast<off_t>(to - from) * static_cast<off_t>(kBlockBytes);
-    int error = ::fallocate(fd->get(), 0, offset, length) == 0 ? 0 : errno;
-    if (error == 0 && often_synced)
+    int error = to > from ? 0 : ENOSPC;
+    if (error == 0 && ::fallocate(fd->get(), 0, offset, length) != 0)
+        error = errno;
+    if (error == 0 && written_ahead)
         error = write_zeros(fd->get(), core_.zeros(), offset, length);
     lock.lock();
     growing_ = false;
@@ -275,9 +294,9 @@ void Volume::grow(Lock& lock) {
         space_refused_ = 0;
         // Who asked meanwhile asks again if this is not enough. A second growth right now would not be written ahead.
         if (segment == current_)
-            growth_wanted_ = 0;
-    } else {
-        refuse_space(error);
+            growth_wanted_ = upkeep_wanted_ = 0;
+    } else if (error != ENOSPC || upkeep != 0 || !ask_for_room(kept_bytes + kLastStepBytes)) {
+        refuse_space(error, upkeep != 0 ? Purpose::upkeep : Purpose::data);
     }
     changed_.notify_all();
 }
@@ -504,7 +523,7 @@ void Volume::want_room_for_open() {
     if (!fits_current(total, used) && prepared_)
         roll_segment();
     if (fits_current(total, used)) {
-        want_growth(total);
+        want_growth(total, Purpose::upkeep);
     } else {
         want_segment();
     }
@@ -575,7 +594,8 @@ void Volume::tick(std::uint64_t now_ns) noexcept {
     if (!read_only_)
         maybe_checkpoint();
     // With much to gain for the cleaner, sooner.
-    const bool much = (log_slots_ - log_slots_at_checkpoint_) * kBlockBytes > kMuchLogBytes;
+    const bool much =
+        (log_slots_ - log_slots_at_checkpoint_) * kBlockBytes > kMuchLogBytes || !overlay_.punched().empty();
     const bool idle = last_publish_ns_ + core_.options().idle_checkpoint_ns / (much ? 10 : 1) < now_ns;
     if (idle && !read_only_ && !checkpoint_requested_ && !checkpointing_ && publishes_ > publishes_at_checkpoint_) {
         checkpoint_requested_ = true;

@@ -31,6 +31,8 @@ constexpr std::uint64_t kCheapShare = 64;
 constexpr std::uint64_t kRefusalNs = 100'000'000;
 constexpr std::uint64_t kRetryNs = 200'000'000;
 constexpr std::uint64_t kRetryBrokenNs = 1'000'000'000;
+// So long nobody looks for room again where there was not enough.
+constexpr std::uint64_t kRoomRetryNs = 1'000'000'000;
 
 void append_side(ChunkDescriptor& chunk, const void* bytes, std::size_t size_bytes) {
     std::memcpy(chunk.side + chunk.side_bytes, bytes, size_bytes);
@@ -103,11 +105,13 @@ void Volume::want_segment() {
     core_.post(std::move(event));
 }
 
-void Volume::want_growth(std::uint32_t needed_slots) {
+void Volume::want_growth(std::uint32_t needed_slots, Purpose purpose) {
     const std::uint32_t step = current_->tail_slot < kFirstSegmentSlots ? kFirstSegmentSlots
                                : current_->tail_slot < 4 * kGrowthSlots ? kGrowthSlots
                                                                         : 4 * kGrowthSlots;
     growth_wanted_ = std::max(growth_wanted_, std::max(step, needed_slots));
+    if (purpose == Purpose::upkeep)
+        upkeep_wanted_ = std::max(upkeep_wanted_, needed_slots);
     if (!growing_)
         wake();
 }
@@ -143,7 +147,9 @@ void Volume::segment_failed(std::uint64_t segno, int error) {
     Lock lock(mutex_);
     if (requested_ && requested_->identity.segno == segno)
         requested_.reset();
-    refuse_space(error);
+    // Those who make room need segments themselves.
+    if (error != ENOSPC || making_room_ || !ask_for_room(kGrowthSlots * kBlockBytes))
+        refuse_space(error, Purpose::upkeep);
     // A full disk is not asked again at every chunk.
     retry_segment_ns_ = monotonic_ns() + (broken_ ? kRetryBrokenNs : kRetryNs);
     if (broken_)
@@ -152,8 +158,37 @@ void Volume::segment_failed(std::uint64_t segno, int error) {
     wake();
 }
 
-void Volume::refuse_space(int error) noexcept {
+// Whether somebody tries, so that writers are to wait for the outcome.
+bool Volume::ask_for_room(std::uint64_t wanted_bytes) {
+    if (making_room_)
+        return true;
+    if (read_only_ || (room_tried_ns_ != 0 && monotonic_ns() - room_tried_ns_ < kRoomRetryNs))
+        return false;
+    making_room_ = true;
+    Event event;
+    event.kind = EventKind::make_room;
+    event.volume_id = config_.id;
+    event.allocate_bytes = wanted_bytes;
+    core_.post(std::move(event));
+    return true;
+}
+
+void Volume::room_made(bool enough) {
+    const Lock lock(mutex_);
+    making_room_ = false;
+    room_tried_ns_ = enough ? 0 : monotonic_ns();
+    retry_segment_ns_ = 0;
+    if (!enough)
+        refuse_space(ENOSPC, Purpose::data);
+    changed_.notify_all();
+    wake();
+}
+
+void Volume::refuse_space(int error, Purpose purpose) noexcept {
     space_refused_ = error;
+    upkeep_refused_ = purpose == Purpose::upkeep;
+    if (upkeep_refused_)
+        ++upkeep_refusals_;
     space_refused_ns_ = monotonic_ns();
     ++refusals_;
 }
@@ -172,7 +207,7 @@ void Volume::roll_segment() {
         free_indexes_.pop_front();
         table_[current_->index] = std::move(prepared_);
     }
-    growth_wanted_ = 0;
+    growth_wanted_ = upkeep_wanted_ = 0;
 }
 
 // Gives the sealed chunk its place. False: no segment to put it in.
@@ -202,7 +237,7 @@ bool Volume::place(LiveChunk& chunk, std::size_t used_bytes) {
     const std::uint32_t low_water = std::clamp<std::uint32_t>(current_->tail_slot / 4, 16, kGrowthSlots / 2);
     if (current_->allocated_slots < segment_slots_ &&
         (fast || current_->allocated_slots - current_->tail_slot < low_water))
-        want_growth(fast ? segment_slots_ - current_->tail_slot : 0);
+        want_growth(fast ? segment_slots_ - current_->tail_slot : 0, Purpose::data);
     if (fast || current_->tail_slot > segment_slots_ / 2)
         want_segment();
     return true;
@@ -267,7 +302,7 @@ bool Volume::worth_gathering() const {
 }
 
 Volume::Admission Volume::admit(std::size_t entries, std::size_t blocks, std::size_t side_bytes) {
-    if (broken_)
+    if (broken_ || (making_room_ && blocks != 0))
         return Admission::wait;
     const std::uint64_t ring_pages = core_.ring().ring_pages();
     const std::uint64_t published = core_.published_pages.load(std::memory_order_relaxed);
@@ -298,11 +333,13 @@ Volume::Admission Volume::admit(std::size_t entries, std::size_t blocks, std::si
     const std::uint32_t total =
         summary_blocks(all_entries, all_blocks, all_side) + static_cast<std::uint32_t>(all_blocks);
     if (!backed(total, used)) {
-        // A refusal of long ago says nothing about now.
-        if (space_refused_ != 0 && monotonic_ns() - space_refused_ns_ < kRefusalNs)
+        // Discards may take what is kept free: they make room. A refusal of long ago says nothing about now.
+        const Purpose purpose = blocks == 0 ? Purpose::upkeep : Purpose::data;
+        if (space_refused_ != 0 && (purpose == Purpose::data || upkeep_refused_) &&
+            monotonic_ns() - space_refused_ns_ < kRefusalNs)
             return Admission::refused;
         if (fits_current(total, used)) {
-            want_growth(total);
+            want_growth(total, purpose);
         } else if (open_ != nullptr) {
             // What is open goes into the segment that backs it; the newcomer starts the next chunk.
             if (!seal_open())
@@ -312,7 +349,7 @@ Volume::Admission Volume::admit(std::size_t entries, std::size_t blocks, std::si
         } else if (prepared_) {
             // Too small as it stands: it is opened and grows.
             roll_segment();
-            want_growth(total);
+            want_growth(total, purpose);
         } else {
             want_segment();
         }

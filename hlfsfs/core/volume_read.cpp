@@ -574,7 +574,8 @@ VolumeAttr Volume::attr() const noexcept {
 }
 
 // Exact after a merge. Between merges a changed block that the tree may hold too is counted by what it is now:
-// overwrites can be counted twice until the next checkpoint, never past the volume's size.
+// overwrites can be counted twice until the next checkpoint, and what the tree holds of whole leaves that were
+// discarded still counts, but never more than the volume's size less these leaves.
 std::uint64_t Volume::mapped_estimate() const {
     std::int64_t estimate = mapped_blocks_;
     for (const Overlay* overlay : {&overlay_, static_cast<const Overlay*>(frozen_.get())}) {
@@ -585,8 +586,14 @@ std::uint64_t Volume::mapped_estimate() const {
         if (levels_ > 0)
             estimate -= static_cast<std::int64_t>(overlay->entries()) - data;
     }
-    const auto size_blocks = static_cast<std::int64_t>((size_bytes_ + kBlockBytes - 1) >> kBlockShift);
-    return static_cast<std::uint64_t>(std::clamp<std::int64_t>(estimate, 0, size_blocks));
+    const std::uint64_t size_blocks = (size_bytes_ + kBlockBytes - 1) >> kBlockShift;
+    std::uint64_t most = size_blocks;
+    for (const auto& [first, end] : overlay_.punched()) {
+        const std::uint64_t from = std::min(first << kNodeShift, size_blocks);
+        most -= std::min(end << kNodeShift, size_blocks) - from;
+    }
+    most = std::min(most + overlay_.data_entries(), size_blocks);
+    return static_cast<std::uint64_t>(std::clamp<std::int64_t>(estimate, 0, static_cast<std::int64_t>(most)));
 }
 
 }  // namespace hlfs

@@ -94,8 +94,12 @@ class Cleaner:
         self._due: set[int] = set()
         self._known: dict[int, _Known] = {}
         self._watch = SpaceWatch(store.uri)
+        self._next_look_s = 0.0
         self._pass = threading.Lock()  # held by the one who cleans: the core's rule; guards _demanded
         self._demanded: set[int] = set()
+        self._room = threading.Lock()  # held by the one who makes room; guards _known_full
+        # What was seen while making room, apart: the thread works on its own at the same time.
+        self._known_full: dict[int, _Known] = {}
         self._thread = threading.Thread(target=self._run, name="hlfs-cleaner")
 
     def start(self) -> None:
@@ -133,6 +137,7 @@ class Cleaner:
             with self._lock:
                 self._due.discard(volume_id)
                 self._known.pop(volume_id, None)
+            self._known_full.pop(volume_id, None)
             yield
 
     # --- the thread -------------------------------------------------------------------------------------------
@@ -154,6 +159,10 @@ class Cleaner:
                 self._woken.set()
 
     def _look_at_space(self) -> None:
+        now_s = time.monotonic()
+        if now_s < self._next_look_s:
+            return
+        self._next_look_s = now_s + WATCH_S
         try:
             self._watch.look(self._store.statfs())
         except HlfsError as exc:
@@ -181,7 +190,7 @@ class Cleaner:
             # While the volume is busy the dead stay, as more spares for the time when these are used up.
             if candidate.live_blocks_hint > 0 or (in_no_need and not self._store.wants_spares()):
                 break
-            self._clean_one(volume, known, candidate, unused, how=_core.CleanHow.LOOK, min_run=0)
+            self._clean_one(volume, known, candidate, unused, how=_core.CleanHow.LOOK, min_run=0, yielding=True)
         while not self._stopping.is_set() and volume.id not in self._demanded:
             short = self._short()
             if short:
@@ -193,7 +202,8 @@ class Cleaner:
             if not wanted:
                 return eager
             began_s = time.monotonic()
-            self._clean_one(volume, known, wanted[0], unused, short=short, min_run=1 if eager else BUSY_RUN)
+            run = 1 if eager else BUSY_RUN
+            self._clean_one(volume, known, wanted[0], unused, short=short, min_run=run, yielding=True)
             if not eager:
                 self._stopping.wait((time.monotonic() - began_s) * BUSY_REST)
         return True
@@ -237,6 +247,23 @@ class Cleaner:
         progress(len(candidates), len(candidates))
         return report
 
+    def has_room(self, wanted_bytes: int) -> bool:
+        """So much is free in the store."""
+        return self._store.statfs().available_bytes >= wanted_bytes
+
+    def make_room(self, volume: Volume, wanted_bytes: int) -> None:
+        """Punches until so much is free, or all that can be freed is, while writers wait for it.
+
+        Raises:
+            StoreFailed: what was freed before stays free.
+        """
+        with self._room:
+            known = self._known_full.setdefault(volume.id, _Known())
+            for candidate in self._wanted(volume, known, 1):
+                if self._stopping.is_set() or self.has_room(wanted_bytes):
+                    return
+                self._clean_one(volume, known, candidate, CleanReport(), short=True)
+
     def _wanted(self, volume: Volume, known: _Known, min_run: int) -> list["_core.CleanCandidate"]:
         """Candidates that have changed since they were last cleaned, emptiest first."""
         generation = int(volume.native.stats()["checkpoint_generation"])
@@ -269,8 +296,9 @@ class Cleaner:
         min_run: int = 1,
         short: bool = False,
         dry_run: bool = False,
+        yielding: bool = False,
     ) -> None:
-        """Cleans one segment. `known` None: on demand; `how` None: as its hint suggests."""
+        """Cleans one segment. `how` None: as its hint suggests; `yielding`: unless it is being cleaned on demand."""
         if known is not None:
             generation = int(volume.native.stats()["checkpoint_generation"])
             known.seen[candidate.segno] = _Seen(candidate.live_blocks_hint, generation, min_run)
@@ -281,7 +309,7 @@ class Cleaner:
             return
         try:
             with self._pass:
-                if self._find(volume.id) is not volume or (known is not None and volume.id in self._demanded):
+                if self._find(volume.id) is not volume or (yielding and volume.id in self._demanded):
                     return
                 blocks = os.fstat(fd).st_blocks * 512 // BLOCK_BYTES
                 how = _core.CleanHow.LOOK if dry_run else how or self._how(candidate.live_blocks_hint, blocks, short)

@@ -35,6 +35,9 @@ from hlfsfs.store.ring_file import boot_id, remove_ring
 
 log = logging.getLogger(__name__)
 
+# When there is no room for a write, so much more is freed at once: making room again costs another checkpoint.
+MORE_ROOM_BYTES = 256 << 20
+
 
 class Engine:
     """Holds the store's lock from construction to `close`.
@@ -73,7 +76,7 @@ class Engine:
     def _start(self, previous: LockRecord | None) -> None:
         with left_rings(self._store, previous, self._options) as left:
             self._ring_path, self.core = make_core(self._store, self._options)
-            self._service = Service(self._store, self.attached, self._checkpoint_due)
+            self._service = Service(self._store, self.attached, self._checkpoint_due, self._make_room)
             self._cleaner = Cleaner(self._store, self.attached)
             self._service.start(self.core)
             self._cleaner.start()
@@ -272,6 +275,18 @@ class Engine:
             self._store.remove_segment(volume.log_uuid, unused)
         self.repeat_checkpoint(volume)
 
+    def _make_room(self, volume: Volume, wanted_bytes: int) -> bool:
+        """Frees what dead space can be had soon, of this volume first; tells whether `wanted_bytes` are free now."""
+        self._store.drop_spares()
+        with self._lock:
+            others = [other for other in self._volumes.values() if other is not volume]
+        for found in (volume, *others):
+            if self._cleaner.has_room(wanted_bytes + MORE_ROOM_BYTES):
+                break
+            self._checkpoint_twice(found)
+            self._cleaner.make_room(found, wanted_bytes + MORE_ROOM_BYTES)
+        return self._cleaner.has_room(wanted_bytes)
+
     def clean(
         self, volume: Volume, *, dry_run: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> CleanReport:
@@ -290,32 +305,33 @@ class Engine:
         with self._cleaner.on_demand(volume.id):
             volume.flush()
             log_bytes = self._store.log_allocated_bytes(volume.log_uuid)
-            full = self._checkpoint_twice(volume)
+            written = self._checkpoint_twice(volume)
             report = self._cleaner.clean(volume, dry_run=dry_run, progress=progress)
             report.log_bytes = log_bytes
             if dry_run:
                 return report
-            if full is not None and not report.freed_bytes:
-                raise full
-            if report.moved_bytes or full is not None:
+            if not written and not report.freed_bytes:
+                raise NoSpace(volume.what)
+            if report.moved_bytes or not written:
                 # What was moved has an old place to go once both checkpoints know the new one; and what was freed has
                 # made room for the checkpoint that could not be written.
-                full = self._checkpoint_twice(volume)
+                self._checkpoint_twice(volume)
                 again = self._cleaner.clean(volume, progress=progress)
                 report.freed_bytes += again.freed_bytes
                 report.removed_segments += again.removed_segments
                 report.moved_bytes += again.moved_bytes
         return report
 
-    def _checkpoint_twice(self, volume: Volume) -> NoSpace | None:
-        """Has what is so now in both checkpoints; without space for that, the newest there is, and returns why."""
-        full = None
+    def _checkpoint_twice(self, volume: Volume) -> bool:
+        """Has what is so now in both checkpoints; without space for that, the newest there is, and returns False."""
+        written = True
         try:
             self.checkpoint(volume)
         except NoSpace as exc:
-            full = exc
+            log.warning("%s: no checkpoint: %s", volume.what, exc)
+            written = False
         self.repeat_checkpoint(volume)
-        return full
+        return written
 
     def detach(self, volume_id: int) -> None:
         """Makes a volume durable, checkpoints and closes it. The caller sees to it that nobody uses it.

@@ -27,13 +27,18 @@ class Service:
     """Threads between `start` and `stop`."""
 
     def __init__(
-        self, store: Store, find: Callable[[int], Volume | None], checkpoint: Callable[[Volume, bool], None]
+        self,
+        store: Store,
+        find: Callable[[int], Volume | None],
+        checkpoint: Callable[[Volume, bool], None],
+        make_room: Callable[[Volume, int], bool],
     ) -> None:
         self._store = store
         self._find = find
         self._checkpoint = checkpoint
+        self._make_room = make_room
         self._stopping = threading.Event()
-        self._due: queue.SimpleQueue[tuple[int, bool] | None] = queue.SimpleQueue()
+        self._due: queue.SimpleQueue[_core.Event | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._core: _core.Core | None = None
 
@@ -74,7 +79,9 @@ class Service:
             case _core.EventKind.OPEN_SEGMENT:
                 self._open(volume, event)
             case _core.EventKind.CHECKPOINT_DUE:
-                self._due.put((event.volume_id, event.idle))
+                self._due.put(event)
+            case _core.EventKind.MAKE_ROOM:
+                self._due.put(event)
             case _core.EventKind.DISCARD_SEGMENT:
                 if volume is not None:
                     self._store.remove_segment(volume.log_uuid, event.segno)
@@ -118,13 +125,23 @@ class Service:
 
     def _run_checkpoints(self) -> None:
         while (due := self._due.get()) is not None:
-            volume_id, idle = due
-            volume = self._find(volume_id)
-            if volume is None:
-                continue
-            try:
-                self._checkpoint(volume, idle)
-            except HlfsError as exc:
-                log.warning("%s: no checkpoint: %s", volume.what, exc)
-            except Exception:
-                log.exception("%s: checkpoint failed", volume.what)
+            self._run_checkpoint(due)
+
+    # Apart, so that a thread that waits for the next one keeps no volume, and no space of a deleted one, alive.
+    def _run_checkpoint(self, due: "_core.Event") -> None:
+        volume = self._find(due.volume_id)
+        if volume is None:
+            return
+        enough = False
+        try:
+            if due.kind == _core.EventKind.MAKE_ROOM:
+                enough = self._make_room(volume, due.allocate_bytes)
+            else:
+                self._checkpoint(volume, due.idle)
+        except HlfsError as exc:
+            log.warning("%s: no checkpoint: %s", volume.what, exc)
+        except Exception:
+            log.exception("%s: checkpoint failed", volume.what)
+        finally:
+            if due.kind == _core.EventKind.MAKE_ROOM:
+                volume.native.room_made(enough)

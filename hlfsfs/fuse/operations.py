@@ -65,8 +65,10 @@ class ControlOperations(pyfuse3.Operations):
         """Runs a blocking call in a worker thread; its failure becomes the errno the kernel gets."""
         try:
             return await trio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=self._limiter)
-        except Exception as exc:
-            raise _fuse_error(exc) from exc
+        except Exception as exc:  # noqa: BLE001 - to_errno logs what nobody expects
+            number = _errno_of(exc)
+        # Apart from its cause: pyfuse3 keeps the last error of each task, and with its frames a deleted volume's space.
+        raise pyfuse3.FUSEError(number)
 
     def init(self) -> None:
         self._on_init()
@@ -318,10 +320,10 @@ def _type_bits(kind: str) -> int:
     return stat.S_IFDIR if kind == "pool" else stat.S_IFREG
 
 
-def _fuse_error(exc: Exception) -> pyfuse3.FUSEError:
+def _errno_of(exc: Exception) -> int:
     """ENOSYS would switch the operation off for the whole mount."""
     number = to_errno(exc)
-    return pyfuse3.FUSEError(errno.EIO if number == errno.ENOSYS else number)
+    return errno.EIO if number == errno.ENOSYS else number
 
 
 def _refuse(number: int) -> NoReturn:

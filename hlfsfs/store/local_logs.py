@@ -157,9 +157,7 @@ class LocalLogs(LocalSpares):
             with reading(f"log {log_uuid}"):
                 yield
         except NoSuchName as exc:
-            cause = exc.__cause__
-            missing = (cause.filename2 or cause.filename) if isinstance(cause, OSError) else b"a file"
-            raise LogDamaged(f"log {log_uuid}", f"{printable(os.path.basename(missing))} is missing") from exc
+            raise LogDamaged(f"log {log_uuid}", f"{_missing_file(exc.__cause__)} is missing") from exc
 
     @contextmanager
     def _checkpoint(self, log_uuid: UUID) -> Iterator[None]:
@@ -168,6 +166,12 @@ class LocalLogs(LocalSpares):
                 yield
         except NoSuchName as exc:
             raise CheckpointDamaged(f"log {log_uuid}", "its checkpoint file is missing") from exc
+
+
+def _missing_file(cause: BaseException | None) -> str:
+    """Apart, so that no frame in the cause's traceback holds the cause: that would keep all their volumes alive."""
+    missing = (cause.filename2 or cause.filename) if isinstance(cause, OSError) else b"a file"
+    return printable(os.path.basename(missing))
 
 
 def _use_direct_io(fd: int) -> None:

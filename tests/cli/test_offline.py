@@ -174,6 +174,45 @@ def test_stat_of_a_path_asks_the_mount(tmp_path: Path) -> None:
     assert "never" in done("stat", str(path))
 
 
+# --- clean -----------------------------------------------------------------------------------------------------
+
+
+def test_cleaning_has_a_line_a_volume(uri: str) -> None:
+    done("pool", "create", f"{uri}/p")
+    done("volume", "create", f"{uri}/p/v", "--size", "1M")
+    done("volume", "create", f"{uri}/top", "--size", "1M")
+    (line,) = done("clean", f"{uri}/p/v").splitlines()
+    assert line.startswith("v: 0 bytes freed of ")
+    assert line.endswith(" log (0 segments removed, 0 bytes moved)")
+    first, second = done("clean", "--dry-run", uri).splitlines()
+    assert first.startswith("p/v: 0 bytes can be freed of ")
+    assert second.startswith("top: ")
+    (found,) = json.loads(done("clean", f"{uri}/p", "--json"))
+    assert (found["name"], found["dry_run"], found["freed_bytes"]) == ("v", False, 0)
+    assert "no such" in failed("clean", f"{uri}/none")
+
+
+def test_cleaning_goes_on_after_a_damaged_volume(uri: str, tmp_path: Path) -> None:
+    done("pool", "create", f"{uri}/p")
+    done("volume", "create", f"{uri}/p/bad", "--size", "1")
+    for checkpoint in (tmp_path / "store/.hlfs/logs").glob("*/checkpoint"):
+        os.truncate(checkpoint, 10)
+    done("volume", "create", f"{uri}/p/good", "--size", "1")
+    result = run("clean", f"{uri}/p")
+    assert result.exit_code == 1
+    assert result.stdout.startswith("good: ")
+    assert "damaged" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_only_what_is_in_a_mount_is_cleaned_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "v"
+    assert "no such" in failed("clean", str(path))
+    path.write_text("")
+    assert "not in a mount" in failed("clean", str(path))
+    assert os.listxattr(path) == []
+
+
 # --- what cannot be --------------------------------------------------------------------------------------------
 
 
@@ -212,6 +251,7 @@ def test_store_in_use_names_the_holder(uri: str) -> None:
         (("volume", "create", "/p/v", "--size", "1K"), "truncate -s 1024 /mnt/h/p/v"),
         (("volume", "delete", "/p/v"), "rm /mnt/h/p/v"),
         (("stat", "/p/v"), "hlfs stat /mnt/h/p/v"),
+        (("clean", "/p/v"), "hlfs clean /mnt/h/p/v"),
     ],
 )
 def test_mounted_store_names_the_other_way(
@@ -222,7 +262,11 @@ def test_mounted_store_names_the_other_way(
     holder = open_store(uri)
     holder.lock()
     command, action, *rest = args
-    words = [command, f"{uri}{action}"] if command == "stat" else [command, action, f"{uri}{rest[0]}", *rest[1:]]
+    words = (
+        [command, f"{uri}{action}"]
+        if not rest and action.startswith("/")
+        else [command, action, f"{uri}{rest[0]}", *rest[1:]]
+    )
     line = failed(*words)
     assert "mounted at /mnt/h" in line
     assert instead in line
