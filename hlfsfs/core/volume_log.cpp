@@ -271,7 +271,8 @@ void Volume::grow(Lock& lock) {
     lock.unlock();
     struct statvfs space {};
     std::uint64_t kept_bytes = 0;
-    if (fstatvfs(fd->get(), &space) == 0) {
+    // A file system without bounds, as a tmpfs may be, says 0.
+    if (fstatvfs(fd->get(), &space) == 0 && space.f_blocks != 0) {
         kept_bytes = kept_free_bytes(space);
         const std::uint64_t free_bytes = std::uint64_t{space.f_bavail} * space.f_frsize;
         const std::uint64_t steps = free_bytes > kept_bytes ? (free_bytes - kept_bytes) / kLastStepBytes : 0;

@@ -266,6 +266,9 @@ void Host::answer(const Event& event) {
         case EventKind::log_failed:
             ++failures_;
             return;
+        case EventKind::make_room:
+            volume->room_made(false);
+            return;
         case EventKind::damage: {
             const std::lock_guard lock(mutex_);
             damage_.push_back(event);
