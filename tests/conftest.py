@@ -20,7 +20,7 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 # For `make hunt`, by --hypothesis-profile.
-hypothesis.settings.register_profile("hunt", hypothesis.settings.get_profile("hlfs"), max_examples=2000)
+hypothesis.settings.register_profile("hunt", hypothesis.settings.get_profile("hlfs"), max_examples=500)
 hypothesis.settings.load_profile("hlfs")
 
 

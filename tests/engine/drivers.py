@@ -149,7 +149,10 @@ class EngineDriver(Driver):
         """What the log's files hold, block by block; zeros are left out."""
         found = {}
         for path in log_directory(self.store, 0).glob("*.seg"):
-            data = path.read_bytes()
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:
+                continue  # the cleaner was faster
             for at in range(0, len(data), BLOCK):
                 block = data[at : at + BLOCK]
                 if block.strip(b"\0"):
