@@ -16,7 +16,7 @@ HUNT_TIMES := 20
 # Several people or jobs may build in one checkout: they take turns.
 LOCKED := flock build/.lock
 
-.PHONY: help setup build demo test check bench hunt clean packages native core-tests-address core-tests-thread fuzz
+.PHONY: help setup build demo test check bench hunt clean packages native core-tests fuzz
 
 help:  ## List the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,7 +28,7 @@ build: packages .venv/stamp native  ## Build the native core again where needed
 demo: setup  ## Show it: a virtual machine boots from a volume, writes to it, and the data is there after a remount
 	@$(VENV_PYTHON) -m contrib.demo
 
-test: setup core-tests-address core-tests-thread fuzz  ## Run all tests: the core's own under sanitizers, then the rest
+test: setup core-tests fuzz  ## Run all tests: the core's own under sanitizers, then the rest
 	timeout --foreground --signal=INT 900 $(VENV_PYTHON) -m pytest
 
 check: setup  ## Lint, formatting, types and layering
@@ -66,8 +66,8 @@ build/guest/stamp: contrib/setup/guest-kernel.sh | packages build/.lock
 	$(LOCKED) contrib/setup/guest-kernel.sh build/guest
 	@touch $@
 
-core-tests-address core-tests-thread: core-tests-%: | packages build/.lock
-	@contrib/setup/core-tests.sh $* $(JOBS)
+core-tests: | packages build/.lock
+	@contrib/setup/core-tests.sh $(JOBS) address thread
 
 fuzz: | packages build/.lock
 	@contrib/setup/fuzz.sh $(JOBS)

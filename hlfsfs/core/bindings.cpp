@@ -371,6 +371,7 @@ void bind_cleaner(nb::class_<Volume>& volume, nb::module_& m) {
              })
         .def("checkpoint_repeated", &Volume::checkpoint_repeated, nb::arg("written"),
              nb::call_guard<nb::gil_scoped_release>())
+        .def("orphans", &Volume::orphans, nb::arg("segnos"), nb::call_guard<nb::gil_scoped_release>())
         .def("clean_candidates", &Volume::clean_candidates, nb::call_guard<nb::gil_scoped_release>())
         .def("clean_segment", &Volume::clean_segment, nb::arg("index"), nb::arg("fd"), nb::arg("how"),
              nb::arg("min_run"), nb::call_guard<nb::gil_scoped_release>())

@@ -129,6 +129,23 @@ std::vector<Volume::CleanCandidate> Volume::clean_candidates() const {
     return found;
 }
 
+std::vector<std::uint64_t> Volume::orphans(const std::vector<std::uint64_t>& segnos) const {
+    const Lock lock(mutex_);
+    std::vector<std::uint64_t> known;
+    for (const auto& segment : table_) {
+        if (segment)
+            known.push_back(segment->identity.segno);
+    }
+    std::sort(known.begin(), known.end());
+    std::vector<std::uint64_t> found;
+    for (const std::uint64_t segno : segnos) {
+        const bool behind = segno < newest_.replay_start.segno && (!older_ || segno < older_->replay_start.segno);
+        if (behind && !read_only_ && !std::binary_search(known.begin(), known.end(), segno))
+            found.push_back(segno);
+    }
+    return found;
+}
+
 Volume::Survey Volume::survey(std::uint32_t index, int fd) {
     Survey survey;
     KeptMap newest;

@@ -141,6 +141,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     };
     // Segments that both kept checkpoints have behind them, so that only their maps lead there.
     [[nodiscard]] std::vector<CleanCandidate> clean_candidates() const;
+    // Of these segments of the log, those that were released and still have a file: behind both kept checkpoints, and not
+    // in the table. A crash between the two leaves them.
+    [[nodiscard]] std::vector<std::uint64_t> orphans(const std::vector<std::uint64_t>& segnos) const;
     struct Cleaned {
         std::uint64_t blocks = 0;        // payload and summaries
         std::uint64_t live_blocks = 0;   // that a map leads to
@@ -255,6 +258,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     bool place(LiveChunk& chunk, std::size_t used_bytes);
     void roll_segment();
     [[nodiscard]] bool filling_fast() const;
+    [[nodiscard]] bool plenty_of_space() const;
     void refuse_space(int error, Purpose purpose) noexcept;
     void want_segment();
     void want_growth(std::uint32_t needed_slots, Purpose purpose);

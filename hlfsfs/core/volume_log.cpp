@@ -21,6 +21,7 @@ constexpr std::size_t kMaxVectors = 1024;
 constexpr std::chrono::microseconds kGatherTime{100};
 // With at least one fdatasync for every so many blocks of log, the log is written ahead.
 constexpr std::uint32_t kOftenSyncedSlots = 64;
+constexpr std::uint64_t kPlentySegments = 8;
 constexpr std::uint64_t kMuchLogBytes = std::uint64_t{16} << 20;
 constexpr std::uint64_t kMaxKeptFreeBytes = std::uint64_t{256} << 20;
 constexpr std::uint64_t kLastStepBytes = std::uint64_t{256} << 10;  // the log of a nearly full disk grows by
@@ -252,6 +253,15 @@ void Volume::write_footer(Lock& lock, Segment* segment) {
     if (error != 0 && error != ENOSPC && !broken_)
         log_broke(lock, error, "footer write");
     changed_.notify_all();
+}
+
+// For some segments more than what data leaves free.
+bool Volume::plenty_of_space() const {
+    struct statvfs space {};
+    if (fstatvfs(current_->fd->get(), &space) != 0)
+        return false;
+    const std::uint64_t free_bytes = std::uint64_t{space.f_bavail} * space.f_frsize;
+    return free_bytes > kept_free_bytes(space) + kPlentySegments * segment_slots_ * kBlockBytes;
 }
 
 void Volume::grow(Lock& lock) {

@@ -196,6 +196,8 @@ class Engine:
         elif not self._store.read_only:
             for segno in report.unfinished_segments:
                 self._store.remove_segment(volume.log_uuid, segno)
+            for segno in volume.native.orphans(self._store.list_segments(volume.log_uuid)):
+                self._store.retire_segment(volume.log_uuid, segno)
         if report.ring_damaged_blocks > 0:
             lost = report.ring_damaged_blocks
             log.error(

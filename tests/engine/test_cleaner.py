@@ -148,6 +148,27 @@ def test_a_removed_segment_that_the_table_still_knows(world: World) -> None:
     expect_sound(world)
 
 
+def test_a_released_segment_that_still_has_its_file(world: World) -> None:
+    """The death of the process between the table's forgetting and the removal: the next engine removes the file."""
+    world.fill()
+    world.fill()
+    world.engine.clean(world.volume)
+    directory = log_directory(world.path, 0)
+    before = {path.name: path.read_bytes() for path in directory.glob("*.seg")}
+    world.fill()
+    for _ in range(3):
+        world.write(0)
+        world.engine.clean(world.volume)
+    gone = sorted(set(before) - {path.name for path in directory.glob("*.seg")})
+    assert gone
+    world.engine.detach(world.record.id)
+    for name in gone:
+        (directory / name).write_bytes(before[name])
+    world.volume = world.engine.attach(world.record)
+    assert not [name for name in gone if (directory / name).exists()]
+    expect_sound(world)
+
+
 def test_retired_segments_serve_again(world: World) -> None:
     world.fill()
     for _ in range(4):
