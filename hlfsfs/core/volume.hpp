@@ -141,8 +141,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     };
     // Segments that both kept checkpoints have behind them, so that only their maps lead there.
     [[nodiscard]] std::vector<CleanCandidate> clean_candidates() const;
-    // Of these segments of the log, those that were released and still have a file: behind both kept checkpoints, and not
-    // in the table. A crash between the two leaves them.
+    // Of these segments of the log, those that were released and still have a file: behind both kept checkpoints, and
+    // not in the table. A crash between the two leaves them.
     [[nodiscard]] std::vector<std::uint64_t> orphans(const std::vector<std::uint64_t>& segnos) const;
     struct Cleaned {
         std::uint64_t blocks = 0;        // payload and summaries
