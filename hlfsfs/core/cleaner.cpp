@@ -303,18 +303,6 @@ std::uint64_t Volume::move_live(const Survey& survey, int fd) {
         while (!(run = core_.take_pages(static_cast<std::uint32_t>(batch.size()))))
             core_.ring().wait_for_pages();
         std::vector<std::uint32_t> crcs;
-        for (std::uint32_t i = 0; i < batch.size(); ++i) {
-            const auto bytes = reader.at(batch[i]->slot, 1);
-            std::byte* page = core_.ring().page(run->first + i);
-            if (bytes.size() == kBlockBytes)
-                std::memcpy(page, bytes.data(), kBlockBytes);
-            // All 32 bits: what is damaged stays where it is, so that it is damaged for its readers too.
-            if (bytes.size() != kBlockBytes || crc32c_block(page) != batch[i]->crc) {
-                core_.ring().free_pages(*run);
-                throw FormatError("a block to be moved is damaged");
-            }
-            crcs.push_back(batch[i]->crc);
-        }
         std::vector<bool> published(batch.size());
         const auto give_back = [&] {
             for (std::uint32_t i = 0; i < batch.size(); ++i) {
@@ -323,6 +311,16 @@ std::uint64_t Volume::move_live(const Survey& survey, int fd) {
             }
         };
         try {
+            for (std::uint32_t i = 0; i < batch.size(); ++i) {
+                const auto bytes = reader.at(batch[i]->slot, 1);
+                std::byte* page = core_.ring().page(run->first + i);
+                if (bytes.size() == kBlockBytes)
+                    std::memcpy(page, bytes.data(), kBlockBytes);
+                // All 32 bits: what is damaged stays where it is, so that it is damaged for its readers too.
+                if (bytes.size() != kBlockBytes || crc32c_block(page) != batch[i]->crc)
+                    throw FormatError("a block to be moved is damaged");
+                crcs.push_back(batch[i]->crc);
+            }
             Lock lock(mutex_);
             for (;;) {
                 std::vector<PublishItem> items;

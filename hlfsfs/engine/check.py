@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from uuid import UUID
 
 from hlfsfs import _core
-from hlfsfs.engine.rings import belongs, opened_ring
+from hlfsfs.engine.rings import belongs, opened_ring, own_rings
 from hlfsfs.errors import Damaged, HlfsError, StoreFailed
 from hlfsfs.store import Store
 from hlfsfs.store.records import LockRecord, VolumeRecord
-from hlfsfs.store.ring_file import RingRefused, boot_id, list_rings
+from hlfsfs.store.ring_file import RingRefused, boot_id
 
 LOST = "what reads it gets an I/O error: restore the volume from a backup, or write the block anew"
 SPARE = "no data is lost; move the volume's data to a new volume, and look at the disk"
@@ -126,16 +127,16 @@ def last_use(store: Store, previous: LockRecord | None) -> LastUse:
     if previous is None or previous.clean:
         return LastUse(True, "opens it")
     if previous.boot_id != boot_id():
-        for path in list_rings(store.uuid):
-            with opened_ring(path) as ring:
-                if ring is not None and belongs(ring, store) and ring.boot_id == boot_id() and ring.volume_ids():
+        with ExitStack() as stack:
+            for path, ring in own_rings(stack, store):
+                if ring.boot_id == boot_id() and ring.volume_ids():
                     return LastUse(False, f"writes what {path} holds to disk", path)
-    if not previous.boot_id or previous.boot_id != boot_id() or previous.ring is None:
+    if previous.boot_id != boot_id() or previous.ring is None:
         return LastUse(False, "opens it with what was flushed before this host's boot")
     try:
-        with opened_ring(previous.ring) as ring:
-            if ring is not None and belongs(ring, store):
-                count = len(ring.volume_ids())
+        with opened_ring(previous.ring) as named:
+            if named is not None and belongs(named, store):
+                count = len(named.volume_ids())
                 return LastUse(False, f"writes what {previous.ring} holds of {count} volumes to disk", previous.ring)
     except RingRefused:
         pass

@@ -34,7 +34,7 @@ DEAD_SHARE = 0.05
 BUSY_SHARE, BUSY_BYTES = 1.0, 512 << 20
 # Below this share of free space the disk counts as nearly full: everything dead is punched at once.
 SHORT_SHARE = 0.1
-# A busy volume's cleaning takes at most one part in so many of the time.
+# After a segment of a busy volume the cleaner rests so many times as long as that took.
 BUSY_REST = 3
 # Nobody has written for so long: the volume is idle.
 IDLE_S = 2.0
@@ -77,7 +77,7 @@ class _Seen:
 class _Known:
     """What the cleaner remembers of a volume between passes; forgetting it costs time only."""
 
-    sequence: int = -1
+    writes: int = -1
     changed_s: float = 0.0
     seen: dict[int, _Seen] = field(default_factory=dict)
 
@@ -211,8 +211,8 @@ class Cleaner:
     def _idle(self, volume: Volume, known: _Known) -> bool:
         writes = int(volume.native.stats()["writes"])
         now_s = time.monotonic()
-        if writes != known.sequence:
-            known.sequence, known.changed_s = writes, now_s
+        if writes != known.writes:
+            known.writes, known.changed_s = writes, now_s
         return now_s - known.changed_s >= IDLE_S
 
     def _short(self) -> bool:

@@ -20,6 +20,7 @@ from hlfsfs.store import Store
 from hlfsfs.store.records import LockRecord
 from hlfsfs.store.ring_file import (
     RING_DIR,
+    RingRefused,
     boot_id,
     create_ring,
     list_rings,
@@ -88,12 +89,25 @@ def left_rings(store: Store, previous: LockRecord | None, options: EngineOptions
         yield found
 
 
+def own_rings(stack: ExitStack, store: Store) -> list[tuple[str, "_core.OldRing"]]:
+    """All rings of this very store, whoever left them; what others put under such a name is passed over."""
+    found = []
+    for path in list_rings(store.uuid):
+        try:
+            ring = stack.enter_context(opened_ring(path))
+        except RingRefused as exc:
+            log.warning("passed over: %s", exc)
+            continue
+        if ring is not None and belongs(ring, store):
+            found.append((path, ring))
+    return found
+
+
 def _unnamed(stack: ExitStack, store: Store, options: EngineOptions) -> list[LeftRing]:
     """Rings of this store and boot that hold something, although the lock record is unreadable or of another boot."""
     found = []
-    for path in list_rings(store.uuid):
-        ring = stack.enter_context(opened_ring(path))
-        if ring is None or not belongs(ring, store) or ring.boot_id != boot_id() or not ring.volume_ids():
+    for path, ring in own_rings(stack, store):
+        if ring.boot_id != boot_id() or not ring.volume_ids():
             continue
         if options.discard_ring:
             log.warning("%s: going on without %s, as discard_ring says", store.uri, path)
@@ -175,10 +189,7 @@ def make_core(store: Store, options: EngineOptions) -> tuple[str, "_core.Core"]:
 
 def sweep_rings(store: Store, keep: set[str]) -> None:
     """Removes rings of this store that its lock record does not name: left by one that died before it was in use."""
-    for path in list_rings(store.uuid):
-        if path in keep:
-            continue
-        with opened_ring(path) as ring:
-            ours = ring is not None and belongs(ring, store)
-        if ours:
-            remove_ring(path)
+    with ExitStack() as stack:
+        ours = [path for path, _ in own_rings(stack, store) if path not in keep]
+    for path in ours:
+        remove_ring(path)

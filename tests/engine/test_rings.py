@@ -339,3 +339,18 @@ def test_a_damaged_lock_record_loses_no_ring(store: Path, spoil: dict[str, str] 
         engine = opened(store)
     expect_data(engine)
     closed(engine)
+
+
+def test_what_others_put_under_a_ring_s_name_is_passed_over(store: Path) -> None:
+    """Else anybody could keep a store from being mounted after a reboot."""
+    closed(opened(store))
+    uuid = open_store(f"local://{store}", read_only=True).uuid
+    foreign = Path(f"/dev/shm/hlfs-{os.geteuid()}-{uuid}-00000000.ring")
+    foreign.write_bytes(bytes(4096))
+    os.chown(foreign, 65534, 65534)
+    try:
+        set_lock_record(store, boot_id="another boot", clean=False)
+        closed(opened(store))
+        assert foreign.exists()
+    finally:
+        foreign.unlink()
