@@ -16,6 +16,9 @@
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
 
 namespace hlfs {
 
@@ -73,10 +76,40 @@ std::size_t side_bytes_of(EntryKind kind) {
     throw std::system_error(error, std::generic_category(), what);
 }
 
+// Maps the file where its extents can be huge pages.
+std::byte* map_aligned(int fd, std::size_t size_bytes) {
+    const std::size_t room_bytes = size_bytes + kExtentBytes;
+    void* room = mmap(nullptr, room_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED)
+        fail(errno, "reserving room for the ring");
+    auto* start = static_cast<std::byte*>(room);
+    const std::size_t address = reinterpret_cast<std::uintptr_t>(start);
+    const std::size_t before = round_up(address, kExtentBytes) - address;
+    void* base = mmap(start + before, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
+    const int error = errno;
+    if (base == MAP_FAILED) {
+        munmap(room, room_bytes);
+        fail(error, "mapping the ring");
+    }
+    if (before > 0)
+        munmap(start, before);
+    munmap(start + before + size_bytes, kExtentBytes - before);
+    return static_cast<std::byte*>(base);
+}
+
+// A disk takes a huge page as one segment, where 512 scattered pages fill its queue. /dev/shm gives none unless asked
+// for each; a hole cannot be collapsed, so one page of it comes first. What cannot be had stays as small pages.
+void collapse(std::byte* start, std::size_t size_bytes) noexcept {
+    for (std::size_t at = 0; at + kExtentBytes <= size_bytes; at += kExtentBytes) {
+        if (madvise(start + at, kBlockBytes, MADV_POPULATE_WRITE) != 0 ||
+            madvise(start + at, kExtentBytes, MADV_COLLAPSE) != 0)
+            return;
+    }
+}
+
 // A kill while the kernel meets an unmapped page would give the client EIO: no page may be met for the first time
 // later.
 void populate(std::byte* start, std::size_t size_bytes) {
-    madvise(start, size_bytes, MADV_HUGEPAGE);
     if (madvise(start, size_bytes, MADV_POPULATE_WRITE) == 0)
         return;
     if (errno != EINVAL)
@@ -104,16 +137,14 @@ std::unique_ptr<Ring> Ring::create(int fd, const RingGeometry& geometry, const R
     auto own = duplicate(fd);
     if (ftruncate(fd, static_cast<off_t>(layout.end)) != 0)
         fail(errno, "sizing the ring");
-    if (fallocate(fd, 0, 0, static_cast<off_t>(layout.ring_end)) != 0)
-        fail(errno, "allocating the ring");
-    void* base = mmap(nullptr, layout.end, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (base == MAP_FAILED)
-        fail(errno, "mapping the ring");
-    auto* bytes = static_cast<std::byte*>(base);
+    std::byte* bytes = map_aligned(fd, layout.end);
     try {
+        collapse(bytes, layout.ring_end);
+        if (fallocate(fd, 0, 0, static_cast<off_t>(layout.ring_end)) != 0)
+            fail(errno, "allocating the ring");
         populate(bytes, layout.ring_end);
     } catch (...) {
-        munmap(base, layout.end);
+        munmap(bytes, layout.end);
         throw;
     }
     RingHeader header{};
@@ -154,15 +185,13 @@ std::unique_ptr<Ring> Ring::attach(int fd) {
         geometry.spill_extents > 65536 || layout_of(geometry).end != size_bytes) {
         throw FormatError("the ring's geometry does not fit its size");
     }
-    void* base = mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (base == MAP_FAILED)
-        fail(errno, "mapping the ring");
+    std::byte* base = map_aligned(fd, size_bytes);
     RingIdentity identity;
     identity.store_uuid = header.store_uuid;
     identity.store_device = header.store_device;
     identity.store_inode = header.store_inode;
     std::memcpy(identity.boot_id.data(), header.boot_id, sizeof header.boot_id);
-    return std::unique_ptr<Ring>(new Ring(std::move(own), geometry, identity, static_cast<std::byte*>(base)));
+    return std::unique_ptr<Ring>(new Ring(std::move(own), geometry, identity, base));
 }
 
 Ring::Ring(std::unique_ptr<SharedFd> fd, const RingGeometry& geometry, const RingIdentity& identity, std::byte* base)

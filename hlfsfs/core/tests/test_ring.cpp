@@ -3,8 +3,12 @@
 #include <unistd.h>
 
 #include <catch2/catch.hpp>
+#include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <set>
+#include <string>
 #include <thread>
 
 #include "../format.hpp"
@@ -133,4 +137,41 @@ TEST_CASE("threads share a ring's pages") {
     REQUIRE(wrong == 0);
     REQUIRE(ring->pages_in_use() == 0);
     REQUIRE(ring->extents_taken() == 0);
+}
+
+TEST_CASE("a ring's extents are huge pages where the kernel has them") {
+    const RingFile file;
+    const auto huge = [](const std::byte* at, std::size_t size_bytes) {
+        std::ifstream maps("/proc/self/smaps");
+        const auto start = reinterpret_cast<std::uintptr_t>(at);
+        std::uint64_t found_kib = 0;
+        bool inside = false;
+        for (std::string line; std::getline(maps, line);) {
+            std::uintptr_t from = 0;
+            std::uintptr_t to = 0;
+            unsigned long kib = 0;
+            if (std::sscanf(line.c_str(), "%lx-%lx ", &from, &to) == 2)
+                inside = from < start + size_bytes && start < to;
+            else if (inside && std::sscanf(line.c_str(), "ShmemPmdMapped: %lu", &kib) == 1)
+                found_kib += kib;
+        }
+        return found_kib * 1024;
+    };
+    constexpr std::size_t kHugeBytes = std::size_t{kExtentPages} * kBlockBytes;
+    const auto ring = Ring::create(file.fd, kGeometry, {});
+    const std::byte* first = ring->page(0);
+    REQUIRE(reinterpret_cast<std::uintptr_t>(first) % kHugeBytes == 0);
+    const auto found_bytes = huge(first, kGeometry.ring_extents * kHugeBytes);
+
+    // A kernel without huge pages, or out of them, refuses a plain mapping too.
+    const RingFile other;
+    REQUIRE(ftruncate(other.fd, 2 * kHugeBytes) == 0);
+    void* room = mmap(nullptr, 2 * kHugeBytes, PROT_READ | PROT_WRITE, MAP_SHARED, other.fd, 0);
+    REQUIRE(room != MAP_FAILED);
+    std::memset(room, 1, 2 * kHugeBytes);
+    constexpr int kCollapse = 25;
+    const bool offered = madvise(room, 2 * kHugeBytes, kCollapse) == 0;
+    munmap(room, 2 * kHugeBytes);
+    if (offered)
+        REQUIRE(found_bytes >= kGeometry.ring_extents * kHugeBytes);
 }
