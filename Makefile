@@ -39,7 +39,7 @@ check: setup  ## Lint, formatting, types and layering
 	$(VENV_PYTHON) -m pytest --quiet tests/test_layering.py
 
 bench: setup  ## Measure against the raw disk and qemu-storage-daemon
-	$(VENV_PYTHON) -m bench
+	$(VENV_PYTHON) -m bench all
 
 hunt: setup  ## Search for faults at random, for longer than `make test` does
 	contrib/setup/fuzz.sh $(JOBS) $(HUNT_TIMES)

@@ -8,13 +8,25 @@ from typing import Any
 from bench.jobs import Job
 
 TIMEOUT_S = 600
+RAMP_S = 1
+PERCENTILES = {"p50_us": "50.000000", "p99_us": "99.000000", "p99.9_us": "99.900000"}
 
 
-def run_fio(file: Path, options: dict[str, str]) -> dict[str, Any]:
-    """Runs one job; returns its part of fio's JSON. Raises CalledProcessError."""
-    words = [f"--{key}={value}" for key, value in options.items()]
-    command = ["fio", "--name=bench", f"--filename={file}", "--output-format=json", *words]
-    done = subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S)
+def run_fio(file: Path, size_bytes: int, options: dict[str, str]) -> dict[str, Any]:
+    """Runs one job with O_DIRECT; returns its part of fio's JSON, of all its processes together.
+
+    Latencies are from the submission on, which blocks where a queue is full.
+
+    Raises:
+        subprocess.CalledProcessError: fio failed; what it said is printed.
+        subprocess.TimeoutExpired: the file hangs.
+    """
+    common = {"name": "bench", "filename": str(file), "size": str(size_bytes), "direct": "1", "group_reporting": "1"}
+    latencies = {"lat_percentiles": "1", "clat_percentiles": "0"}
+    words = [f"--{key}={value}" for key, value in {**common, **latencies, **options}.items()]
+    done = subprocess.run(
+        ["fio", "--output-format=json", *words], check=True, stdout=subprocess.PIPE, timeout=TIMEOUT_S
+    )
     # fio may print a warning before the JSON.
     text = done.stdout[done.stdout.index(b"{") :]
     job: dict[str, Any] = json.loads(text)["jobs"][0]
@@ -23,29 +35,38 @@ def run_fio(file: Path, options: dict[str, str]) -> dict[str, Any]:
 
 def fill(file: Path, size_bytes: int) -> None:
     """Writes every byte once, with data that does not compress and is not zero."""
-    options = {"rw": "write", "bs": "1m", "ioengine": "libaio", "iodepth": "4", "end_fsync": "1"}
-    run_fio(file, {**options, "direct": "1", "size": str(size_bytes), "refill_buffers": "1"})
+    options = {"rw": "write", "bs": "1m", "ioengine": "libaio", "iodepth": "4"}
+    run_fio(file, size_bytes, {**options, "end_fsync": "1", "refill_buffers": "1"})
 
 
 def warm(file: Path, size_bytes: int) -> None:
     """Reads every byte once."""
-    run_fio(
-        file, {"rw": "read", "bs": "1m", "ioengine": "libaio", "iodepth": "4", "direct": "1", "size": str(size_bytes)}
-    )
+    run_fio(file, size_bytes, {"rw": "read", "bs": "1m", "ioengine": "libaio", "iodepth": "4"})
 
 
-def measure(file: Path, job: Job, size_bytes: int, runtime_s: float) -> dict[str, float]:
-    """One timed run.
+def scatter(file: Path, size_bytes: int) -> None:
+    """Overwrites every block once, in random order."""
+    run_fio(file, size_bytes, {"rw": "randwrite", "bs": "4k", "ioengine": "libaio", "iodepth": "32", "end_fsync": "1"})
+
+
+def measure(file: Path, job: Job, size_bytes: int, runtime_s: float, seed: int) -> dict[str, float]:
+    """One turn. Its time is `runtime_s`; that of a cold one ends earlier when all was read once.
 
     Returns:
-        `value` in operations or bytes per second, and latencies in microseconds.
+        `value` in operations or bytes per second, latencies in microseconds, and `moved_bytes`, the time before the
+        measured one included.
     """
-    options = {"direct": "1", "size": str(size_bytes), "time_based": "1", "ramp_time": "1"}
-    result = run_fio(file, {**options, "runtime": f"{runtime_s:g}", **job.fio})[job.direction]
-    percentiles = result["clat_ns"].get("percentile", {})
+    time = {"runtime": f"{runtime_s:g}"}
+    ramp_s = 0 if job.caches == "cold" else RAMP_S
+    if ramp_s:
+        time |= {"time_based": "1", "ramp_time": str(ramp_s)}
+    # Reads and writes together, but then fio does not tell of syncs.
+    together = "0" if job.latency == "sync" else "1"
+    result = run_fio(file, size_bytes, {**time, "randseed": str(seed), "unified_rw_reporting": together, **job.fio})
+    moved = result["mixed"] if "mixed" in result else result["write"]
+    percentiles = (result["sync"] if job.latency == "sync" else moved)["lat_ns"]["percentile"]
     return {
-        "value": float(result[job.figure]),
-        "p50_us": percentiles.get("50.000000", 0) / 1000,
-        "p99_us": percentiles.get("99.000000", 0) / 1000,
-        "p99.9_us": percentiles.get("99.900000", 0) / 1000,
+        "value": float(moved[job.unit]),
+        **{name: percentiles[key] / 1000 for name, key in PERCENTILES.items()},
+        "moved_bytes": moved["io_bytes"] + moved["bw_bytes"] * ramp_s,
     }

@@ -1,7 +1,25 @@
-"""What is measured: fio jobs, all with O_DIRECT on a file of 1 GiB written once before. Pure data."""
+"""What is measured, and what is promised of it. Pure data: the one place for both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What the project promises of a row: the ratio of HLFS's median to a rival's.
+
+    Attributes:
+        rival: its name.
+        times: the least ratio of a rate, the greatest of a latency.
+        figure: what of a round's figures is compared.
+    """
+
+    rival: str
+    times: float
+    figure: Literal["value", "p99_us"] = "value"
+
+    def is_met(self, ratio: float) -> bool:
+        return ratio >= self.times if self.figure == "value" else ratio <= self.times
 
 
 @dataclass(frozen=True)
@@ -9,42 +27,157 @@ class Job:
     """One row of the table.
 
     Attributes:
-        name: as printed.
+        name: for `--jobs`, the JSON file and the bars.
+        title: as printed.
+        unit: of the rate that is compared: operations or bytes per second.
+        program: what works on the file.
         fio: options for fio besides file, size and time.
-        figure: what is compared: operations or bytes per second.
-        direction: whether fio's read or write figures count.
-        warm: the whole file is read once before, so that caches hold what they can.
-        bars: least ratio to a rival, by the rival's name; what the project promises for this row.
+        rivals: those that take part besides hlfs.
+        caches: `warm`: the whole file is read once before the first round, so that caches hold what they can;
+            `cold`: servers are restarted and the kernel's caches dropped before each turn, and no block is read twice.
+        writes: it leaves work for later, which must not fall into another's turn.
+        scattered: every block of the file is overwritten at random before.
+        latency: which of fio's latencies is told: of its reads and writes, or of the sync after each.
     """
 
     name: str
-    fio: dict[str, str]
-    figure: Literal["iops", "bw_bytes"]
-    direction: Literal["read", "write"]
-    warm: bool = False
-    bars: tuple[tuple[str, float], ...] = ()
+    title: str
+    unit: Literal["iops", "bw_bytes"]
+    program: Literal["fio", "cp-in", "cp-out", "qemu-img"] = "fio"
+    fio: dict[str, str] = field(default_factory=dict)
+    rivals: tuple[str, ...] = ("ext4", "qsd")
+    caches: Literal["any", "warm", "cold"] = "any"
+    writes: bool = False
+    scattered: bool = False
+    latency: Literal["request", "sync"] = "request"
+    bars: tuple[Bar, ...] = ()
 
 
-def _random(kind: str, depth: int) -> dict[str, str]:
-    return {"rw": kind, "bs": "4k", "iodepth": str(depth), "ioengine": "libaio"}
+def _random(kind: str, depth: int = 1, jobs: int = 1) -> dict[str, str]:
+    return {"rw": kind, "bs": "4k", "iodepth": str(depth), "ioengine": "libaio", "numjobs": str(jobs)}
 
 
 def _sequential(kind: str) -> dict[str, str]:
     return {"rw": kind, "bs": "1m", "iodepth": "4", "ioengine": "libaio"}
 
 
+_MIXED = {**_random("randrw", 32), "rwmixread": "70"}
+_FDATASYNC = {**_random("randwrite"), "ioengine": "psync", "fdatasync": "1"}
+_DSYNC = {**_random("randwrite", jobs=16), "ioengine": "psync", "sync": "dsync"}
+
+
 # In this order: reads meet a file written once in sequence; random writes scatter a log.
 JOBS = (
-    Job("1 MiB sequential read", _sequential("read"), "bw_bytes", "read"),
-    Job("1 MiB sequential write", _sequential("write"), "bw_bytes", "write"),
-    Job("4k random read, qd 1, warm", _random("randread", 1), "iops", "read", warm=True),
-    Job("4k random read, qd 32, warm", _random("randread", 32), "iops", "read", warm=True, bars=(("ext4", 1.0),)),
-    Job("4k random write, qd 1", _random("randwrite", 1), "iops", "write"),
-    Job("4k random write, qd 32", _random("randwrite", 32), "iops", "write", bars=(("ext4", 1.5), ("qsd", 4.0))),
     Job(
-        "4k write + fdatasync",
-        {"rw": "randwrite", "bs": "4k", "ioengine": "psync", "fdatasync": "1"},
+        "seqread-cold",
+        "1 MiB sequential read, qd 4, cold",
+        "bw_bytes",
+        fio=_sequential("read"),
+        caches="cold",
+        bars=(Bar("ext4", 1.0),),
+    ),
+    Job(
+        "seqread",
+        "1 MiB sequential read, qd 4, warm",
+        "bw_bytes",
+        fio=_sequential("read"),
+        caches="warm",
+        bars=(Bar("ext4", 1.0),),
+    ),
+    Job(
+        "randread-qd1-cold",
+        "4k random read, qd 1, cold",
         "iops",
-        "write",
+        fio=_random("randread"),
+        caches="cold",
+        bars=(Bar("ext4", 0.6),),
+    ),
+    Job(
+        "randread-qd32-cold",
+        "4k random read, qd 32, cold",
+        "iops",
+        fio=_random("randread", 32),
+        caches="cold",
+        bars=(Bar("ext4", 0.8),),
+    ),
+    Job(
+        "randread-qd1",
+        "4k random read, qd 1, warm",
+        "iops",
+        fio=_random("randread"),
+        caches="warm",
+        bars=(Bar("ext4", 1.0),),
+    ),
+    Job(
+        "randread-qd32",
+        "4k random read, qd 32, warm",
+        "iops",
+        fio=_random("randread", 32),
+        caches="warm",
+        bars=(Bar("ext4", 1.5),),
+    ),
+    Job("randread-16jobs", "4k random read, 16 jobs, warm", "iops", fio=_random("randread", jobs=16), caches="warm"),
+    Job(
+        "seqwrite",
+        "1 MiB sequential write, qd 4",
+        "bw_bytes",
+        fio=_sequential("write"),
+        writes=True,
+        bars=(Bar("ext4", 0.9),),
+    ),
+    Job(
+        "randwrite-qd1",
+        "4k random write, qd 1",
+        "iops",
+        fio=_random("randwrite"),
+        writes=True,
+        bars=(Bar("ext4", 1.5),),
+    ),
+    Job(
+        "randwrite-qd32",
+        "4k random write, qd 32",
+        "iops",
+        fio=_random("randwrite", 32),
+        writes=True,
+        bars=(Bar("ext4", 2.0), Bar("qsd", 5.0), Bar("ext4", 2.0, "p99_us")),
+    ),
+    Job("randwrite-16jobs", "4k random write, 16 jobs", "iops", fio=_random("randwrite", jobs=16), writes=True),
+    Job("mixed", "4k random, 70 % read, 30 % write, qd 32", "iops", fio=_MIXED, writes=True),
+    Job(
+        "fdatasync",
+        "4k random write + fdatasync, one job",
+        "iops",
+        fio=_FDATASYNC,
+        writes=True,
+        latency="sync",
+        bars=(Bar("ext4", 0.65), Bar("qsd", 4.0)),
+    ),
+    Job(
+        "dsync-16jobs",
+        "4k random write, O_DSYNC, 16 jobs",
+        "iops",
+        fio=_DSYNC,
+        writes=True,
+        bars=(Bar("ext4", 1.0),),
+    ),
+    Job("cp-in", "cp of an image in, and fsync", "bw_bytes", program="cp-in", writes=True, bars=(Bar("ext4", 0.9),)),
+    Job("cp-out", "cp of an image out, cold", "bw_bytes", program="cp-out", caches="cold", bars=(Bar("ext4", 0.9),)),
+    Job(
+        "qemu-img",
+        "qemu-img bench, 4k write, qd 32",
+        "iops",
+        program="qemu-img",
+        rivals=("ext4", "qcow2"),
+        writes=True,
+        bars=(Bar("qcow2", 1.0),),
+    ),
+    Job(
+        "seqread-scattered",
+        "1 MiB sequential read, cold, each block overwritten at random",
+        "bw_bytes",
+        fio=_sequential("read"),
+        caches="cold",
+        scattered=True,
+        bars=(Bar("ext4", 0.4),),
     ),
 )

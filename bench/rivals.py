@@ -1,4 +1,4 @@
-"""What is measured against what: each rival gives fio one file of the wanted size on the same disk."""
+"""What is measured against what: each rival gives one file of the wanted size on the same disk."""
 
 import os
 import subprocess
@@ -7,27 +7,67 @@ import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+from bench.usage import process_cpu_s
+from hlfsfs.store import open_store
+
 MIB = 1 << 20
 STOP_TIMEOUT_S = 120
+# HLFS checkpoints, and then cleans, 3 s after the last write where much was written.
+REST_S = 4.0
+REST_TIMEOUT_S = 30.0
+
+
+def drop_caches() -> None:
+    """The kernel's: pages, and names. Raises PermissionError for others than root."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
 
 
 class Rival(ABC):
-    """One way to store a disk. Used between `start` and `stop`."""
+    """One way to store a disk: `create`, then `up` and `down` in turns.
+
+    Attributes:
+        file: what is worked on, between `up` and `down`.
+        form: its format, for QEMU's tools.
+    """
 
     name: str
     title: str
+    form = "raw"
 
     def __init__(self, place: Path, size_bytes: int) -> None:
         self.place = place / self.name
         self.size_bytes = size_bytes
 
+    @property
     @abstractmethod
-    def start(self) -> Path:
-        """Brings it up and returns the file to work on."""
+    def file(self) -> Path: ...
 
-    @abstractmethod
-    def stop(self) -> None:
-        """Takes it down. Called also after a failed start."""
+    def create(self) -> None:
+        self.place.mkdir()
+
+    def up(self) -> None:  # noqa: B027
+        """Brings it up."""
+
+    def down(self) -> None:  # noqa: B027
+        """Takes it down: what was written is durable. Called also after a failed `up`."""
+
+    def empty(self) -> None:
+        """Makes the file one that holds nothing, or none."""
+        self.file.unlink(missing_ok=True)
+
+    def rest(self) -> None:  # noqa: B027
+        """Waits until what it put off is done."""
+
+    def server(self) -> int | None:
+        """The process that serves the file."""
+        return None
+
+    def restart(self) -> None:
+        """Takes all its caches away, and the kernel's."""
+        self.down()
+        drop_caches()
+        self.up()
 
 
 class RawExt4(Rival):
@@ -36,12 +76,9 @@ class RawExt4(Rival):
     name = "ext4"
     title = "raw file"
 
-    def start(self) -> Path:
-        self.place.mkdir()
+    @property
+    def file(self) -> Path:
         return self.place / "disk.raw"
-
-    def stop(self) -> None:
-        (self.place / "disk.raw").unlink(missing_ok=True)
 
 
 class Hlfs(Rival):
@@ -54,21 +91,64 @@ class Hlfs(Rival):
         super().__init__(place, size_bytes)
         self.read_cache_mib = size_bytes * 5 // 4 // MIB
         self._mount = self.place / "mnt"
+        self._source = f"local://{self.place / 'store'}"
 
-    def start(self) -> Path:
-        for directory in (self.place, self.place / "store", self._mount):
-            directory.mkdir()
-        source = f"local://{self.place / 'store'}"
-        self._hlfs("mount", source, str(self._mount), "-o", f"read_cache={self.read_cache_mib}M")
+    @property
+    def file(self) -> Path:
         return self._mount / "disk"
 
-    def stop(self) -> None:
+    def create(self) -> None:
+        for directory in (self.place, self.place / "store", self._mount):
+            directory.mkdir()
+
+    def up(self) -> None:
+        self._hlfs("mount", self._source, str(self._mount), "-o", f"read_cache={self.read_cache_mib}M")
+
+    def down(self) -> None:
         if os.path.ismount(self._mount):
             self._hlfs("umount", str(self._mount))
+
+    def rest(self) -> None:
+        """Until its server did nothing for long enough that a checkpoint would have begun."""
+        pid = self.server()
+        end_s = time.monotonic() + REST_TIMEOUT_S
+        used_s, rested_at_s = process_cpu_s(pid), time.monotonic() + REST_S
+        while time.monotonic() < min(rested_at_s, end_s):
+            time.sleep(0.25)
+            used_before_s, used_s = used_s, process_cpu_s(pid)
+            # Its timer takes a tick now and then.
+            if used_s - used_before_s > 0.02:
+                rested_at_s = time.monotonic() + REST_S
+
+    def server(self) -> int:
+        store = open_store(self._source, read_only=True)
+        try:
+            record = store.read_lock()
+        finally:
+            store.close()
+        if record is None or record.clean:
+            raise RuntimeError(f"{self._source} is not mounted")
+        return record.pid
 
     def _hlfs(self, *words: str) -> None:
         command = Path(sys.executable).with_name("hlfs")
         subprocess.run([command, *words], check=True, timeout=STOP_TIMEOUT_S)
+
+
+class Qcow2(Rival):
+    """A qcow2 image on ext4, for QEMU's tools."""
+
+    name = "qcow2"
+    title = "qcow2 on ext4"
+    form = "qcow2"
+
+    @property
+    def file(self) -> Path:
+        return self.place / "disk.qcow2"
+
+    def create(self) -> None:
+        super().create()
+        create_qcow2(self.file, self.size_bytes)
 
 
 class StorageDaemon(Rival):
@@ -81,30 +161,46 @@ class StorageDaemon(Rival):
         super().__init__(place, size_bytes)
         self._daemon: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> Path:
-        self.place.mkdir()
-        image, export = self.place / "disk.qcow2", self.place / "export"
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(self.size_bytes)], check=True)
-        export.touch()
+    @property
+    def file(self) -> Path:
+        return self.place / "export"
+
+    def create(self) -> None:
+        super().create()
+        create_qcow2(self.place / "disk.qcow2", self.size_bytes)
+        self.file.touch()
+
+    def up(self) -> None:
+        image = self.place / "disk.qcow2"
         self._daemon = subprocess.Popen(
             [
                 *("qemu-storage-daemon", "--blockdev"),
                 f"driver=file,node-name=file,filename={image},cache.direct=on,aio=native,discard=unmap",
                 *("--blockdev", "driver=qcow2,node-name=disk,file=file,discard=unmap"),
-                *("--export", f"type=fuse,id=export,node-name=disk,mountpoint={export},writable=on,growable=on"),
+                *("--export", f"type=fuse,id=export,node-name=disk,mountpoint={self.file},writable=on,growable=on"),
             ]
         )
         deadline = time.monotonic() + 30
-        while not os.path.ismount(export):
+        while not os.path.ismount(self.file):
             if self._daemon.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("qemu-storage-daemon did not come up")
             time.sleep(0.05)
-        return export
 
-    def stop(self) -> None:
+    def down(self) -> None:
         if self._daemon is not None:
             self._daemon.terminate()
             self._daemon.wait(STOP_TIMEOUT_S)
+            self._daemon = None
+
+    def empty(self) -> None:
+        os.truncate(self.file, 0)
+
+    def server(self) -> int | None:
+        return self._daemon.pid if self._daemon else None
 
 
-RIVALS: tuple[type[Rival], ...] = (Hlfs, RawExt4, StorageDaemon)
+RIVALS: tuple[type[Rival], ...] = (Hlfs, RawExt4, StorageDaemon, Qcow2)
+
+
+def create_qcow2(path: Path, size_bytes: int) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(size_bytes)], check=True)
