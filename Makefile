@@ -40,6 +40,7 @@ check: setup  ## Lint, formatting, types and layering
 
 bench: setup  ## Measure against the raw disk and qemu-storage-daemon
 	$(VENV_PYTHON) -m bench all
+	$(VENV_PYTHON) -m bench chart
 
 hunt: setup  ## Search for faults at random, for longer than `make test` does
 	contrib/setup/fuzz.sh $(JOBS) $(HUNT_TIMES)

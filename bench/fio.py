@@ -1,13 +1,12 @@
 """Runs fio and reads its figures."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
+from bench.commands import run_command
 from bench.jobs import Job
 
-TIMEOUT_S = 600
 RAMP_S = 1
 PERCENTILES = {"p50_us": "50.000000", "p99_us": "99.000000", "p99.9_us": "99.900000"}
 
@@ -17,19 +16,14 @@ def run_fio(file: Path, size_bytes: int, options: dict[str, str]) -> dict[str, A
 
     Latencies are from the submission on, which blocks where a queue is full.
 
-    Raises:
-        subprocess.CalledProcessError: fio failed; what it said is printed.
-        subprocess.TimeoutExpired: the file hangs.
+    Raises: as `run_command`.
     """
     common = {"name": "bench", "filename": str(file), "size": str(size_bytes), "direct": "1", "group_reporting": "1"}
     latencies = {"lat_percentiles": "1", "clat_percentiles": "0"}
     words = [f"--{key}={value}" for key, value in {**common, **latencies, **options}.items()]
-    done = subprocess.run(
-        ["fio", "--output-format=json", *words], check=True, stdout=subprocess.PIPE, timeout=TIMEOUT_S
-    )
+    output = run_command(["fio", "--output-format=json", *words], file)
     # fio may print a warning before the JSON.
-    text = done.stdout[done.stdout.index(b"{") :]
-    job: dict[str, Any] = json.loads(text)["jobs"][0]
+    job: dict[str, Any] = json.loads(output[output.index("{") :])["jobs"][0]
     return job
 
 

@@ -142,7 +142,7 @@ JOBS = (
         bars=(Bar("ext4", 2.0), Bar("qsd", 5.0), Bar("ext4", 2.0, "p99_us")),
     ),
     Job("randwrite-16jobs", "4k random write, 16 jobs", "iops", fio=_random("randwrite", jobs=16), writes=True),
-    Job("mixed", "4k random, 70 % read, 30 % write, qd 32", "iops", fio=_MIXED, writes=True),
+    Job("mixed", "4k random, 70 % read, 30 % write, qd 32, warm", "iops", fio=_MIXED, caches="warm", writes=True),
     Job(
         "fdatasync",
         "4k random write + fdatasync, one job",
@@ -173,7 +173,7 @@ JOBS = (
     ),
     Job(
         "seqread-scattered",
-        "1 MiB sequential read, cold, each block overwritten at random",
+        "1 MiB sequential read, qd 4, cold, overwritten at random",
         "bw_bytes",
         fio=_sequential("read"),
         caches="cold",

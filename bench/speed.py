@@ -52,7 +52,12 @@ class Scene:
 @click.option("--rounds", default=3, show_default=True, help="Turns of each rival at each job; medians are compared.")
 @click.option("--jobs", "patterns", multiple=True, help="Names or patterns (`randread*`); again for more.")
 @click.option("--rivals", "names", multiple=True, help="Besides hlfs: ext4, qsd, qcow2; again for more. [default: all]")
-@click.option("--json", "output", type=click.Path(path_type=Path), default=BUILD / "bench.json", show_default=True)
+@click.option(
+    "--json",
+    "output",
+    type=click.Path(path_type=Path),
+    help="[default: build/bench.json, or bench-part.json with --jobs or --rivals]",
+)
 def speed(
     *,
     parent: Path,
@@ -61,7 +66,7 @@ def speed(
     rounds: int,
     patterns: tuple[str, ...],
     names: tuple[str, ...],
-    output: Path,
+    output: Path | None,
 ) -> None:
     """Measure HLFS beside a raw file and qemu-storage-daemon, on one disk in one run."""
     jobs = choose(JOBS, patterns)
@@ -81,8 +86,9 @@ def speed(
         }
         content = speed_content(run(console, jobs, rivals, where), settings, host(where.place))
     print_tables(content, console)
-    save(output, "speed", content)
-    console.print(f"all figures: {output}")
+    path = output or BUILD / ("bench-part.json" if patterns or names else "bench.json")
+    save(path, "speed", content)
+    console.print(f"all figures: {path}")
 
 
 def choose(jobs: tuple[Job, ...], patterns: tuple[str, ...]) -> list[Job]:
@@ -162,6 +168,8 @@ def turn(job: Job, rival: Rival, where: Scene, number: int) -> dict[str, float]:
     if job.program == "cp-in":
         rival.empty()
         rival.rest()
+    # Nobody else's dirty pages, and none of the discards of a file that was removed.
+    os.sync()
     meter = Meter(rival.server(), where.place)
     figures = PROGRAMS[job.program](job, rival, where, number)
     figures |= meter.figures(figures["moved_bytes"])

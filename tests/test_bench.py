@@ -1,0 +1,138 @@
+"""The measurements' own parts: what is promised, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+from click.testing import CliRunner
+
+from bench.__main__ import main
+from bench.chart import svg
+from bench.commands import run_command
+from bench.jobs import JOBS, Bar
+from bench.report import Results, save, speed_content
+from bench.rivals import RIVALS
+
+SETTINGS = {"size_bytes": 1 << 30, "runtime_s": 1.0, "rounds": 3, "read_cache_mib": 1280}
+HOST = {"cpus": 2, "cpu": "A & B <CPU>", "kernel": "6.18", "filesystem": "ext4 rw"}
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def results(hlfs_times: float, **values: float) -> Results:
+    """Three rounds of each job: rivals at 1000, hlfs at `hlfs_times` that, or as told by a job's name (_ for -)."""
+    found: Results = {}
+    for job in JOBS:
+        ours = values.get(job.name.replace("-", "_"), hlfs_times)
+        rounds = {rival: [{"value": 1000.0, "p99_us": 50.0}] * 3 for rival in job.rivals}
+        # One round that an outlier spoilt.
+        hlfs = [
+            {"value": ours * 1000, "p99_us": 60.0},
+            {"value": ours * 1000, "p99_us": 60.0},
+            {"value": 1, "p99_us": 1e9},
+        ]
+        found[job.name] = {"hlfs": hlfs, **rounds}
+    return found
+
+
+def content(hlfs_times: float, **values: float) -> dict[str, Any]:
+    return speed_content(results(hlfs_times, **values), SETTINGS, HOST)
+
+
+def texts(root: ET.Element, kind: str) -> list[str]:
+    """Of the elements whose class holds the word `kind`."""
+    return [element.text or "" for element in root.iter() if kind in element.get("class", "").split()]
+
+
+def test_each_bar_is_of_a_rival_that_takes_part() -> None:
+    assert len({job.name for job in JOBS}) == len(JOBS)
+    known = {rival.name for rival in RIVALS}
+    for job in JOBS:
+        assert {bar.rival for bar in job.bars} <= set(job.rivals) <= known, job.name
+        # qemu-img and cp tell no latencies.
+        assert job.program == "fio" or all(bar.figure == "value" for bar in job.bars), job.name
+
+
+@pytest.mark.parametrize(
+    ("bar", "ratio", "met"),
+    [
+        (Bar("ext4", 0.9), 0.9, True),
+        (Bar("ext4", 0.9), 0.89, False),
+        (Bar("ext4", 2.0, "p99_us"), 2.0, True),
+        (Bar("ext4", 2.0, "p99_us"), 2.01, False),
+    ],
+)
+def test_a_rate_is_a_floor_and_a_latency_a_ceiling(bar: Bar, ratio: float, met: bool) -> None:
+    assert bar.is_met(ratio) is met
+
+
+def test_ratios_are_of_medians() -> None:
+    row = next(job for job in content(6)["jobs"] if job["name"] == "randwrite-qd32")
+    assert row["ratios"] == {"ext4": 6.0, "qsd": 6.0}
+    assert [(bar["ratio"], bar["met"]) for bar in row["bars"]] == [(6.0, True), (6.0, True), (1.2, True)]
+
+
+def test_the_chart_shows_every_job() -> None:
+    root = ET.fromstring(svg(content(6)))
+    shown = "\n".join(root.itertext())
+    for job in JOBS:
+        assert job.title in shown
+    assert texts(root, "missed") == []
+    assert len(texts(root, "value")) == sum(len(job.rivals) for job in JOBS)
+    assert "A & B <CPU>" in shown
+    assert "python -m bench" in shown
+
+
+def test_the_chart_marks_what_is_missed() -> None:
+    root = ET.fromstring(svg(content(6, seqread_scattered=0.25)))
+    assert texts(root, "missed") == ["0.25, at least 0.4 ✗"]
+
+
+def test_the_chart_marks_a_latency_that_is_missed() -> None:
+    found = results(6)
+    for round_ in found["randwrite-qd32"]["hlfs"]:
+        round_["p99_us"] = 150.0
+    root = ET.fromstring(svg(speed_content(found, SETTINGS, HOST)))
+    assert texts(root, "missed") == ["; p99 3.00 of ext4's, at most 2 ✗"]
+
+
+def test_a_chart_of_few_rivals() -> None:
+    found = {name: {"hlfs": rounds["hlfs"]} for name, rounds in results(6).items()}
+    root = ET.fromstring(svg(speed_content(found, SETTINGS, HOST)))
+    assert texts(root, "value") == []
+
+
+def test_bars_lie_on_a_logarithmic_scale() -> None:
+    def width(times: float) -> float:
+        root = ET.fromstring(svg(content(16, mixed=times)))
+        row = next(index for index, job in enumerate(JOBS) if job.name == "mixed")
+        bars = [element for element in root.iter(f"{SVG}rect") if element.get("class") == "ext4"]
+        return float(bars[1 + row].get("width", ""))
+
+    assert width(4) == pytest.approx(2 * width(2), abs=0.2)
+    assert width(1) == 0
+
+
+def test_a_group_keeps_the_figures_of_others(tmp_path: Path) -> None:
+    save(tmp_path / "bench.json", "scale", {"a": 1})
+    save(tmp_path / "bench.json", "speed", {"b": 1})
+    save(tmp_path / "bench.json", "speed", {"b": 2})
+    assert json.loads((tmp_path / "bench.json").read_text(encoding="utf-8")) == {"scale": {"a": 1}, "speed": {"b": 2}}
+
+
+def test_speed_is_the_group_that_needs_no_name(tmp_path: Path) -> None:
+    for words in (["speed"], []):
+        done = CliRunner().invoke(main, [*words, "--dir", str(tmp_path), "--jobs", "nothing"])
+        assert "no job is called nothing" in done.output, done.output
+
+
+def test_a_command_that_hangs_is_ended(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_command(["sleep", "60"], tmp_path / "file", timeout_s=0.2)
+    with pytest.raises(subprocess.CalledProcessError):
+        run_command(["false"], tmp_path / "file")
+    assert run_command(["echo", "said"], tmp_path / "file") == "said\n"
