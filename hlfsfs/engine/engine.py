@@ -65,6 +65,7 @@ class Engine:
         self._changing: set[int] = set()
         self._old_ring: _core.OldRing | None = None
         self._kept_rings: list[str] = []
+        self._ring_named = False
         self._closed = False
         previous = store.lock()
         try:
@@ -119,15 +120,20 @@ class Engine:
 
     def _write_lock_record(self, *, clean: bool) -> None:
         ring = None if clean else self._ring_path
+        self._ring_named = True
         record = LockRecord(boot_id=boot_id(), pid=os.getpid(), ring=ring, clean=clean, kept_rings=self._kept_rings)
         self._store.update_lock(record)
 
     def _abandon(self) -> None:
-        """Ends without durability; the old ring is still the one the lock record names."""
+        """Ends without durability. What was in the old ring is found again by whoever comes next."""
         self._cleaner.stop()
         self._service.stop()
         self.core.stop()
-        remove_ring(self._ring_path)
+        if self._ring_named:
+            # Perhaps only in memory, as writing the record failed: either ring may be looked for.
+            self.core.leave_ring()
+        else:
+            remove_ring(self._ring_path)
 
     # --- volumes ----------------------------------------------------------------------------------------------
 
