@@ -97,8 +97,8 @@ std::byte* map_aligned(int fd, std::size_t size_bytes) {
     return static_cast<std::byte*>(base);
 }
 
-// A disk takes a huge page as one segment, where 512 scattered pages fill its queue. /dev/shm gives none unless asked
-// for each; a hole cannot be collapsed, so one page of it comes first. What cannot be had stays as small pages.
+// A disk takes a huge page as one segment instead of 512. /dev/shm gives none unless asked for each; a hole cannot be
+// collapsed, so one page of it comes first. What cannot be had stays as small pages.
 void collapse(std::byte* start, std::size_t size_bytes) noexcept {
     for (std::size_t at = 0; at + kExtentBytes <= size_bytes; at += kExtentBytes) {
         if (madvise(start + at, kBlockBytes, MADV_POPULATE_WRITE) != 0 ||
