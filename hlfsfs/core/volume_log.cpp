@@ -66,16 +66,15 @@ void append_pages(std::vector<iovec>& vectors, Ring& ring, const std::uint32_t* 
 
 // The first write to an allocated and never written extent costs a journal commit at the next fdatasync. Zeros written
 // ahead, in large pieces, pay for it once.
-int write_zeros(int fd, const std::byte* zeros, off_t offset, off_t length) noexcept {
+void write_zeros(int fd, const std::byte* zeros, off_t offset, off_t length) noexcept {
     while (length > 0) {
         const auto part = std::min<off_t>(length, kMaxRequestBytes);
         std::vector<iovec> vectors{{const_cast<std::byte*>(zeros), static_cast<std::size_t>(part)}};
-        if (const int error = write_all(fd, vectors, offset); error != 0)
-            return error;
+        if (write_all(fd, vectors, offset) != 0)
+            return;
         offset += part;
         length -= part;
     }
-    return 0;
 }
 
 // Data leaves so much of the file system free for map nodes and discards, without which nothing could be given back.
@@ -295,8 +294,9 @@ void Volume::grow(Lock& lock) {
     int error = to > from ? 0 : ENOSPC;
     if (error == 0 && ::fallocate(fd->get(), 0, offset, length) != 0)
         error = errno;
+    // What fails here is met again by the chunk that is written there, which is kept and goes to a new epoch.
     if (error == 0 && written_ahead)
-        error = write_zeros(fd->get(), core_.zeros(), offset, length);
+        write_zeros(fd->get(), core_.zeros(), offset, length);
     lock.lock();
     growing_ = false;
     syncs_since_growth_ = 0;

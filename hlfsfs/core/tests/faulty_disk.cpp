@@ -52,7 +52,9 @@ void FaultyDisk::reset() {
     space_ = -1;
     writes_held_ = syncs_held_ = false;
     release_error_ = 0;
+    large_bytes_ = 0;
     syncs_ = 0;
+    large_writes_failed_ = 0;
     changed_.notify_all();
 }
 
@@ -79,6 +81,12 @@ void FaultyDisk::fail_writes(int count, int error, int skip) {
 void FaultyDisk::fail_syncs(int count, int error, int skip) {
     const std::lock_guard lock(mutex_);
     sync_fault_ = {count, error, skip};
+}
+
+void FaultyDisk::fail_large_writes(std::size_t least_bytes, int error) {
+    const std::lock_guard lock(mutex_);
+    large_bytes_ = least_bytes;
+    large_error_ = error;
 }
 
 void FaultyDisk::set_space(std::int64_t bytes) {
@@ -116,7 +124,7 @@ void FaultyDisk::wait_held_writes(unsigned count) {
 }
 
 // Returns with the lock held by nobody; 0: go on.
-int FaultyDisk::before_write(int) {
+int FaultyDisk::before_write(std::size_t size_bytes) {
     std::unique_lock lock(mutex_);
     if (writes_held_) {
         ++held_;
@@ -125,6 +133,10 @@ int FaultyDisk::before_write(int) {
         --held_;
         if (release_error_ != 0)
             return release_error_;
+    }
+    if (large_bytes_ != 0 && size_bytes >= large_bytes_) {
+        ++large_writes_failed_;
+        return large_error_;
     }
     return write_fault_.take();
 }
@@ -253,11 +265,11 @@ ssize_t pwritev(int fd, const iovec* vectors, int count, off_t offset) {
     const auto real = [&] { return syscall(SYS_pwritev, fd, vectors, count, offset, 0); };
     if (!disk.watched(fd))
         return real();
-    if (const int error = disk.before_write(fd))
-        return hlfs::testing::failed(error);
     std::size_t bytes = 0;
     for (int i = 0; i < count; ++i)
         bytes += vectors[i].iov_len;
+    if (const int error = disk.before_write(bytes))
+        return hlfs::testing::failed(error);
     const auto lock = disk.freeze();
     disk.note_write(fd, static_cast<std::uint64_t>(offset), bytes);
     return real();

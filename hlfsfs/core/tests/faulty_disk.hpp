@@ -34,6 +34,9 @@ class FaultyDisk {
     // The next `count` writes (syncs) of watched files fail with `error`, after `skip` good ones.
     void fail_writes(int count, int error, int skip = 0);
     void fail_syncs(int count, int error, int skip = 0);
+    // From now on every write of so many bytes or more fails; 0: none.
+    void fail_large_writes(std::size_t least_bytes, int error);
+    [[nodiscard]] std::uint64_t large_writes_failed() const { return large_writes_failed_; }
     // Bytes that fallocate may still take; negative: no bound.
     void set_space(std::int64_t bytes);
     // While held, writes to watched files wait; when let go with an error, those that waited fail.
@@ -59,7 +62,7 @@ class FaultyDisk {
     static int truncate_unwatched(int fd, std::uint64_t size_bytes);
 
     // --- called by the replaced system calls
-    int before_write(int fd);
+    int before_write(std::size_t size_bytes);
     void note_old_blocks(int fd, std::uint64_t first, std::uint64_t count);
     void note_write(int fd, std::uint64_t offset, std::uint64_t size_bytes);
     void note_truncate(int fd, std::uint64_t size_bytes);
@@ -104,7 +107,9 @@ class FaultyDisk {
     bool syncs_held_ = false;
     int release_error_ = 0;
     unsigned held_ = 0;
-    std::atomic<std::uint64_t> syncs_{0};
+    std::size_t large_bytes_ = 0;
+    int large_error_ = 0;
+    std::atomic<std::uint64_t> syncs_{0}, large_writes_failed_{0};
 
   public:
     std::mutex& mutex() { return mutex_; }

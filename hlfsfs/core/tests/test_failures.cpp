@@ -79,6 +79,28 @@ TEST_CASE("a failed write or sync loses nothing") {
     }
 }
 
+TEST_CASE("a failure to write ahead fails nobody's write") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1);
+    Host host;
+    const auto opened = host.open(log);
+    Volume& volume = *opened.volume;
+    for (std::uint64_t i = 0; i < 50; ++i) {
+        REQUIRE(write(host, volume, i * kBlockBytes, pattern(kBlockBytes, i)) > 0);
+        REQUIRE(flush(volume) == 0);
+    }
+    // More than is left of the first step; its chunk is smaller than the next one, which is zeroed.
+    disk.fail_large_writes(600 << 10, EIO);
+    const Bytes large = pattern(100 * kBlockBytes, 50);
+    REQUIRE(write(host, volume, 0, large) == static_cast<std::int64_t>(large.size()));
+    REQUIRE(flush(volume) == 0);
+    REQUIRE(disk.large_writes_failed() == 1);
+    REQUIRE(host.failures() == 0);
+    disk.reset();
+    host.close(log);
+}
+
 TEST_CASE("a flush tells of a failure once") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
