@@ -214,7 +214,7 @@ std::unique_ptr<Reader> Reader::create(bool io_uring) {
 }
 
 struct BufferPool::State {
-    static constexpr std::size_t kClasses = 10;  // 4 KiB … 2 MiB
+    static constexpr std::size_t kClasses = 10;  // 4 KiB … 2 MiB; what is larger is not kept
     static constexpr std::size_t kKeptBytes = std::size_t{32} << 20;
     std::mutex mutex;
     std::array<std::vector<std::byte*>, kClasses> free;
@@ -237,7 +237,7 @@ BufferPool::~BufferPool() {
 
 std::byte* BufferPool::take(std::size_t size_bytes) {
     const std::size_t size_class = State::class_of(size_bytes);
-    {
+    if (size_class < State::kClasses) {
         const std::lock_guard lock(state_->mutex);
         auto& list = state_->free[size_class];
         if (!list.empty()) {
@@ -257,7 +257,7 @@ void BufferPool::give(std::byte* buffer, std::size_t size_bytes) noexcept {
     const std::size_t size_class = State::class_of(size_bytes);
     const std::lock_guard lock(state_->mutex);
     const std::size_t bytes = std::size_t{4096} << size_class;
-    if (state_->kept_bytes + bytes > State::kKeptBytes) {
+    if (size_class >= State::kClasses || state_->kept_bytes + bytes > State::kKeptBytes) {
         std::free(buffer);
         return;
     }
