@@ -33,6 +33,7 @@ struct CoreOptions {
     std::uint64_t checkpoint_log_bytes = std::uint64_t{4} << 30;
     std::uint64_t max_overlay_entries = 4 * 1024 * 1024;
     std::uint32_t max_open_segments = 4096;
+    std::uint64_t gather_ns = 100'000;  // an open chunk may grow as long before a worker writes it
     unsigned workers = 8;
     bool io_uring = true;  // false: reads as on a kernel that refuses it
 };

@@ -18,7 +18,6 @@ namespace hlfs {
 namespace {
 
 constexpr std::size_t kMaxVectors = 1024;
-constexpr std::chrono::microseconds kGatherTime{100};
 // With at least one fdatasync for every so many blocks of log, the log is written ahead.
 constexpr std::uint32_t kOftenSyncedSlots = 64;
 constexpr std::uint64_t kPlentySegments = 8;
@@ -133,7 +132,7 @@ void Volume::work() noexcept {
 void Volume::gather(Lock& lock) {
     gathering_ = true;
     lock.unlock();
-    std::this_thread::sleep_for(kGatherTime);
+    std::this_thread::sleep_for(std::chrono::nanoseconds(core_.options().gather_ns));
     lock.lock();
     gathering_ = false;
 }

@@ -42,6 +42,7 @@ void Wait::complete(std::int64_t result) noexcept {
 
 void Wait::complete_data(const iovec* vectors, int count, std::size_t size_bytes) noexcept {
     Bytes data;
+    data.reserve(size_bytes);
     for (int i = 0; i < count; ++i) {
         const auto* bytes = static_cast<const std::byte*>(vectors[i].iov_base);
         data.insert(data.end(), bytes, bytes + vectors[i].iov_len);
@@ -499,14 +500,23 @@ std::int64_t seek(Volume& volume, std::uint64_t offset, int whence) {
 Bytes content(Volume& volume) {
     Bytes all;
     const std::uint64_t size = volume.attr().size_bytes;
+    all.reserve(size);
+    Bytes part;
     while (all.size() < size) {
-        Bytes part;
         const std::int64_t got = read(volume, all.size(), kMaxRequestBytes, part);
         if (got <= 0)
             throw std::system_error(static_cast<int>(-got), std::generic_category(), "reading a volume");
         all.insert(all.end(), part.begin(), part.end());
     }
     return all;
+}
+
+bool same(const Bytes& a, const Bytes& b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size()) == 0);
+}
+
+bool holds(Volume& volume, const Bytes& model) {
+    return same(content(volume), model);
 }
 
 Bytes pattern(std::size_t size_bytes, std::uint64_t stamp) {
@@ -571,14 +581,14 @@ void Change::apply(Bytes& model) const {
     };
     const auto clear = [&] {
         const std::uint64_t end = std::min<std::uint64_t>(offset + size_bytes, model.size());
-        for (std::uint64_t at = offset; at < end; ++at)
-            model[at] = std::byte{0};
+        if (offset < end)
+            std::memset(model.data() + offset, 0, end - offset);
     };
     switch (kind) {
         case Kind::write: {
             grow_to(offset + size_bytes);
             const Bytes bytes = data();
-            std::copy(bytes.begin(), bytes.end(), model.begin() + static_cast<std::ptrdiff_t>(offset));
+            std::memcpy(model.data() + offset, bytes.data(), bytes.size());
             break;
         }
         case Kind::punch:

@@ -187,6 +187,10 @@ std::int64_t seek(Volume& volume, std::uint64_t offset, int whence);
 // The whole volume.
 Bytes content(Volume& volume);
 
+// In one call for the sanitizers: std::byte is compared byte by byte, each of them checked.
+bool same(const Bytes& a, const Bytes& b);
+bool holds(Volume& volume, const Bytes& model);
+
 Bytes pattern(std::size_t size_bytes, std::uint64_t stamp);
 
 // One change of a volume, and the same change of a byte array.

@@ -68,7 +68,7 @@ TEST_CASE("what is overwritten gives its space back") {
     for (int pass = 0; pass < 4; ++pass) {
         settle(host, log, *volume);
         host.clean(log, how);
-        REQUIRE((content(*volume) == model));
+        REQUIRE(holds(*volume, model));
     }
     const std::uint64_t after = log.allocated_bytes();
     INFO(before << " bytes of log, then " << after);
@@ -77,7 +77,7 @@ TEST_CASE("what is overwritten gives its space back") {
     REQUIRE(before > 50 * kMiB);
     host.close(log);
     Host second;
-    REQUIRE((content(*second.open(log).volume) == model));
+    REQUIRE(holds(*second.open(log).volume, model));
 }
 
 TEST_CASE("cleaning and crashes at random lose nothing") {
@@ -95,7 +95,7 @@ TEST_CASE("cleaning and crashes at random lose nothing") {
             INFO("round " << round << " life " << life << ": " << opened.report.damage);
             REQUIRE_FALSE(opened.report.read_only);
             std::shared_ptr<Volume> volume = std::move(opened.volume);
-            REQUIRE((content(*volume) == model));
+            REQUIRE(holds(*volume, model));
             const std::uint64_t steps = 100 + random() % 200;
             for (std::uint64_t step = 0; step < steps; ++step) {
                 Change change = Change::random(random, ++stamp, 6 * kMiB, model.size());
@@ -113,7 +113,7 @@ TEST_CASE("cleaning and crashes at random lose nothing") {
                     removed += cleaned.removable ? 1 : 0;
                 }
             }
-            REQUIRE((content(*volume) == model));
+            REQUIRE(holds(*volume, model));
             switch (random() % 3) {
                 case 0: {
                     REQUIRE(flush(*volume) == 0);
@@ -133,7 +133,7 @@ TEST_CASE("cleaning and crashes at random lose nothing") {
                     Host successor;
                     const auto recovered = successor.open(*log, ring->ring());
                     INFO(recovered.report.damage);
-                    REQUIRE((content(*recovered.volume) == model));
+                    REQUIRE(holds(*recovered.volume, model));
                     successor.close(*log);
                     break;
                 }
@@ -180,7 +180,7 @@ TEST_CASE("a reader that holds an address keeps its segment") {
         reader.join();
     CHECK(failures == 0);
     CHECK(host.damage().empty());
-    REQUIRE((content(*volume) == model));
+    REQUIRE(holds(*volume, model));
     host.close(log);
 }
 
@@ -200,7 +200,7 @@ TEST_CASE("indexes of removed segments are used again, when no checkpoint knows 
         Host second;
         const auto opened = second.open(*copy);
         INFO("round " << round << ": " << opened.report.damage);
-        REQUIRE((content(*opened.volume) == model));
+        REQUIRE(holds(*opened.volume, model));
     }
     REQUIRE(log.segnos().back() > 30);
     std::uint32_t highest = 0;
@@ -230,7 +230,7 @@ TEST_CASE("moving changes no time and leaves damage where it is") {
     const auto cleaned = host.clean(log, kMove);
     REQUIRE(cleaned.moved_blocks > 100);
     REQUIRE(volume->attr().mtime_ns == mtime);
-    REQUIRE((content(*volume) == model));
+    REQUIRE(holds(*volume, model));
     settle(host, log, *volume);
     settle(host, log, *volume);
     REQUIRE(host.clean(log, kLook).removable);

@@ -63,7 +63,7 @@ TEST_CASE("a failed write or sync loses nothing") {
             }
             disk.fail_writes(0, 0);
             disk.fail_syncs(0, 0);
-            REQUIRE((content(volume) == model));
+            REQUIRE(holds(volume, model));
             // One failure can still be on its way to a flush.
             flush(volume);
             REQUIRE(flush(volume) == 0);
@@ -73,7 +73,7 @@ TEST_CASE("a failed write or sync loses nothing") {
         const auto opened = host.open(*left);
         INFO(opened.report.damage);
         REQUIRE_FALSE(opened.report.read_only);
-        REQUIRE((content(*opened.volume) == model));
+        REQUIRE(holds(*opened.volume, model));
         host.close(*left);
         REQUIRE(host.core().ring().pages_in_use() == 0);
     }
@@ -137,7 +137,7 @@ TEST_CASE("the largest chunks find room in the new epoch") {
     disk.release_writes(EIO);
     flush(volume);
     REQUIRE(flush(volume) == 0);
-    REQUIRE((content(volume) == model));
+    REQUIRE(holds(volume, model));
     host.close(log);
 }
 
@@ -165,7 +165,7 @@ TEST_CASE("a full disk refuses writes before they are acknowledged and takes the
         REQUIRE(++stamp < 100);
     }
     REQUIRE(result == -ENOSPC);
-    REQUIRE((content(volume) == model));
+    REQUIRE(holds(volume, model));
     REQUIRE(flush(volume) == 0);
     {
         const auto lock = disk.freeze();
@@ -175,7 +175,7 @@ TEST_CASE("a full disk refuses writes before they are acknowledged and takes the
     const Change change{.offset = 0, .size_bytes = kMiB, .stamp = 1000};
     REQUIRE(wait_until([&] { return change.run(host, log, volume) == 0; }));
     change.apply(model);
-    REQUIRE((content(volume) == model));
+    REQUIRE(holds(volume, model));
     host.close(log);
     REQUIRE(host.core().ring().pages_in_use() == 0);
 }
@@ -205,7 +205,7 @@ TEST_CASE("a full disk during a checkpoint leaves the older one") {
         }
     }
     REQUIRE(refused);
-    REQUIRE((content(*opened.volume) == model));
+    REQUIRE(holds(*opened.volume, model));
     const auto left = log.after_power_cut(random, FaultyDisk::Fate::all_kept);
     {
         const auto lock = disk.freeze();
@@ -214,7 +214,7 @@ TEST_CASE("a full disk during a checkpoint leaves the older one") {
     disk.set_space(-1);
     host.close(log);
     Host second;
-    REQUIRE((content(*second.open(*left).volume) == model));
+    REQUIRE(holds(*second.open(*left).volume, model));
 }
 
 TEST_CASE("a tiny ring slows many volumes and stops none") {

@@ -165,13 +165,13 @@ TEST_CASE("a sealed segment is read by its footer or by its summaries") {
     REQUIRE(sealed.from_footer);
     SECTION("whole") {
         Host host;
-        REQUIRE((content(*host.open(*log).volume) == model));
+        REQUIRE(holds(*host.open(*log).volume, model));
     }
     SECTION("its summaries gone: the footer says the same") {
         for (const ChunkSummary& chunk : sealed.chunks)
             log->damage(0, chunk.header.slot);
         Host host;
-        REQUIRE((content(*host.open(*log).volume) == model));
+        REQUIRE(holds(*host.open(*log).volume, model));
     }
     SECTION("the footer damaged: summaries say the same") {
         WindowReader reader(log->open(0));
@@ -180,7 +180,7 @@ TEST_CASE("a sealed segment is read by its footer or by its summaries") {
         REQUIRE_FALSE(scanned.from_footer);
         REQUIRE(scanned.chunks.size() == sealed.chunks.size());
         Host host;
-        REQUIRE((content(*host.open(*log).volume) == model));
+        REQUIRE(holds(*host.open(*log).volume, model));
     }
     SECTION("a payload that the footer promises is not there") {
         // The last chunk's requests are above every recorded durable point: the log ends before the bad one.
@@ -232,7 +232,7 @@ TEST_CASE("a cut inside a chunk is kept by every later recovery") {
         const auto opened = host.open(*log);
         INFO(opened.report.damage);
         REQUIRE_FALSE(opened.report.read_only);
-        REQUIRE((content(*opened.volume) == model));
+        REQUIRE(holds(*opened.volume, model));
         if (checkpointed && life == 0) {
             REQUIRE(host.checkpoint(*log));
         }

@@ -25,7 +25,7 @@ struct History {
         std::optional<std::size_t> match;
         Bytes state = model;
         for (std::size_t done = 0;; ++done) {
-            if (done >= flushed && state == found)
+            if (done >= flushed && same(state, found))
                 match = done;
             if (done == changes.size())
                 return match;
@@ -79,7 +79,7 @@ TEST_CASE("power cuts leave a prefix that holds all that was flushed") {
                 const auto survived = history.prefix(now);
                 REQUIRE(survived);
                 history.settle(*survived);
-                REQUIRE((history.model == now));
+                REQUIRE(same(history.model, now));
                 run_changes(random, host, *log, *opened.volume, history, static_cast<int>(random() % 40), stamp, now);
                 left = log->after_power_cut(random);
             }
@@ -182,7 +182,7 @@ TEST_CASE("a death between a new epoch's first header and its first chunk loses 
     Host host;
     const auto opened = host.open(*left, ring->ring());
     REQUIRE_FALSE(opened.report.read_only);
-    REQUIRE((content(*opened.volume) == model));
+    REQUIRE(holds(*opened.volume, model));
 }
 
 TEST_CASE("a ring page that changed after it was acknowledged reads as an error, never as other bytes") {
