@@ -44,7 +44,9 @@ struct Segment {
     std::vector<ReadOp*> fd_waiters;
 
     // while it is written to
-    std::uint32_t allocated_slots = 0;
+    std::uint32_t allocated_slots = 0;  // chunks may be placed below
+    std::uint32_t file_slots = 0;       // the file has blocks up to here, at least as many
+    std::uint32_t written_slots = 0;    // no block below is allocated and never written
     std::uint32_t tail_slot = 1;
     std::uint64_t opened_ns = 0;
     bool unsynced = false;

@@ -257,6 +257,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     bool seal_open();
     bool place(LiveChunk& chunk, std::size_t used_bytes);
     void roll_segment();
+    void take_back_unwritten();
     [[nodiscard]] bool filling_fast() const;
     [[nodiscard]] bool plenty_of_space() const;
     void refuse_space(int error, Purpose purpose) noexcept;
@@ -431,6 +432,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::uint32_t upkeep_wanted_ = 0;  // of these, for upkeep
     bool growing_ = false;
     std::uint32_t syncs_since_growth_ = 0;
+    static constexpr std::uint32_t kCloseSyncs = 8;
+    std::uint32_t close_syncs_ = 0;  // so many in a row had little log between them
+    std::uint64_t log_slots_at_sync_ = 0;
     int space_refused_ = 0;  // errno of the last growth or preparation that failed, for a short time
     std::uint64_t space_refused_ns_ = 0;
     bool upkeep_refused_ = false;      // by that failure

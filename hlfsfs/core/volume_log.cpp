@@ -20,11 +20,17 @@ namespace {
 constexpr std::size_t kMaxVectors = 1024;
 // With at least one fdatasync for every so many blocks of log, the log is written ahead.
 constexpr std::uint32_t kOftenSyncedSlots = 64;
+// In one go, so that growing by a whole segment does not hold up the disk.
+constexpr std::uint32_t kWrittenAheadSlots = 4096;
 constexpr std::uint64_t kPlentySegments = 8;
 constexpr std::uint64_t kMuchLogBytes = std::uint64_t{16} << 20;
 constexpr std::uint64_t kMaxKeptFreeBytes = std::uint64_t{256} << 20;
 constexpr std::uint64_t kLastStepBytes = std::uint64_t{256} << 10;  // the log of a nearly full disk grows by
 constexpr std::uint32_t kRegrowSlots = 2048;                        // a chunk and its footer fit in any case
+
+off_t offset_of(std::uint32_t slot) noexcept {
+    return static_cast<off_t>(slot) * static_cast<off_t>(kBlockBytes);
+}
 
 // Writes every byte or returns an errno.
 int write_all(int fd, std::vector<iovec>& vectors, off_t offset) noexcept {
@@ -274,7 +280,11 @@ void Volume::grow(Lock& lock) {
         return;
     growing_ = true;
     const std::uint32_t tail = segment->tail_slot;
-    const bool written_ahead = syncs_since_growth_ * kOftenSyncedSlots >= to - from;
+    const bool written_ahead = close_syncs_ >= kCloseSyncs || syncs_since_growth_ * kOftenSyncedSlots >= to - from;
+    if (written_ahead)
+        to = std::min(to, std::max(from + kWrittenAheadSlots, segment->tail_slot + upkeep));
+    const std::uint32_t ours = std::max(from, segment->file_slots);
+    const std::uint32_t written = std::max(from, segment->written_slots);
     const std::shared_ptr<SharedFd> fd = segment->fd;
     lock.unlock();
     struct statvfs space {};
@@ -284,23 +294,24 @@ void Volume::grow(Lock& lock) {
         kept_bytes = kept_free_bytes(space);
         const std::uint64_t free_bytes = std::uint64_t{space.f_bavail} * space.f_frsize;
         const std::uint64_t steps = free_bytes > kept_bytes ? (free_bytes - kept_bytes) / kLastStepBytes : 0;
-        const std::uint64_t for_data = from + steps * (kLastStepBytes / kBlockBytes);
+        const std::uint64_t for_data = ours + steps * (kLastStepBytes / kBlockBytes);
         const std::uint32_t for_upkeep = upkeep == 0 ? 0 : tail + upkeep;
         to = std::max(static_cast<std::uint32_t>(std::min<std::uint64_t>(to, for_data)), std::min(to, for_upkeep));
     }
-    const auto offset = static_cast<off_t>(from) * static_cast<off_t>(kBlockBytes);
-    const auto length = static_cast<off_t>(to - from) * static_cast<off_t>(kBlockBytes);
     int error = to > from ? 0 : ENOSPC;
-    if (error == 0 && ::fallocate(fd->get(), 0, offset, length) != 0)
+    if (error == 0 && to > ours && ::fallocate(fd->get(), 0, offset_of(ours), offset_of(to - ours)) != 0)
         error = errno;
     // What fails here is met again by the chunk that is written there, which is kept and goes to a new epoch.
-    if (error == 0 && written_ahead)
-        write_zeros(fd->get(), core_.zeros(), offset, length);
+    if (error == 0 && written_ahead && to > written)
+        write_zeros(fd->get(), core_.zeros(), offset_of(written), offset_of(to - written));
     lock.lock();
     growing_ = false;
     syncs_since_growth_ = 0;
     if (error == 0) {
         segment->allocated_slots = to;
+        segment->file_slots = std::max(ours, to);
+        if (written_ahead)
+            segment->written_slots = std::max(written, to);
         space_refused_ = 0;
         // Who asked meanwhile asks again if this is not enough. A second growth right now would not be written ahead.
         if (segment == current_)
@@ -345,6 +356,9 @@ void Volume::sync(Lock& lock) {
             log_broke(lock, error, "fdatasync");
         } else {
             ++syncs_since_growth_;
+            close_syncs_ = log_slots_ - log_slots_at_sync_ <= kOftenSyncedSlots ? close_syncs_ + 1 : 0;
+            log_slots_at_sync_ = log_slots_;
+            take_back_unwritten();
             durable_end_ = std::max(durable_end_, end);
             durable_number_ = std::max(durable_number_, end_number);
             retire();
@@ -508,6 +522,7 @@ void Volume::replace_chunks() {
             if (::fallocate(current_->fd->get(), 0, from,
                             static_cast<off_t>(kRegrowSlots) * static_cast<off_t>(kBlockBytes)) == 0) {
                 current_->allocated_slots = std::min(segment_slots_, current_->allocated_slots + kRegrowSlots);
+                current_->file_slots = std::max(current_->file_slots, current_->allocated_slots);
             }
         }
         if (!place(*chunk, used))

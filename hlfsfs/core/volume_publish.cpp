@@ -1,5 +1,6 @@
 // Admission and publication: from a request with its payload in ring pages to an acknowledged write.
 #include <sys/random.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -23,6 +24,8 @@ constexpr std::uint64_t kUnflushedPublishes = 256;
 // A volume of a few hundred KiB takes less than 1 MiB.
 constexpr std::uint32_t kFirstSegmentSlots = 192;
 constexpr std::uint32_t kGrowthSlots = 1024;
+// What a log that is synced often goes on with while more is written ahead.
+constexpr std::uint32_t kKeptSlots = 64;
 // 200 MB/s over at least 4 MiB.
 constexpr std::uint32_t kFastSlots = 1024;
 constexpr std::uint64_t kFastNsPerSlot = 20'000;
@@ -37,6 +40,13 @@ constexpr std::uint64_t kRoomRetryNs = 1'000'000'000;
 void append_side(ChunkDescriptor& chunk, const void* bytes, std::size_t size_bytes) {
     std::memcpy(chunk.side + chunk.side_bytes, bytes, size_bytes);
     chunk.side_bytes += static_cast<std::uint32_t>(size_bytes);
+}
+
+// What a spare held is written; what was allocated just now reads as a hole, though it is none. Where a file system
+// cannot tell, all of it counts as written.
+std::uint32_t first_unwritten_slot(int fd) noexcept {
+    const off_t hole = lseek(fd, 0, SEEK_HOLE);
+    return hole < 0 ? 0 : static_cast<std::uint32_t>(hole / static_cast<off_t>(kBlockBytes));
 }
 
 }  // namespace
@@ -118,6 +128,7 @@ void Volume::want_growth(std::uint32_t needed_slots, Purpose purpose) {
 
 void Volume::supply_segment(std::uint64_t segno, int fd, std::uint64_t allocated_bytes) {
     auto shared = std::make_shared<SharedFd>(fd);
+    const std::uint32_t written_slots = first_unwritten_slot(fd);
     Failpoint::pass("segment");
     const Lock lock(mutex_);
     if (!requested_ || requested_->identity.segno != segno || requested_->identity.epoch != epoch_) {
@@ -133,6 +144,8 @@ void Volume::supply_segment(std::uint64_t segno, int fd, std::uint64_t allocated
         requested_->fd = std::move(shared);
         requested_->allocated_slots =
             static_cast<std::uint32_t>(std::min<std::uint64_t>(allocated_bytes / kBlockBytes, segment_slots_));
+        requested_->file_slots = requested_->allocated_slots;
+        requested_->written_slots = written_slots;
         prepared_ = std::move(requested_);
         space_refused_ = 0;
     }
@@ -208,6 +221,24 @@ void Volume::roll_segment() {
         table_[current_->index] = std::move(prepared_);
     }
     growth_wanted_ = upkeep_wanted_ = 0;
+}
+
+// In a log that is synced often, chunks go only where something was written before: takes back what was allocated
+// further ahead, for grow() to give again. The blocks stay the file's, so nothing acknowledged can miss them.
+void Volume::take_back_unwritten() {
+    Segment* segment = current_;
+    if (segment == nullptr || growing_ || close_syncs_ < kCloseSyncs)
+        return;
+    std::uint32_t needed = 0;
+    if (open_ != nullptr) {
+        const ChunkDescriptor& descriptor = *open_->descriptor;
+        needed = kMaxSummaryBlocks + descriptor.payload_blocks;
+    }
+    const std::uint32_t least = std::max(segment->written_slots, segment->tail_slot + std::max(needed, kKeptSlots));
+    if (least + kKeptSlots < segment->allocated_slots) {
+        segment->allocated_slots = least;
+        want_growth(0, Purpose::data);
+    }
 }
 
 // Gives the sealed chunk its place. False: no segment to put it in.

@@ -107,8 +107,10 @@ int Log::prepare(std::uint64_t segno, const std::string& header, std::uint64_t a
     const int fd = ::open(file(segno).c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (fd < 0)
         return -errno;
-    if (::pwrite(fd, header.data(), header.size(), 0) != static_cast<ssize_t>(header.size()) ||
-        FaultyDisk::truncate_unwatched(fd, allocate_bytes) != 0)
+    const Bytes held(spare_bytes, std::byte{0x5a});
+    if (::pwrite(fd, held.data(), held.size(), 0) != static_cast<ssize_t>(held.size()) ||
+        ::pwrite(fd, header.data(), header.size(), 0) != static_cast<ssize_t>(header.size()) ||
+        FaultyDisk::truncate_unwatched(fd, std::max<std::uint64_t>(allocate_bytes, spare_bytes)) != 0)
         throw std::runtime_error("writing a segment header");
     return fd;
 }
@@ -245,7 +247,9 @@ void Host::answer(const Event& event) {
                 return;
             }
             FaultyDisk::instance().watch(fd);
-            volume->supply_segment(event.segno, fd, event.allocate_bytes);
+            struct stat made {};
+            ::fstat(fd, &made);
+            volume->supply_segment(event.segno, fd, static_cast<std::uint64_t>(made.st_size));
             return;
         }
         case EventKind::open_segment: {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <chrono>
+#include <map>
 #include <thread>
 
 #include "harness.hpp"
@@ -10,6 +11,8 @@ using namespace hlfs;
 using namespace hlfs::testing;
 
 namespace {
+
+constexpr std::size_t kMiB = std::size_t{1} << 20;
 
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
@@ -162,6 +165,46 @@ TEST_CASE("the log is written ahead where it is synced often, and only there") {
         }
     }
     REQUIRE(flush(*volume) == 0);
+    REQUIRE((after_power_cut(log) == content(*volume)));
+}
+
+TEST_CASE("a log that was allocated far ahead is written ahead once it is synced often") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1, 26);
+    Host host;
+    const auto volume = host.open(log).volume;
+    // Steps of 16 MiB by now: far more than the zeros that are to come.
+    for (std::uint64_t at = 0; at < 20 * kMiB; at += kMiB)
+        REQUIRE(write(host, *volume, at, pattern(kMiB, at + 1)) == static_cast<std::int64_t>(kMiB));
+    REQUIRE(flush(*volume) == 0);
+    std::map<std::filesystem::path, std::uint64_t> ends;
+    for (const std::uint64_t segno : log.segnos())
+        ends[log.file(segno)] = disk.written_end(log.file(segno));
+    // Of 8 KiB each.
+    for (std::uint64_t i = 0; i < 40; ++i)
+        put(host, *volume, i, true);
+    REQUIRE(wait_until(milliseconds(20'000), [&] {
+        return std::any_of(ends.begin(), ends.end(),
+                           [&](const auto& end) { return disk.written_end(end.first) > end.second + 2 * kMiB; });
+    }));
+    REQUIRE((after_power_cut(log) == content(*volume)));
+}
+
+TEST_CASE("a spare's blocks are not written ahead again") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1, 22);
+    log.spare_bytes = std::uint64_t{2} * kMiB;
+    Host host;
+    const auto volume = host.open(log).volume;
+    for (std::uint64_t i = 0; i < 100; ++i)
+        put(host, *volume, i, true);
+    const auto file = log.file(log.segnos().front());
+    REQUIRE(disk.written_end(file) < kMiB);
+    for (std::uint64_t i = 0; i < 200; ++i)
+        put(host, *volume, i, true);
+    REQUIRE(wait_until(milliseconds(20'000), [&] { return disk.written_end(file) > log.spare_bytes; }));
     REQUIRE((after_power_cut(log) == content(*volume)));
 }
 

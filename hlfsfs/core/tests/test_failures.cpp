@@ -86,15 +86,18 @@ TEST_CASE("a failure to write ahead fails nobody's write") {
     Host host;
     const auto opened = host.open(log);
     Volume& volume = *opened.volume;
-    for (std::uint64_t i = 0; i < 50; ++i) {
+    for (std::uint64_t i = 0; i < 80; ++i) {
         REQUIRE(write(host, volume, i * kBlockBytes, pattern(kBlockBytes, i)) > 0);
         REQUIRE(flush(volume) == 0);
     }
-    // More than is left of the first step; its chunk is smaller than the next one, which is zeroed.
+    // Its chunk is smaller than the steps the log grows by, which are zeroed.
     disk.fail_large_writes(600 << 10, EIO);
     const Bytes large = pattern(100 * kBlockBytes, 50);
-    REQUIRE(write(host, volume, 0, large) == static_cast<std::int64_t>(large.size()));
-    REQUIRE(flush(volume) == 0);
+    for (int times = 0; disk.large_writes_failed() == 0; ++times) {
+        REQUIRE(times < 10);
+        REQUIRE(write(host, volume, 0, large) == static_cast<std::int64_t>(large.size()));
+        REQUIRE(flush(volume) == 0);
+    }
     REQUIRE(disk.large_writes_failed() == 1);
     REQUIRE(host.failures() == 0);
     disk.reset();
