@@ -330,6 +330,20 @@ class StoreFailed(HlfsError):
         self.errno = exc.errno or _errno.EIO
 
 
+class NotDurable(StoreFailed):
+    """A change that was made, and could not be made durable: everybody sees it, and a crash may take it back.
+
+    Attributes:
+        failure: the error for whoever has undone the change, or shows it to nobody.
+    """
+
+    def __init__(self, what: str, exc: OSError) -> None:
+        self.failure = StoreFailed(what, exc)
+        super().__init__(f"{what}: changed, but a crash of this host may undo it", exc)
+        # Nothing else may be read from the number: ENOSPC, say, means that nothing was changed.
+        self.errno = _errno.EIO
+
+
 class RingMissing(HlfsError):
     """The store ended uncleanly on this boot and its ring is gone."""
 

@@ -1,7 +1,8 @@
 """Changes of names and records: create, mkdir, unlink, rmdir, rename, new owners and attributes.
 
-Each method holds `Shared.changing` throughout, makes its change durable, then publishes it in the tree. The order of
-the durable steps is what the sweep of the next mount relies on:
+Each method holds `Shared.changing` throughout, makes its change durable, then publishes it in the tree. Where the store
+has made the last step and says NotDurable, the tree shows it as the disk does, and nothing is deleted that a crash may
+give its name back to. The order of the durable steps is what the sweep of the next mount relies on:
 
 - A volume's record is there before its log and its name, and says `unlinked-open` whenever the volume may be without a
   name. So a volume in state `live` always had a name, and one that has none was damaged: the sweep never deletes it.
@@ -12,7 +13,8 @@ import copy
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 from uuid import uuid4
 
@@ -26,6 +28,7 @@ from hlfsfs.errors import (
     NoSuchPool,
     NotAPool,
     NotAVolume,
+    NotDurable,
     PoolNotEmpty,
     ReadOnly,
     RecordDamaged,
@@ -48,6 +51,15 @@ R = TypeVar("R", VolumeRecord, PoolRecord)
 def path_in(parent: PoolNode, name: bytes) -> bytes:
     """Path of a name in a pool, relative to the store's root."""
     return b"/".join(part for part in (parent.path, name) if part)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """For a step nobody sees before the next one: one that may not last is a failure like any other."""
+    try:
+        yield
+    except NotDurable as exc:
+        raise exc.failure from exc
 
 
 def new_id() -> int:
@@ -84,30 +96,30 @@ class Changes:
                 logs=[LogRef(no=0, uuid=uuid4())],
                 segment_shift=self._defaults.segment_shift,
             )
-            self._shared.store.create_volume(record)
-            live = self._name_volume(record, path_in(parent, name))
-            node = VolumeNode(record.id, record=live)
-            with self._shared.lock:
-                self._shared.tree.attach(node, parent, name)
+            with unseen():
+                self._shared.store.create_volume(record)
+            node = VolumeNode(record.id, record=record)
+            try:
+                with unseen():
+                    self._shared.engine.create_log(record)
+                # A name that may not last leaves the volume unlinked-open, so that it goes with it.
+                with self._shared.showing(lambda: self._shared.tree.attach(node, parent, name)):
+                    self._shared.store.link_name(path_in(parent, name), record.id)
+            except StoreFailed:
+                raise  # what was done is unknown: the next sweep looks
+            except HlfsError:
+                self._unmake_volume(record)
+                raise
+            self.revive(node)
             return node
 
-    def _name_volume(self, record: VolumeRecord, path: bytes) -> VolumeRecord:
+    def _unmake_volume(self, record: VolumeRecord) -> None:
         try:
-            self._shared.engine.create_log(record)
-            self._shared.store.link_name(path, record.id)
-        except StoreFailed:
-            raise  # what was done is unknown: the next sweep looks
-        except HlfsError:
             self._shared.engine.drop(record.id)
             self._shared.store.delete_log(record.log_uuid)
             self._shared.store.remove_volume(record.id)
-            raise
-        live = with_changes(record, state="live")
-        try:
-            self._shared.store.write_volume(live)
         except HlfsError as exc:
-            log.warning("volume %016x gets its final state at the next mount: %s", record.id, exc)
-        return live
+            log.warning("volume %016x, which got no name, goes at the next mount: %s", record.id, exc)
 
     def make_pool(self, parent: PoolNode, name: bytes, asked: Ownership) -> PoolNode:
         """Makes an empty pool.
@@ -121,18 +133,25 @@ class Changes:
             record = PoolRecord(
                 uuid=uuid4(), id=new_id(), mode=owner.mode, uid=owner.uid, gid=owner.gid, ctime_ns=time.time_ns()
             )
-            self._shared.store.create_pool(record)
+            with unseen():
+                self._shared.store.create_pool(record)
+            node = PoolNode(record.id, record=record)
             try:
-                self._shared.store.make_pool(path_in(parent, name), record.id)
+                with self._shared.showing(lambda: self._shared.tree.attach(node, parent, name)):
+                    self._shared.store.make_pool(path_in(parent, name), record.id)
             except StoreFailed:
                 raise
             except HlfsError:
-                self._shared.store.remove_pool_record(record.id)
+                self._remove_pool_record(record.id)
                 raise
-            node = PoolNode(record.id, record=record)
-            with self._shared.lock:
-                self._shared.tree.attach(node, parent, name)
             return node
+
+    def _remove_pool_record(self, pool_id: int) -> None:
+        """Removes the record of a pool that has no directory, which the next mount does otherwise."""
+        try:
+            self._shared.store.remove_pool_record(pool_id)
+        except HlfsError as exc:
+            log.warning("the record of pool %016x goes at the next mount: %s", pool_id, exc)
 
     def _check_free(self, parent: PoolNode, name: bytes) -> None:
         self.check_target(parent, name)
@@ -182,12 +201,14 @@ class Changes:
                 raise NotAVolume(self._shared.what(node))
             self.doom(node)
             try:
-                self._shared.store.unlink_name(node.path)
+                with self._shared.showing(lambda: self._shared.tree.detach(node)):
+                    self._shared.store.unlink_name(node.path)
+            except NotDurable:
+                self.keep(node)
+                raise
             except HlfsError:
                 self.revive(node)
                 raise
-            with self._shared.lock:
-                self._shared.tree.detach(node)
         self.let_go(node)
 
     def doom(self, node: VolumeNode) -> None:
@@ -204,9 +225,12 @@ class Changes:
             self.replace_record(node, doomed)
         except NoSpace:
             self._publish(node, doomed)
+        except NotDurable as exc:
+            self.revive(node)
+            raise exc.failure from exc
 
     def revive(self, node: VolumeNode) -> None:
-        """Takes `doom` back after a failure; if that fails as well, the next mount does it."""
+        """Marks a volume that has a name as live again; if that fails, the next mount does it."""
         if node.record is None:
             return
         live = with_changes(node.record, state="live")
@@ -219,6 +243,12 @@ class Changes:
     def _publish(self, node: VolumeNode, record: VolumeRecord) -> None:
         with self._shared.lock:
             node.record = record
+
+    def keep(self, node: VolumeNode) -> None:
+        """Deals with a volume that has just lost its name, but may have it again after a crash."""
+        with self._shared.lock:
+            node.may_return = True
+        self._volumes.mirror_owner(node)
 
     def let_go(self, node: VolumeNode) -> None:
         """Deals with a volume that has just lost its name; outside of all locks."""
@@ -241,11 +271,9 @@ class Changes:
                 raise NotAPool(self._shared.what(node))
             if node.children:
                 raise PoolNotEmpty(self._shared.what(node))
-            self._shared.store.remove_pool(node.path)
-            with self._shared.lock:
-                self._shared.tree.detach(node)
-                self._shared.tree.by_id.pop(node.id, None)
-            self._shared.store.remove_pool_record(node.id)
+            with self._shared.showing(lambda: self._shared.tree.drop(node)):
+                self._shared.store.remove_pool(node.path)
+            self._remove_pool_record(node.id)
 
     # --- records ----------------------------------------------------------------------------------------------
 
@@ -262,12 +290,11 @@ class Changes:
         """Writes and publishes a node's record. Raises UnknownFeature where this program may not write it."""
         record.require_writable(self._shared.what(node))
         if isinstance(node, VolumeNode) and isinstance(record, VolumeRecord):
-            self._shared.store.write_volume(record)
-            self._publish(node, record)
+            with self._shared.showing(lambda: setattr(node, "record", record)):
+                self._shared.store.write_volume(record)
         elif isinstance(node, PoolNode) and isinstance(record, PoolRecord):
-            self._write_pool(node, record)
-            with self._shared.lock:
-                node.record, node.damage = record, None
+            with self._shared.showing(lambda: _make_sound(node, record)):
+                self._write_pool(node, record)
 
     def _write_pool(self, node: PoolNode, record: PoolRecord) -> None:
         """Writes a pool's record; one that is lost or damaged is made again, as it holds nothing but ownership."""
@@ -277,6 +304,10 @@ class Changes:
             self._shared.store.create_pool(with_changes(record, uuid=uuid4()))
         else:
             self._shared.store.write_pool(record)
+
+
+def _make_sound(node: PoolNode, record: PoolRecord) -> None:
+    node.record, node.damage = record, None
 
 
 def ownership(record: PoolRecord) -> Ownership:

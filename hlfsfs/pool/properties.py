@@ -97,8 +97,10 @@ class Properties:
         with self._volumes.using(node) as volume:
             self._volumes.check_writable(node, volume)
             if changes.ownership:
-                self._changes.update_record(node, changes.ownership)
-                self._volumes.mirror_owner(node, volume)
+                try:
+                    self._changes.update_record(node, changes.ownership)
+                finally:
+                    self._volumes.mirror_owner(node, volume)
             if changes.size_bytes is not None:
                 self._resize(node, volume, changes.size_bytes)
             if changes.ownership or changes.mtime_ns is not None:

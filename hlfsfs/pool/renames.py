@@ -1,5 +1,7 @@
 """Renames, in every form rename(2) and renameat2(2) have."""
 
+import logging
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from hlfsfs.errors import (
@@ -8,6 +10,7 @@ from hlfsfs.errors import (
     NoSuchName,
     NotAPool,
     NotAVolume,
+    NotDurable,
     NotSupported,
     PoolNotEmpty,
     RefusedName,
@@ -15,6 +18,9 @@ from hlfsfs.errors import (
 from hlfsfs.pool.changes import Changes, path_in, with_changes
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
 from hlfsfs.store import Rename
+from hlfsfs.store.records import PoolRecord
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ class Renames:
         if how is Rename.EXCHANGE:
             self._exchange(node, target, old, new)
         elif target is None:
-            self._shared.store.rename_name(old.path, new.path, Rename.NOREPLACE)
-            self._publish(node, new)
+            with self._showing(node, new):
+                self._shared.store.rename_name(old.path, new.path, Rename.NOREPLACE)
         elif how is Rename.NOREPLACE:
             raise NameExists(self._shared.what(target))
         elif isinstance(node, PoolNode):
@@ -104,20 +110,28 @@ class Renames:
         if target is None:
             raise NoSuchName(self._shared.what(new.parent, new.name))
         self._changes.check_target(old.parent, old.name)
-        self._shared.store.rename_name(old.path, new.path, Rename.EXCHANGE)
-        with self._shared.lock:
+        self._swap(node, target, old, new)
+
+    def _swap(self, node: Node, target: Node, old: Place, new: Place) -> None:
+        def swap() -> None:
             self._shared.tree.attach(node, new.parent, new.name)
             self._shared.tree.attach(target, old.parent, old.name)
+
+        with self._shared.showing(swap):
+            self._shared.store.rename_name(old.path, new.path, Rename.EXCHANGE)
 
     def _replace_volume(self, node: Node, target: VolumeNode, old: Place, new: Place) -> VolumeNode:
         """Durable steps: the victim's record (unlinked-open), the rename; later the victim's log and record."""
         self._changes.doom(target)
         try:
-            self._shared.store.rename_name(old.path, new.path, Rename.REPLACE)
+            with self._showing(node, new):
+                self._shared.store.rename_name(old.path, new.path, Rename.REPLACE)
+        except NotDurable:
+            self._changes.keep(target)
+            raise
         except HlfsError:
             self._changes.revive(target)
             raise
-        self._publish(node, new)
         return target
 
     def _replace_pool(self, node: PoolNode, target: Node, old: Place, new: Place) -> None:
@@ -131,14 +145,28 @@ class Renames:
         if target.children or self._shared.store.list_pool(new.path):
             raise PoolNotEmpty(self._shared.what(target))
         before = target.record
-        self._changes.replace_record(target, with_changes(before, state="replaced", replaced_at=new.path))
         try:
+            self._changes.replace_record(target, with_changes(before, state="replaced", replaced_at=new.path))
             self._exchange(node, target, old, new)
-        except HlfsError:
-            self._changes.replace_record(target, before)
+            self._changes.remove_pool(old.parent, old.name)
+        except HlfsError as exc:
+            # Without a name it is gone, durably or not, and the rename is done.
+            if target.parent is None:
+                raise
+            self._put_back(node, target, old, new, before)
+            if isinstance(exc, NotDurable):
+                raise exc.failure from exc
             raise
-        self._changes.remove_pool(old.parent, old.name)
 
-    def _publish(self, node: Node, new: Place) -> None:
-        with self._shared.lock:
-            self._shared.tree.attach(node, new.parent, new.name)
+    def _put_back(self, node: PoolNode, target: PoolNode, old: Place, new: Place, before: PoolRecord) -> None:
+        """Takes back what was done of replacing a pool; where that fails, the next mount ends it either way."""
+        try:
+            if target.parent is old.parent and target.name == old.name:
+                self._swap(target, node, old, new)
+            if target.record is not before:
+                self._changes.replace_record(target, before)
+        except HlfsError as exc:
+            log.warning("%s: half replaced until the next mount: %s", self._shared.what(target), exc)
+
+    def _showing(self, node: Node, new: Place) -> AbstractContextManager[None]:
+        return self._shared.showing(lambda: self._shared.tree.attach(node, new.parent, new.name))

@@ -5,12 +5,13 @@ once a node has it; a change puts a new one in its place. Whoever reads or chang
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from hlfsfs.errors import HlfsError, NameDamaged, NoSuchName, NotAPool, StaleId, printable
+from hlfsfs.errors import HlfsError, NameDamaged, NoSuchName, NotAPool, NotDurable, StaleId, printable
 from hlfsfs.pool.attributes import UNKNOWN_ID
 from hlfsfs.store import NameEntry, Store
 from hlfsfs.store.records import ROOT_POOL_ID, PoolRecord, VolumeRecord
@@ -69,6 +70,7 @@ class VolumeNode(Node):
         users: calls that work on the attached volume just now.
         closing: it is being detached or dropped; new users wait.
         gone: it was dropped.
+        may_return: a crash may give it its name back, so that only the next mount may delete it.
         cleaning: how its last cleaning on demand stands; guarded by `Cleaning`.
     """
 
@@ -78,6 +80,7 @@ class VolumeNode(Node):
     users: int = 0
     closing: bool = False
     gone: bool = False
+    may_return: bool = False
     cleaning: "CleanState | None" = None
 
     @property
@@ -140,6 +143,11 @@ class Tree:
             del node.parent.children[node.name]
         node.parent, node.name = None, b""
 
+    def drop(self, node: PoolNode) -> None:
+        """Forgets a pool that is gone."""
+        self.detach(node)
+        self.by_id.pop(node.id, None)
+
     def below(self, node: Node) -> Iterator[Node]:
         """The node, and all that is in it at any depth."""
         nodes = [node]
@@ -170,7 +178,8 @@ class Shared:
 
     Locks, outermost first: `changing` is held for the whole of a change of names or records, disk I/O included, so
     that changes come one after another; `lock` guards the nodes and is never held during I/O. A change is published
-    in the tree after it is durable. `settled` (on `lock`) is notified when a volume stops closing.
+    in the tree after it is durable, or could not be made so. `settled` (on `lock`) is notified when a volume stops
+    closing.
     """
 
     def __init__(self, store: Store, engine: "Engine") -> None:
@@ -180,6 +189,18 @@ class Shared:
         self.lock = threading.RLock()
         self.settled = threading.Condition(self.lock)
         self.tree = load_tree(store)
+
+    @contextmanager
+    def showing(self, change: Callable[[], None]) -> Iterator[None]:
+        """Changes nodes once the block has made a change in the store, durable or not."""
+        try:
+            yield
+        except NotDurable:
+            with self.lock:
+                change()
+            raise
+        with self.lock:
+            change()
 
     def what(self, node: Node, name: bytes = b"") -> str:
         """How errors call a node, or a name in it."""

@@ -103,7 +103,7 @@ class Volumes:
             if record is None or record.state != "unlinked-open" or node.parent is not None:
                 return False
             in_use = node.users or node.closing or (node.handles and not ignore_handles)
-            if in_use or node.gone or self._shared.store.read_only:
+            if in_use or node.gone or node.may_return or self._shared.store.read_only:
                 return False
             node.closing = True
         try:

@@ -1,6 +1,7 @@
 """What the parts of a local store share: where things are, how errors are told, how a file is replaced."""
 
 import errno
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -13,12 +14,15 @@ from hlfsfs.errors import (
     NameTooLong,
     NoSpace,
     NoSuchName,
+    NotDurable,
     PoolNotEmpty,
     ReadOnly,
     StoreFailed,
     printable,
 )
 from hlfsfs.store.disk import Disk, Rename
+
+log = logging.getLogger(__name__)
 
 META = b".hlfs"
 MARKER = b".snapshots"
@@ -41,8 +45,14 @@ _BY_ERRNO: dict[int, Callable[[str], HlfsError]] = {
 }
 
 
+class NotSynced(OSError):
+    """A directory could not be synced after its names had been changed."""
+
+
 def store_error(exc: OSError, what: str) -> HlfsError:
     """The error of the tree for a failed system call on the object `what`."""
+    if isinstance(exc, NotSynced):
+        return NotDurable(what, exc)
     known = _BY_ERRNO.get(exc.errno or 0)
     return known(what) if known else StoreFailed(what, exc)
 
@@ -85,10 +95,18 @@ class LocalPart:
         """A path in the temporary place which nothing else has."""
         return os.path.join(self.tmp, b"%s-%s-%s" % (kind, self.session, secrets.token_hex(8).encode()))
 
+    def sync_names(self, *directories: bytes) -> None:
+        """Makes changes of names durable, in this order. Raises NotSynced: they are made, and may not last."""
+        try:
+            for directory in directories:
+                self.disk.fsync_dir(directory)
+        except OSError as exc:
+            raise NotSynced(exc.errno, exc.strerror) from exc
+
     def write_file(self, path: bytes, data: bytes, how: Rename, mode: int = 0o600) -> None:
         """Puts a whole file under `path`: written and synced aside, renamed into place, directory synced.
 
-        A crash leaves the old file (or none) or the new one, whole; durable on return.
+        A crash leaves the old file (or none) or the new one, whole; durable on return. Raises NotSynced.
         """
         temporary = self.temporary(b"file")
         try:
@@ -98,7 +116,7 @@ class LocalPart:
             with suppress(OSError):
                 self.disk.unlink(temporary)
             raise
-        self.disk.fsync_dir(os.path.dirname(path))
+        self.sync_names(os.path.dirname(path))
 
     def _write_aside(self, path: bytes, data: bytes, mode: int) -> None:
         fd = self.disk.create(path, mode)
@@ -112,11 +130,11 @@ class LocalPart:
         """Renames a directory into the temporary place, durable, and returns its new path.
 
         A crash leaves it whole in one of the two places; what is in the temporary place goes at the next mount.
+        Raises NotSynced: it stays whole in the temporary place.
         """
         aside = self.temporary(kind)
         self.disk.rename(path, aside, Rename.NOREPLACE)
-        self.disk.fsync_dir(os.path.dirname(path))
-        self.disk.fsync_dir(self.tmp)
+        self.sync_names(os.path.dirname(path), self.tmp)
         return aside
 
     def move_in(self, aside: bytes, path: bytes) -> None:
@@ -124,10 +142,16 @@ class LocalPart:
         try:
             self.disk.rename(aside, path, Rename.NOREPLACE)
         except OSError:
-            self.remove_flat(aside)
+            self.discard(aside)
             raise
-        self.disk.fsync_dir(os.path.dirname(path))
-        self.disk.fsync_dir(self.tmp)
+        self.sync_names(os.path.dirname(path), self.tmp)
+
+    def discard(self, aside: bytes) -> None:
+        """Deletes a directory in the temporary place; what of it cannot be deleted now goes at the next mount."""
+        try:
+            self.remove_flat(aside)
+        except OSError as exc:
+            log.warning("%s: left to the next mount: %s", printable(aside), exc)
 
     def remove_flat(self, path: bytes) -> None:
         """Deletes a directory that holds files only. Nothing is synced: a crash leaves a part of it."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from uuid import UUID
 
-from hlfsfs.errors import CheckpointDamaged, LogDamaged, NoSuchName, printable
+from hlfsfs.errors import CheckpointDamaged, HlfsError, LogDamaged, NoSuchName, printable
 from hlfsfs.store.base import CHECKPOINT_SLOT_BYTES
 from hlfsfs.store.disk import Rename
 from hlfsfs.store.local_base import reading
@@ -39,8 +39,7 @@ class LocalLogs(LocalSpares):
                 self._write_aside(os.path.join(aside, b"checkpoint"), bytes(2 * CHECKPOINT_SLOT_BYTES), 0o600)
                 self.disk.fsync_dir(aside)
             except OSError:
-                with suppress(OSError):
-                    self.remove_flat(aside)
+                self.discard(aside)
                 raise
             self.move_in(aside, self.log_path(log_uuid))
 
@@ -51,7 +50,7 @@ class LocalLogs(LocalSpares):
                 aside = self.move_aside(self.log_path(log_uuid), b"log")
             except FileNotFoundError:
                 return
-            self.remove_flat(aside)
+            self.discard(aside)
 
     def list_logs(self) -> list[UUID]:
         with reading(f"{self.uri}: logs"):
@@ -74,23 +73,27 @@ class LocalLogs(LocalSpares):
         A crash leaves no segment of this number, or one with its header and all its space.
         """
         with self._log(log_uuid), self.changing(f"log {log_uuid}: segment {segno}"):
+            path = self.segment_path(log_uuid, segno)
             spare = self.take_spare(allocate_bytes)
-            aside = spare or self.temporary(b"segment")
-            fd = self.disk.open(aside, os.O_RDWR) if spare else self.disk.create(aside)
+            made = spare or self.temporary(b"segment")
+            fd: int | None = None
             try:
+                fd = self.disk.open(made, os.O_RDWR) if spare else self.disk.create(made)
                 self._allocate(fd, allocate_bytes)
                 self.disk.write(fd, header, 0)
                 if spare:
                     self.disk.fdatasync(fd)
                 else:
                     self.disk.fsync(fd)
-                self.disk.rename(aside, self.segment_path(log_uuid, segno), Rename.NOREPLACE)
+                self.disk.rename(made, path, Rename.NOREPLACE)
+                made = path
                 self.disk.fsync_dir(self.log_path(log_uuid))
                 _use_direct_io(fd)
-            except OSError:
-                self.disk.close(fd)
+            except (OSError, HlfsError):
+                if fd is not None:
+                    self.disk.close(fd)
                 with suppress(OSError):
-                    self.disk.unlink(aside)
+                    self.disk.unlink(made)
                 raise
             return fd
 
@@ -121,7 +124,7 @@ class LocalLogs(LocalSpares):
         """Unlinks, then syncs the directory: a crash leaves the segment or not."""
         with self.changing(f"log {log_uuid}: segment {segno}"), suppress(FileNotFoundError):
             self.disk.unlink(self.segment_path(log_uuid, segno))
-            self.disk.fsync_dir(self.log_path(log_uuid))
+            self.sync_names(self.log_path(log_uuid))
 
     def retire_segment(self, log_uuid: UUID, segno: int) -> None:
         """Renames the file among the spares or unlinks it, then syncs the directory: a crash leaves it or not."""
@@ -129,7 +132,7 @@ class LocalLogs(LocalSpares):
             path = self.segment_path(log_uuid, segno)
             if not self.keep_spare(path):
                 self.disk.unlink(path)
-            self.disk.fsync_dir(self.log_path(log_uuid))
+            self.sync_names(self.log_path(log_uuid))
 
     def read_checkpoint_slots(self, log_uuid: UUID) -> tuple[bytes, bytes]:
         with self._checkpoint(log_uuid):

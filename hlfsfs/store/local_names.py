@@ -6,7 +6,6 @@ holds the line `pool <id>` (no volume can have that name). Whatever else is ther
 
 import os
 import re
-from contextlib import suppress
 
 from hlfsfs.errors import PoolNotEmpty, printable
 from hlfsfs.store.base import NameEntry, PoolTimes
@@ -68,14 +67,13 @@ class LocalNames(LocalPart):
         """
         with self.changing(self._what(new if how is Rename.NOREPLACE else old)):
             self.disk.rename(self.name_path(old), self.name_path(new), how)
-            for directory in dict.fromkeys(os.path.dirname(self.name_path(path)) for path in (new, old)):
-                self.disk.fsync_dir(directory)
+            self.sync_names(*dict.fromkeys(os.path.dirname(self.name_path(path)) for path in (new, old)))
 
     def unlink_name(self, path: bytes) -> None:
         """Unlinks, then syncs the pool's directory: a crash leaves the name or not."""
         with self.changing(self._what(path)):
             self.disk.unlink(self.name_path(path))
-            self.disk.fsync_dir(os.path.dirname(self.name_path(path)))
+            self.sync_names(os.path.dirname(self.name_path(path)))
 
     def make_pool(self, path: bytes, pool_id: int) -> None:
         """Makes the directory with its marker aside, syncs both, renames it to the free name, syncs its parent.
@@ -89,8 +87,7 @@ class LocalNames(LocalPart):
                 self._write_aside(os.path.join(aside, MARKER), b"pool %016x\n" % pool_id, 0o644)
                 self.disk.fsync_dir(aside)
             except OSError:
-                with suppress(OSError):
-                    self.remove_flat(aside)
+                self.discard(aside)
                 raise
             self.move_in(aside, self.name_path(path))
 
@@ -101,7 +98,7 @@ class LocalNames(LocalPart):
             entries = self.disk.list_dir(self.name_path(path))
             if any(entry.name != MARKER for entry in entries):
                 raise PoolNotEmpty(what, "it holds files, not all of them HLFS's")
-            self.remove_flat(self.move_aside(self.name_path(path), b"pool"))
+            self.discard(self.move_aside(self.name_path(path), b"pool"))
 
     def pool_times(self, path: bytes) -> PoolTimes:
         with reading(self._what(path)):
@@ -112,4 +109,4 @@ class LocalNames(LocalPart):
         """Sets the directory's times, then syncs it: a crash leaves the old times or the new ones."""
         with self.changing(self._what(path)):
             self.disk.set_times(self.name_path(path), atime_ns, mtime_ns)
-            self.disk.fsync_dir(self.name_path(path))
+            self.sync_names(self.name_path(path))

@@ -124,7 +124,7 @@ class LocalRecords(LocalPart):
     def _remove(self, directory: bytes, record_id: int) -> None:
         with self.changing(_what(directory, record_id)), suppress(FileNotFoundError):
             self.disk.unlink(self._record_path(directory, record_id))
-            self.disk.fsync_dir(os.path.join(self.meta, directory))
+            self.sync_names(os.path.join(self.meta, directory))
 
     def _list(self, directory: bytes) -> list[int]:
         with reading(f"{self.uri}: records"):

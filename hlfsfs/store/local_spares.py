@@ -10,7 +10,7 @@ import secrets
 from contextlib import suppress
 
 from hlfsfs.store.disk import Rename
-from hlfsfs.store.local_base import LocalPart
+from hlfsfs.store.local_base import LocalPart, reading
 
 MAX_SPARES = 8
 # A smaller file is not worth a rename.
@@ -39,8 +39,9 @@ class LocalSpares(LocalPart):
         return worth
 
     def wants_spares(self) -> bool:
-        space = self.disk.statvfs(self.meta)
-        return space.f_bavail > space.f_blocks * FREE_SHARE and len(self._spares()) < MAX_SPARES
+        with reading(f"{self.uri}: spare segments"):
+            space = self.disk.statvfs(self.meta)
+            return space.f_bavail > space.f_blocks * FREE_SHARE and len(self._spares()) < MAX_SPARES
 
     def take_spare(self, least_bytes: int) -> bytes | None:
         """Moves a spare of about `least_bytes` or more to a temporary path and returns that; None: there is none."""
