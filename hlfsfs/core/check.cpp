@@ -249,7 +249,7 @@ void LogCheck::check_chunk(const Scanned& scanned, const ChunkSummary& chunk) {
                 continue;
             // Whether it may be, the map tells.
             const bool punched = slot < scanned.crcs.size() && scanned.crcs[slot] == punched_crc();
-            if (punched && segment.from_footer && !replayed(chunk.header))
+            if (punched && !replayed(chunk.header))
                 continue;
             const bool data = entry.kind == EntryKind::data || entry.kind == EntryKind::relocate;
             found(data ? "data does not match its checksum" : "map node does not match its checksum",

@@ -297,8 +297,9 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
         const bool start = newest.checkpoint && header.segno == newest.checkpoint->replay_start.segno;
         scanned.push_back(scan_segment(fd, header, start ? first_slot : 1));
         report.replayed_bytes += scanned.back().bytes_read;
-        // Prepared and never used: a later one may have its index in the table.
-        if (scanned.back().chunks.empty() && !start)
+        // Prepared and never used: a later one may have its index in the table. Where replay starts behind its header,
+        // it was used.
+        if (scanned.back().chunks.empty() && !(start && first_slot > 1))
             continue;
         if (table_.size() <= header.table_index)
             table_.resize(std::size_t{header.table_index} + 1);

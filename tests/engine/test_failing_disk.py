@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from hlfsfs.engine import Engine
+from hlfsfs.engine.check import check_volume
 from hlfsfs.errors import StoreFailed
 from hlfsfs.store.disk import Disk
 from hlfsfs.store.local import LocalStore, open_local
 from hlfsfs.store.ring_file import list_rings
-from tests.engine.host import QUIET, EngineHost
+from tests.engine.host import QUIET, EngineHost, record_of
 from tests.engine.remote import Remote
 from tests.engine.test_rings import closed, expect_data, killed, remove_rings
 
 
 class BadDisk(Disk):
-    """Fails syncs of files or directories with this in their path."""
+    """Fails syncs of files or directories with `bad` in their path, and removals of files with `kept` in it."""
 
     bad = b""
+    kept = b""
 
     def fsync(self, fd: int) -> None:
         if self.bad and self.bad in os.readlink(b"/proc/self/fd/%d" % fd):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         super().fsync(fd)
+
+    def unlink(self, path: bytes) -> None:
+        if self.kept and self.kept in path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        super().unlink(path)
 
 
 @pytest.fixture
@@ -61,3 +70,76 @@ def test_a_lock_record_that_may_have_been_written(path: Path, disk: BadDisk) -> 
     expect_data(engine)
     closed(engine)
     assert list_rings(store.uuid) == []
+
+
+def ended(engine: Engine) -> None:
+    """As a process that dies."""
+    engine._cleaner.stop()
+    engine._service.stop()
+    engine.core.stop()
+
+
+def test_a_prepared_segment_that_could_not_be_removed(path: Path, disk: BadDisk) -> None:
+    """It was never used, so a later one has its place in the table; a recovery that begins at it sees that."""
+    store = opened(path, disk)
+    engine = Engine(store, QUIET)
+    record = record_of(0)
+    engine.create_log(record)
+    store.create_volume(record)
+    store.link_name(b"v0", record.id)
+    volume = engine.attach(record)
+    disk.bad, disk.kept = str(record.log_uuid).encode(), b".seg"
+    with pytest.raises(StoreFailed):
+        volume.write(0, b"refused")
+    disk.bad = disk.kept = b""
+    assert len(store.list_segments(record.log_uuid)) == 1
+    for _ in range(100):
+        with suppress(StoreFailed):
+            volume.write(0, b"written")
+            break
+        time.sleep(0.05)
+    volume.flush()
+    assert len(store.list_segments(record.log_uuid)) == 2
+    ended(engine)
+    store.close()
+    for _ in range(2):
+        store = opened(path, disk)
+        engine = Engine(store, QUIET)
+        volume = engine.attach(record)
+        assert volume.damage == ""
+        assert volume.read(0, 7) == b"written"
+        volume.write(0, b"written")
+        engine.close()
+        store.close()
+
+
+def test_punching_where_no_footer_is(path: Path, disk: BadDisk) -> None:
+    """A segment a process died with has none; what the cleaner punched in it is no damage."""
+    store = opened(path, disk)
+    engine = Engine(store, QUIET)
+    record = record_of(0)
+    engine.create_log(record)
+    store.create_volume(record)
+    store.link_name(b"v0", record.id)
+    volume = engine.attach(record)
+    for block in range(0, 256, 8):
+        volume.write(block * 4096, os.urandom(8 * 4096))
+        volume.flush()
+    ended(engine)
+    store.close()
+    store = opened(path, disk)
+    engine = Engine(store, QUIET)
+    volume = engine.attach(record)
+    for block in range(0, 128, 8):
+        volume.write(block * 4096, os.urandom(8 * 4096))
+    assert engine.clean(volume).freed_bytes >= 100 * 4096
+    assert 0 in store.list_segments(record.log_uuid)
+    content = volume.read(0, 256 * 4096)
+    engine.close()
+    store.close()
+    store = opened(path, disk)
+    assert check_volume(store, record, lambda size_bytes: None).damage == []
+    engine = Engine(store, QUIET)
+    assert engine.attach(record).read(0, 256 * 4096) == content
+    engine.close()
+    store.close()
