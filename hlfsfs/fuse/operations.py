@@ -16,7 +16,7 @@ import pyfuse3
 import trio
 from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT, RequestContext, XAttrNameT
 
-from hlfsfs.errors import to_errno
+from hlfsfs.errors import NotDurable, to_errno
 from hlfsfs.pool.attributes import AttributeChanges, Attributes
 from hlfsfs.pool.attributes import EntryAttributes as PoolEntry
 from hlfsfs.pool.namespace import Namespace
@@ -42,6 +42,7 @@ _FIRST_UNKNOWN_OFFSET = 3
 P = ParamSpec("P")
 T = TypeVar("T")
 
+Name = tuple[InodeT, FileNameT]
 Listing = list[tuple[int, bytes, PoolEntry]]
 
 
@@ -63,10 +64,27 @@ class ControlOperations(pyfuse3.Operations):
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs a blocking call in a worker thread; its failure becomes the errno the kernel gets."""
+        return await self._changing((), None, function, *args, **kwargs)
+
+    async def change_names(
+        self, names: Sequence[Name], function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """`call` for a change of these names. The kernel, which takes one that fails for not made, learns of it."""
+        return await self._changing(names, None, function, *args, **kwargs)
+
+    async def _changing(
+        self, names: Sequence[Name], inode: InodeT | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         try:
             return await trio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=self._limiter)
         except Exception as exc:  # noqa: BLE001 - to_errno logs what nobody expects
             number = _errno_of(exc)
+            if isinstance(exc, NotDurable):
+                for parent, name in names:
+                    # In a thread: the kernel holds the directory until this request is answered.
+                    pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
+                if inode is not None:
+                    pyfuse3.invalidate_inode(inode, attr_only=True)
         # Apart from its cause: pyfuse3 keeps the last error of each task, and with its frames a deleted volume's space.
         raise pyfuse3.FUSEError(number)
 
@@ -149,7 +167,8 @@ class ControlOperations(pyfuse3.Operations):
         fh: FileHandleT | None,
         ctx: RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        return entry_of(await self.call(self.namespace.setattr, inode, changes_of(attr, fields)))
+        changes = changes_of(attr, fields)
+        return entry_of(await self._changing((), inode, self.namespace.setattr, inode, changes))
 
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
@@ -177,10 +196,10 @@ class ControlOperations(pyfuse3.Operations):
         return entry_of(made)
 
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        await self.call(self.namespace.unlink, parent_inode, name)
+        await self.change_names([(parent_inode, name)], self.namespace.unlink, parent_inode, name)
 
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        await self.call(self.namespace.rmdir, parent_inode, name)
+        await self.change_names([(parent_inode, name)], self.namespace.rmdir, parent_inode, name)
 
     async def rename(  # noqa: PLR0917
         self,
@@ -191,7 +210,8 @@ class ControlOperations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> None:
-        await self.call(self.namespace.rename, parent_inode_old, name_old, parent_inode_new, name_new, flags)
+        places = [(parent_inode_old, name_old), (parent_inode_new, name_new)]
+        await self.change_names(places, self.namespace.rename, *places[0], *places[1], flags)
 
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext

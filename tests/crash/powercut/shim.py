@@ -10,18 +10,24 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).with_name("shim.c")
-BUILT = Path(__file__).parents[3] / "build" / "powercut" / "shim.so"
+BUILT = Path(__file__).parents[3] / "build" / "shims"
 
 
 def built() -> Path:
-    """The shim, built again where its source is newer; safe for several test runs at once."""
-    if not BUILT.exists() or BUILT.stat().st_mtime < SOURCE.stat().st_mtime:
-        BUILT.parent.mkdir(parents=True, exist_ok=True)
-        new = BUILT.with_suffix(f".{os.getpid()}")
+    """The shim of this directory."""
+    return build(SOURCE, "powercut")
+
+
+def build(source: Path, name: str) -> Path:
+    """A shim, built again where its source is newer; safe for several test runs at once."""
+    made = BUILT / f"{name}.so"
+    if not made.exists() or made.stat().st_mtime < source.stat().st_mtime:
+        BUILT.mkdir(parents=True, exist_ok=True)
+        new = made.with_suffix(f".{os.getpid()}")
         options = ["-std=gnu17", "-O2", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-shared", "-fPIC"]
-        subprocess.run(["gcc", *options, "-o", str(new), str(SOURCE)], check=True, timeout=120)
-        new.rename(BUILT)
-    return BUILT
+        subprocess.run(["gcc", *options, "-o", str(new), str(source)], check=True, timeout=120)
+        new.rename(made)
+    return made
 
 
 class Shim:

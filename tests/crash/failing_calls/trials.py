@@ -1,0 +1,339 @@
+"""One history of a store, done with one system call that fails or is the last of its process, and what must be true.
+
+The history is the same each time, so a call is told by its number; threads may change places, so what a number stands
+for may differ a little from run to run.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from hlfsfs.engine import EngineOptions, rings
+from hlfsfs.engine.check import check_volume
+from hlfsfs.errors import HlfsError
+from hlfsfs.pool import AttributeChanges
+from hlfsfs.pool.check import check_names
+from hlfsfs.store import open_store
+from hlfsfs.store.ring_file import list_rings, remove_ring
+from tests.crash.failing_calls.control import Control
+from tests.crash.powercut.operations import OPTIONS, CutWorld, make_world
+from tests.engine.contents import BLOCK, content, written, zeroed
+from tests.pool.views import check_whole, view
+
+MIB = 1 << 20
+SEGMENT_SHIFT = 21
+# A segment that was refused is asked for again after 5 s at the latest.
+PATIENCE_S = 15.0
+_RING_BYTES = 4 << 20
+_OPTIONS: EngineOptions = replace(OPTIONS, ring_bytes=_RING_BYTES)
+
+# A volume's content by its path; None for a pool.
+State = dict[str, bytes | None]
+Operation = list[Any]
+
+HISTORY: list[Operation] = [
+    ["create", "a"],
+    ["write", "a", 0, 5 * BLOCK, 1, False],
+    ["write", "a", 3000, 6000, 2, False],
+    ["flush", "a"],
+    ["write", "a", 8 * BLOCK, MIB, 3, False],
+    ["write", "a", 100 * BLOCK, MIB, 4, True],
+    ["checkpoint", "a"],
+    ["write", "a", 12345, MIB, 8, False],
+    ["punch", "a", 20 * BLOCK + 100, 30 * BLOCK, True],
+    ["resize", "a", 100 * BLOCK + 7],
+    ["write", "a", 0, MIB, 11, False],
+    ["idle", "a"],
+    ["write", "a", 64 * BLOCK, 200 * BLOCK, 12, False],
+    ["clean", "a"],
+    ["mkdir", "p"],
+    ["create", "p/b"],
+    ["write", "p/b", 0, 3 * BLOCK, 17, True],
+    ["chmod", "p/b", 0o600],
+    ["rename", "p/b", "c", 1],
+    ["create", "d"],
+    ["rename", "d", "c", 0],
+    ["rename", "c", "a", 2],
+    ["write", "c", 7 * BLOCK, 2 * BLOCK, 20, False],
+    ["forget", "c"],
+    ["write", "c", 30 * BLOCK, 90 * BLOCK, 22, False],
+    ["write", "a", 0, 3 * BLOCK, 23, False],
+    ["takeover"],
+    ["write", "c", 0, MIB, 24, False],
+    ["clean", "c"],
+    ["reopen"],
+    ["mkdir", "q"],
+    ["rename", "p", "q", 0],
+    ["unlink", "a"],
+    ["rmdir", "q"],
+    ["write", "c", 2 * BLOCK, 200 * BLOCK, 28, False],
+    ["flush", "c"],
+]
+
+
+def states(before: State, operation: Operation) -> list[State]:
+    """What a store goes through in an operation, from before it to after it, each step of it atomic."""
+    name, *arguments = operation
+    after = dict(before)
+    match name:
+        case "create":
+            after[arguments[0]] = b""
+        case "mkdir":
+            after[arguments[0]] = None
+        case "unlink" | "rmdir":
+            del after[arguments[0]]
+        case "write" | "punch" | "resize":
+            now = before[arguments[0]]
+            assert now is not None
+            after[arguments[0]] = _changed(now, name, *arguments[1:])
+        case "rename":
+            old, new, flags = arguments
+            after[new] = after.pop(old)
+            if flags == 2:
+                after[old] = before[new]
+    return [before, after] if after != before else [before]
+
+
+def _changed(now: bytes, name: str, offset: int, *rest: Any) -> bytes:
+    match name:
+        case "write":
+            return written(now, offset, content(rest[1], rest[0]))
+        case "punch":
+            return zeroed(now, offset, rest[0])
+    return now[:offset].ljust(offset, b"\0")
+
+
+def state_before(count: int) -> State:
+    """What the store holds after so many operations."""
+    state: State = {}
+    for operation in HISTORY[:count]:
+        state = states(state, operation)[-1]
+    return state
+
+
+class Trial:
+    """A store in a directory, with the shim below."""
+
+    def __init__(self, root: Path, control: Control) -> None:
+        self.root = root
+        self.control = control
+        self.world: CutWorld | None = None
+        self._dead: list[Any] = []  # engines whose rings must not be tidied up
+
+    def open(self) -> CutWorld:
+        """As a mount does; raises HlfsError."""
+        if self.world is None:
+            with patch.object(rings, "MIN_RING_BYTES", _RING_BYTES):
+                self.world = make_world(self.root, SEGMENT_SHIFT, _OPTIONS)
+        return self.world
+
+    def observed(self) -> State:
+        """What everybody sees just now."""
+        world = self.open()
+        found: State = {}
+        for path, (kind, node_id, _) in view(world).items():
+            volume = world.names.volume(node_id) if kind == "volume" else None
+            assert volume is None or not volume.damage, volume.damage
+            found[path.decode()] = None if volume is None else volume.read(0, volume.size_bytes)
+        return found
+
+    # --- operations -------------------------------------------------------------------------------------------
+
+    def do(self, operation: Operation) -> None:
+        """Raises HlfsError."""
+        name, *arguments = operation
+        if name in {"takeover", "reopen"}:
+            self._again(clean=name == "reopen")
+            return
+        world = self.open()
+        names = world.names
+        places = [_place(world, path) for path in arguments if isinstance(path, str)]
+        match name:
+            case "create":
+                names.create(*places[0], 0o644, 0, 0)
+            case "mkdir":
+                names.mkdir(*places[0], 0o755, 0, 0)
+            case "unlink":
+                names.unlink(*places[0])
+            case "rmdir":
+                names.rmdir(*places[0])
+            case "rename":
+                names.rename(*places[0], *places[1], arguments[2])
+            case "chmod":
+                names.setattr(names.resolve(arguments[0].encode()), AttributeChanges(mode=arguments[1]))
+            case "forget":
+                names.forget([names.resolve(arguments[0].encode())])
+            case _:
+                self._do_data(world, name, *arguments)
+
+    @staticmethod
+    def _do_data(world: CutWorld, name: str, path: str, *arguments: Any) -> None:
+        volume = world.names.volume(world.names.resolve(path.encode()))
+        match name:
+            case "write":
+                volume.write(arguments[0], content(arguments[2], arguments[1]), dsync=arguments[3])
+            case "punch":
+                volume.punch(*arguments)
+            case "resize":
+                volume.resize(*arguments)
+            case "flush":
+                volume.flush()
+            case "checkpoint":
+                world.engine.checkpoint(volume)
+            case "idle":
+                world.engine._checkpoint_due(volume, True)
+            case "clean":
+                world.engine.clean(volume)
+
+    def _again(self, *, clean: bool) -> None:
+        """The end of a use of the store, and the next one."""
+        world, self.world = self.world, None
+        if world is not None:
+            self._dead.append(world.engine)
+            if clean:
+                # What could not be made durable waits in the ring.
+                with suppress(HlfsError):
+                    world.close()
+                world.store.close()
+            else:
+                world.die()
+        self.open()
+
+    # --- with a call that fails -------------------------------------------------------------------------------
+
+    def with_error(self, at: int, error: int) -> None:
+        """Does all operations, each until it succeeds, while a call fails; raises AssertionError."""
+        self.control.watch(self.root)
+        self.control.fail(at, error)
+        state: State = {}
+        for operation in HISTORY:
+            state = self._until_done(operation, state)
+        self.control.disarm()
+        assert self.observed() == state, "what is seen in the end"
+        self._goes_on(state)
+
+    def _until_done(self, operation: Operation, before: State) -> State:
+        allowed = states(before, operation)
+        end_s = time.monotonic() + PATIENCE_S
+        while (failure := self._failure(operation)) is not None:
+            assert self.control.failed, f"{operation}: {failure}, although nothing has failed yet"
+            assert time.monotonic() < end_s, f"{operation} still fails: {failure}"
+            with suppress(HlfsError):
+                found = self.observed()
+                assert found in allowed, f"after {operation} failed: {_difference(found, allowed[-1])}"
+                if found == allowed[-1] and len(allowed) > 1:
+                    return found
+            time.sleep(0.02)
+        return allowed[-1]
+
+    def _failure(self, operation: Operation) -> HlfsError | None:
+        try:
+            self.do(operation)
+        except HlfsError as exc:
+            return exc
+        return None
+
+    def _goes_on(self, state: State) -> None:
+        """The store takes more, ends cleanly, holds the same for a next user, and is sound."""
+        world = self.open()
+        for path, data in state.items():
+            if data is None:
+                continue
+            volume = world.names.volume(world.names.resolve(path.encode()))
+            more = content(len(path) + 101, 3 * BLOCK)
+            volume.write(BLOCK // 2, more)
+            volume.flush()
+            state = {**state, path: written(data, BLOCK // 2, more)}
+        uuid = world.store.uuid
+        world.close()
+        self.world = None
+        assert list_rings(uuid) == [], "a ring is left"
+        check(self.root)
+        world = self.open()
+        check_whole(world, view(world))
+        assert self.observed() == state, "what the next user sees"
+        world.close()
+        self.world = None
+
+    # --- with a call that is the last one ---------------------------------------------------------------------
+
+    def until_killed(self, at: int, journal: Path) -> None:
+        """Does all operations; `journal` tells how far it came."""
+        self.control.watch(self.root)
+        self.control.fail(at, 0)
+        with journal.open("a") as file:
+            for number, operation in enumerate(HISTORY):
+                print(json.dumps({"do": number}), file=file, flush=True)
+                self.do(operation)
+                print(json.dumps({"done": number}), file=file, flush=True)
+
+    def recover(self, at: int) -> None:
+        """The next use, which is killed as well unless `at` is below 0."""
+        self.control.watch(self.root)
+        self.control.fail(at, 0)
+        self.open()
+        if at >= 0:
+            # It never got so far.
+            self.control.disarm()
+
+    def verify(self, journal: Path) -> None:
+        """The next use finds all that was acknowledged; raises AssertionError."""
+        self.control.watch(self.root)
+        lines = [json.loads(line) for line in journal.read_text().splitlines()]
+        done = sum("done" in line for line in lines)
+        begun = sum("do" in line for line in lines)
+        allowed = states(state_before(done), HISTORY[done]) if begun > done else [state_before(done)]
+        world = self.open()
+        check_whole(world, view(world))
+        found = self.observed()
+        assert found in allowed, f"killed in {HISTORY[min(done, len(HISTORY) - 1)]}: {_difference(found, allowed[-1])}"
+        self._goes_on(found)
+
+
+def _place(world: CutWorld, path: str) -> tuple[int, bytes]:
+    above, name = os.path.split(path.encode())
+    return world.names.resolve(above), name
+
+
+def _difference(found: State, expected: State) -> str:
+    wrong = [path for path in found.keys() | expected.keys() if found.get(path, 0) != expected.get(path, 0)]
+    told = []
+    for path in sorted(wrong):
+        sides = [side.get(path, "not there") for side in (found, expected)]
+        if all(isinstance(side, bytes) for side in sides):
+            at = next((i for i, (x, y) in enumerate(zip(*sides, strict=False)) if x != y), -1)
+            told.append(f"{path}: {len(sides[0] or '')} and {len(sides[1] or '')} bytes, other from {at} on")
+        else:
+            told.append(f"{path}: {sides[0]!r:.40} and {sides[1]!r:.40}")
+    return "; ".join(told)
+
+
+def check(root: Path) -> None:
+    """What `hlfs check` looks at."""
+    store = open_store(f"local://{root}", read_only=True)
+    store.lock()
+    names = check_names(store, b"")
+    assert names.damage == [], names.damage
+    for found in names.volumes:
+        damage = check_volume(store, found.record, lambda size_bytes: None).damage
+        assert damage == [], f"{found.name}: {damage[:3]}"
+    store.close()
+
+
+def clean_up(root: Path) -> None:
+    """Removes the rings that a store was left with."""
+    with suppress(HlfsError):
+        store = open_store(f"local://{root}", read_only=True)
+        for ring in list_rings(store.uuid):
+            remove_ring(ring)
+
+
+ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
