@@ -36,6 +36,7 @@ def seen():
 
 def settled():
     # The kernel is told a moment after the reply.
+    time.sleep(0.02)
     for _ in range(200):
         try:
             return seen()
