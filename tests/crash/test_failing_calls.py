@@ -15,7 +15,7 @@ import pytest
 from tests.crash.failing_calls.trials import ERRORS, clean_up
 from tests.crash.failing_calls.worker import Worker
 
-SHARE = 12
+SHARE = 8
 
 
 @pytest.fixture(scope="module")

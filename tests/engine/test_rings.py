@@ -354,3 +354,65 @@ def test_what_others_put_under_a_ring_s_name_is_passed_over(store: Path) -> None
         assert foreign.exists()
     finally:
         foreign.unlink()
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("since", ["recovered", "discarded"])
+def test_a_stale_ring_beside_a_newer_store(store: Path, tmp_path: Path, since: str, named: bool) -> None:
+    """What was written since, under the very same sequences where the ring had been given up, is not undone by it."""
+    killed(store)
+    ring, aside = Path(ring_of(store)), tmp_path / "aside"
+    shutil.copy(ring, aside)
+    if since == "discarded":
+        remove_ring(str(ring))
+    newer = b"newer than the ring " * 300
+    engine = opened(store, DISCARD if since == "discarded" else QUIET)
+    engine.call("do", 0, "write", 0, newer)
+    engine.call("do", 0, "flush")
+    closed(engine)
+    shutil.copy(aside, ring)
+    ring.chmod(0o600)
+    if named:
+        set_lock_record(store, clean=False, ring=str(ring))
+    else:
+        (store / ".hlfs" / "lock").write_bytes(b"\xff" * 4096)
+    engine = opened(store)
+    assert engine.call("get", 0, "damage") == ""
+    assert engine.call("do", 0, "read", 0, len(newer)) == newer
+    closed(engine)
+    assert not ring.exists()
+
+
+def last_chunk_in(ring: Path, number: int) -> tuple[int, int]:
+    """Where in a ring the last chunk of a volume begins (state and count, 4 bytes each), and its first sequence."""
+    data, log_uuid = ring.read_bytes(), record_of(number).log_uuid.bytes
+    found, at = [], data.find(log_uuid)
+    while at >= 0:
+        if int.from_bytes(data[at - 16 : at - 12], "little") in {1, 2}:
+            found.append((int.from_bytes(data[at + 24 : at + 32], "little"), at - 16))
+        at = data.find(log_uuid, at + 1)
+    sequence, at = max(found)
+    return at, sequence
+
+
+@pytest.mark.parametrize("later", ["write", "resize"])
+def test_a_change_that_was_half_put_into_the_ring(store: Path, later: str) -> None:
+    """A process that dies before it stores the chunk's count has acknowledged nothing: what was before stands."""
+    engine = Remote(EngineHost, str(store))
+    engine.call("make", 0)
+    engine.call("do", 0, "write", 0, b"%08d" % 0 + DATA)
+    ring = Path(list_rings(open_store(f"local://{store}", read_only=True).uuid)[0])
+    before = last_chunk_in(ring, 0)
+    arguments = {"write": (4096, os.urandom(4096)), "resize": (100,)}[later]
+    engine.call("do", 0, later, *arguments)
+    engine.kill()
+    forget_writes(store, 0)
+    at, sequence = last_chunk_in(ring, 0)
+    assert sequence > before[1]
+    with ring.open("r+b") as file:
+        file.seek(at)
+        file.write((1).to_bytes(4, "little") + (0).to_bytes(4, "little"))
+    engine = opened(store)
+    expect_data(engine)
+    assert engine.call("get", 0, "size_bytes") == len(DATA) + 8
+    closed(engine)
