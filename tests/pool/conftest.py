@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,13 @@ class World:
         self.store: LocalStore = open_local(
             os.fsencode(self.root), create=not read_only, read_only=read_only, disk=self.disk
         )
-        self.engine = self.start_engine()
-        self.names = Namespace(self.store, self.engine, root_path, defaults)
-        self.report = self.names.sweep()
+        with ExitStack() as stack:
+            stack.callback(self.store.close)
+            self.engine = self.start_engine()
+            stack.callback(self.engine.close)
+            self.names = Namespace(self.store, self.engine, root_path, defaults)
+            self.report = self.names.sweep()
+            stack.pop_all()
 
     def start_engine(self) -> Any:
         """Makes the engine under the names, which takes the store's lock."""
