@@ -46,10 +46,10 @@ def fresh(base: Path) -> Path:
     return root
 
 
-def with_error(worker: Worker, base: Path, at: int, error: str) -> str:
+def with_error(worker: Worker, base: Path, at: int, error: str, count: int = 1) -> str:
     root = fresh(base)
-    status, told = worker.call(root, "with_error", at, ERRORS[error])
-    what = f"call {at} ({worker.control.failed}) with {error}"
+    status, told = worker.call(root, "with_error", at, ERRORS[error], count)
+    what = f"{count} calls from {at} on ({worker.control.failed}) with {error}"
     worker.control.disarm()
     return f"{what}: status {status}\n{told}" if status else ""
 
@@ -82,10 +82,14 @@ def positions(calls: int, seed: int, count: int | None) -> list[int]:
 
 
 def sweep_errors(worker: Worker, base: Path, calls: int, seed: int, count: int | None) -> None:
-    chosen = [(at, error) for at in positions(calls, seed, count) for error in ERRORS]
+    rng = random.Random(seed)
+    kinds = [("EIO", 1), ("ENOSPC", 1), ("EIO", 0)]
+    chosen = [
+        (at, error, many or rng.randrange(2, 60)) for at in positions(calls, seed, count) for error, many in kinds
+    ]
     if count:
-        chosen = chosen[seed % 2 :: 2]
-    report([told for at, error in chosen if (told := with_error(worker, base, at, error))], len(chosen))
+        chosen = chosen[seed % 3 :: 3]
+    report([told for one in chosen if (told := with_error(worker, base, *one))], len(chosen))
 
 
 def sweep_kills(worker: Worker, base: Path, calls: int, seed: int, count: int | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.crash.powercut.shim import build
 
 SOURCE = Path(__file__).with_name("shim.c")
-_FIELDS = ("calls", "at", "error", "hanging", "waiting", "failed")
+_FIELDS = ("calls", "at", "count", "error", "hanging", "waiting", "failed")
 _NUMBER = struct.Struct("<q")
 _WHAT, _ROOT = len(_FIELDS) * _NUMBER.size, len(_FIELDS) * _NUMBER.size + 512
 _SIZE_BYTES = _ROOT + 4096
@@ -45,8 +45,9 @@ class Control:
         self._memory[_WHAT:_ROOT] = bytes(_ROOT - _WHAT)
         self._memory[_ROOT:] = os.fsencode(root).ljust(_SIZE_BYTES - _ROOT, b"\0")
 
-    def fail(self, at: int, error: int) -> None:
-        """The call of this number fails; with `error` 0 its process is killed just before it."""
+    def fail(self, at: int, error: int, count: int = 1) -> None:
+        """The call of this number and so many in all fail; with `error` 0 its process is killed just before it."""
+        self._put("count", count)
         self._put("error", error)
         self._put("at", at)
 
@@ -70,5 +71,5 @@ class Control:
 
     @property
     def failed(self) -> str:
-        """The call that failed; empty while none has."""
+        """The first call that failed; empty while none has."""
         return bytes(self._memory[_WHAT:_ROOT]).rstrip(b"\0").decode(errors="replace") if self._get("failed") else ""

@@ -22,12 +22,13 @@
 
 struct control {
     atomic_llong calls;    // made so far
-    atomic_llong at;       // the number of the one that fails; -1: none
-    atomic_llong error;    // its errno; 0: the process is killed before it
+    atomic_llong at;       // the number of the first one that fails; -1: none
+    atomic_llong count;    // so many fail
+    atomic_llong error;    // with this errno; 0: the process is killed before the first of them
     atomic_llong hanging;  // calls wait as long as this is not 0
     atomic_llong waiting;  // so many do
     atomic_llong failed;
-    char what[512];  // the one that failed
+    char what[512];  // the first one that failed
     char root[PATH_MAX];
 };
 
@@ -59,10 +60,10 @@ static bool fails_at(const char* name, const char* path) {
         --control->waiting;
     }
     const long long number = control->calls++;
-    if (control->at < 0 || number != control->at)
+    if (control->at < 0 || number < control->at || number >= control->at + control->count)
         return false;
-    snprintf(control->what, sizeof control->what, "%s %s", name, path + length);
-    ++control->failed;
+    if (control->failed++ == 0)
+        snprintf(control->what, sizeof control->what, "%s %s", name, path + length);
     if (control->error == 0) {
         kill(getpid(), SIGKILL);
         pause();

@@ -209,10 +209,10 @@ class Trial:
 
     # --- with a call that fails -------------------------------------------------------------------------------
 
-    def with_error(self, at: int, error: int) -> None:
-        """Does all operations, each until it succeeds, while a call fails; raises AssertionError."""
+    def with_error(self, at: int, error: int, count: int) -> None:
+        """Does all operations, each until it succeeds, while so many calls fail; raises AssertionError."""
         self.control.watch(self.root)
-        self.control.fail(at, error)
+        self.control.fail(at, error, count)
         state: State = {}
         for operation in HISTORY:
             state = self._until_done(operation, state)
