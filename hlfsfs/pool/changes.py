@@ -184,7 +184,8 @@ class Changes:
         with self._shared.lock:
             if name not in parent.require_children():
                 raise NoSuchName(self._shared.what(parent, name))
-            return parent.children[name]
+            node = parent.children[name]
+        return self._shared.look_again(node)
 
     # --- removing ---------------------------------------------------------------------------------------------
 

@@ -78,7 +78,8 @@ class Namespace:
 
     def _node(self, node_id: int) -> Node:
         with self._shared.lock:
-            return self._root if node_id == ROOT_ID else self._shared.tree.node(node_id)
+            node = self._root if node_id == ROOT_ID else self._shared.tree.node(node_id)
+        return self._shared.look_again(node)
 
     def _pool(self, node_id: int) -> PoolNode:
         node = self._node(node_id)
@@ -95,7 +96,8 @@ class Namespace:
     def resolve(self, path: bytes) -> int:
         """Id of what a path below the namespace's root names. Raises NoSuchName, NotAPool, Damaged."""
         with self._shared.lock:
-            return self._properties.shown_id(require_sound(self._shared.tree.find(self._root, path)))
+            node = self._shared.tree.find(self._root, path)
+        return self._properties.shown_id(require_sound(self._shared.look_again(node)))
 
     def lookup(self, parent_id: int, name: bytes) -> Attributes:
         """Attributes of a name in a pool, recovering its volume if need be.

@@ -4,14 +4,28 @@ It is a cache that any process can build again: every id in it comes from a reco
 once a node has it; a change puts a new one in its place. Whoever reads or changes nodes holds `Shared.lock`.
 """
 
+import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from hlfsfs.errors import HlfsError, NameDamaged, NoSuchName, NotAPool, NotDurable, StaleId, printable
+from hlfsfs.errors import (
+    Damaged,
+    FormatVersion,
+    HlfsError,
+    NameDamaged,
+    NoSuchName,
+    NotAPool,
+    NotDurable,
+    StaleId,
+    StoreFailed,
+    UnknownFeature,
+    printable,
+)
 from hlfsfs.pool.attributes import UNKNOWN_ID
 from hlfsfs.store import NameEntry, Store
 from hlfsfs.store.records import ROOT_POOL_ID, PoolRecord, VolumeRecord
@@ -173,6 +187,10 @@ class Tree:
         return node
 
 
+# Errors that reading again does not help.
+_LASTING = (Damaged, FormatVersion, UnknownFeature)
+
+
 class Shared:
     """What the parts of the namespace work on together.
 
@@ -202,6 +220,29 @@ class Shared:
         with self.lock:
             change()
 
+    def look_again(self, node: Node) -> Node:
+        """A volume whose name or record could not be read from the disk when the names were loaded is read again.
+
+        Returns what is there now; the same node, with its error, where that fails again.
+        """
+        if not isinstance(node, VolumeNode) or node.record is not None or isinstance(node.damage, _LASTING):
+            return node
+        with self.changing, suppress(HlfsError):
+            parent, failure = node.parent, node.damage
+            if node.id != UNKNOWN_ID:
+                record = self.store.read_volume(node.id)
+                with self.lock:
+                    node.record, node.damage = record, None
+            elif parent is not None and failure is not None:
+                entry = next((found for found in self.store.list_pool(parent.path) if found.name == node.name), None)
+                named = self.tree.by_id.get(entry.id) if entry is not None and entry.kind == "volume" else None
+                if isinstance(named, VolumeNode) and named.parent is None:
+                    with self.lock:
+                        self.tree.attach(named, parent, node.name)
+                        self.tree.damaged_names.remove(failure)
+                    return named
+        return node
+
     def what(self, node: Node, name: bytes = b"") -> str:
         """How errors call a node, or a name in it."""
         path = b"/".join(part for part in (node.path, name) if part)
@@ -228,6 +269,8 @@ def load_tree(store: Store) -> Tree:
                 _add_volume(tree, pool, entry.name, entry.id)
             elif entry.kind == "pool" and entry.id not in tree.by_id:
                 pools.append(_add_pool(tree, store, pool, entry.name, entry.id))
+            elif entry.kind == "unread":
+                _add_unread(tree, pool, entry.name)
             elif entry.kind != "foreign":
                 why = "it is a copy of another pool" if entry.kind == "pool" else "it names no volume or pool"
                 _add_damaged(tree, pool, entry.name, why)
@@ -260,6 +303,13 @@ def _add_damaged(tree: Tree, pool: PoolNode, name: bytes, why: str, node_id: int
     damage = NameDamaged(path, why, "restore it from a backup, or delete the name")
     tree.damaged_names.append(damage)
     tree.attach(VolumeNode(node_id, damage=damage), pool, name)
+
+
+def _add_unread(tree: Tree, pool: PoolNode, name: bytes) -> None:
+    path = printable(b"/".join(filter(None, (pool.path, name))))
+    failure = StoreFailed(path, OSError(errno.EIO, os.strerror(errno.EIO)))
+    tree.damaged_names.append(failure)
+    tree.attach(VolumeNode(UNKNOWN_ID, damage=failure), pool, name)
 
 
 def _add_pool(tree: Tree, store: Store, parent: PoolNode, name: bytes, pool_id: int) -> PoolNode:

@@ -42,11 +42,12 @@ class StoreSpace:
 class NameEntry:
     """One name in a pool.
 
-    `damaged` is a name file or pool marker that names no id; `foreign` is something HLFS did not make. Both have id 0.
+    `damaged` is a name file or pool marker that names no id; `unread` one that could not be read; `foreign`
+    is something HLFS did not make. They have id 0.
     """
 
     name: bytes
-    kind: Literal["volume", "pool", "damaged", "foreign"]
+    kind: Literal["volume", "pool", "damaged", "unread", "foreign"]
     id: int
 
 

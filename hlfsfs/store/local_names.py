@@ -40,7 +40,7 @@ class LocalNames(LocalPart):
         try:
             match = _VOLUME.fullmatch(self.disk.read_file(entry.path, _NAME_LIMIT_BYTES))
         except OSError:
-            match = None
+            return NameEntry(entry.name, "unread", 0)
         return NameEntry(entry.name, "volume", int(match[1], 16)) if match else NameEntry(entry.name, "damaged", 0)
 
     def _read_marker(self, entry: os.DirEntry[bytes]) -> NameEntry:
@@ -49,7 +49,7 @@ class LocalNames(LocalPart):
         except FileNotFoundError:
             return NameEntry(entry.name, "foreign", 0)
         except OSError:
-            match = None
+            return NameEntry(entry.name, "unread", 0)
         return NameEntry(entry.name, "pool", int(match[1], 16)) if match else NameEntry(entry.name, "damaged", 0)
 
     def link_name(self, path: bytes, volume_id: int) -> None:

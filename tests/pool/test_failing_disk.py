@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hlfsfs.errors import HlfsError, NotDurable
+from hlfsfs.errors import HlfsError, NotDurable, StoreFailed
 from hlfsfs.pool import AttributeChanges
 from tests.pool.conftest import World
 from tests.pool.views import View, check_whole, view
@@ -215,3 +215,23 @@ def test_a_cut_after_a_failed_sync(sweep: Sweep, tmp_path: Path) -> None:
 @pytest.mark.hunt
 def test_each_call_fails(sweep: Sweep) -> None:
     run(sweep, list(trials(sweep)))
+
+
+@pytest.mark.parametrize("what", [b"/.hlfs/volumes/", b"/a"])
+def test_what_could_not_be_read_at_first_is_read_again(tmp_path: Path, what: bytes) -> None:
+    """Neither damage, nor to be deleted: the disk may give it the next time."""
+    world = World(tmp_path)
+    made = world.volume(b"a", data=b"data")
+    world.close()
+    disk = FailingDisk()
+    world.disk = disk
+    with disk.refusing(what):
+        world.open()
+        for act in (lambda: world.names.lookup(1, b"a"), lambda: world.names.unlink(1, b"a")):
+            with pytest.raises(StoreFailed, match="Input/output error"):
+                act()
+    assert world.names.lookup(1, b"a").id == made.id
+    assert world.read(made.id) == b"data"
+    world.reopen()
+    check_whole(world, view(world))
+    world.close()

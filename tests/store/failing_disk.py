@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from hlfsfs.store.disk import Rename
 from tests.store.crash_disk import LazyDisk
@@ -24,6 +25,7 @@ class FailingDisk(LazyDisk):
         self._at = -1
         self._error = errno.EIO
         self._for_good = False
+        self._refused: bytes | None = None
 
     def arm(self, at: int, error: int = errno.EIO, *, for_good: bool = False) -> None:
         """The call number `at` from here on fails, and with `for_good` all after it."""
@@ -40,6 +42,15 @@ class FailingDisk(LazyDisk):
         """No call fails any more."""
         self._at = -1
 
+    @contextmanager
+    def refusing(self, part: bytes) -> Iterator[None]:
+        """Opening a file with this in its path fails in the block."""
+        self._refused = part
+        try:
+            yield
+        finally:
+            self._refused = None
+
     def _call(self, name: str, what: bytes | int) -> None:
         if isinstance(what, int):
             with suppress(OSError):
@@ -55,6 +66,8 @@ class FailingDisk(LazyDisk):
         return super().create(path, mode)
 
     def open(self, path: bytes, flags: int) -> int:
+        if self._refused is not None and self._refused in path and not flags & os.O_DIRECTORY:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         self._call("open directory" if flags & os.O_DIRECTORY else "open", path)
         return super().open(path, flags)
 
