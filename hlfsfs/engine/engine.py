@@ -100,7 +100,11 @@ class Engine:
         whole = True
         for volume_id in ring.volume_ids():
             try:
-                volume = self.attach(self._store.read_volume(volume_id))
+                record = self._store.read_volume(volume_id)
+                if record.state == "unlinked-open" and record.log_uuid not in self._store.list_logs():
+                    log.info("volume %016x in the ring was being deleted", volume_id)
+                    continue
+                volume = self.attach(record)
                 whole = whole and not volume.damage
             except NoSuchVolume:
                 log.info("volume %016x in the ring was deleted", volume_id)

@@ -17,6 +17,7 @@ import pytest
 
 from hlfsfs.engine import EngineOptions
 from hlfsfs.store import open_store
+from hlfsfs.store.records import encode_record
 from hlfsfs.store.ring_file import list_rings, remove_ring
 from tests.engine.host import QUIET, EngineHost, log_directory, record_of
 from tests.engine.remote import Died, Remote
@@ -263,10 +264,18 @@ def test_a_damaged_volume_keeps_its_ring(store: Path) -> None:
     closed(engine)
 
 
-def test_a_deleted_volume_in_the_ring(store: Path) -> None:
+@pytest.mark.parametrize("record", ["gone", "unlinked-open"])
+def test_a_deleted_volume_in_the_ring(store: Path, record: str) -> None:
+    """Its log goes before its record."""
     killed(store, volumes=2)
     (store / "v0").unlink()
-    (store / ".hlfs" / "volumes" / f"{record_of(0).id:016x}").unlink()
+    path = store / ".hlfs" / "volumes" / f"{record_of(0).id:016x}"
+    if record == "gone":
+        path.unlink()
+    else:
+        doomed = record_of(0)
+        doomed.state = "unlinked-open"
+        path.write_bytes(encode_record(doomed))
     shutil.rmtree(log_directory(store, 0))
     ring = ring_of(store)
     engine = opened(store)
