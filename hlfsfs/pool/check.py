@@ -1,6 +1,7 @@
 """Offline verification of names and records. Changes nothing."""
 
 from dataclasses import dataclass
+from uuid import UUID
 
 from hlfsfs.errors import HlfsError, LogDamaged, RecordDamaged, printable
 from hlfsfs.pool.tree import Node, PoolNode, Tree, VolumeNode, load_tree
@@ -36,9 +37,19 @@ def check_names(store: Store, path: bytes) -> NamesCheck:
     chosen = {id(node) for node in tree.below(start)}
     everything = start is tree.root
     nodes = [node for node in _all(tree) if everything or id(node) in chosen]
-    volumes = [FoundVolume(_name(node), node.record) for node in nodes if isinstance(node, VolumeNode) and node.record]
+    logs = set(store.list_logs())
+    volumes = [
+        FoundVolume(_name(node), node.record)
+        for node in nodes
+        if isinstance(node, VolumeNode) and node.record and not _half_deleted(node, node.record, logs)
+    ]
     damage = [found for node in nodes for found in _damage_of(node)]
     return NamesCheck(volumes, damage + (_stray_logs(store, tree) if everything else []))
+
+
+def _half_deleted(node: VolumeNode, record: VolumeRecord, logs: set[UUID]) -> bool:
+    """Its log has gone, and the next mount removes its record."""
+    return record.state == "unlinked-open" and node.parent is None and record.log_uuid not in logs
 
 
 def _all(tree: Tree) -> list[Node]:

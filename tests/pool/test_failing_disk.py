@@ -16,6 +16,8 @@ import pytest
 
 from hlfsfs.errors import HlfsError, NotDurable, StoreFailed
 from hlfsfs.pool import AttributeChanges
+from hlfsfs.pool.changes import with_changes
+from hlfsfs.pool.check import check_names
 from tests.pool.conftest import World
 from tests.pool.views import View, check_whole, view
 from tests.store.crash_disk import LazyDisk, RecordingDisk
@@ -234,4 +236,17 @@ def test_what_could_not_be_read_at_first_is_read_again(tmp_path: Path, what: byt
     assert world.read(made.id) == b"data"
     world.reopen()
     check_whole(world, view(world))
+    world.close()
+
+
+def test_what_was_half_deleted_is_no_damage(tmp_path: Path) -> None:
+    """The log goes before the record, and the disk may fail in between."""
+    world = World(tmp_path)
+    record = world.store.read_volume(world.volume(b"a").id)
+    world.names.unlink(1, b"a")
+    world.store.create_volume(with_changes(record, state="unlinked-open"))
+    found = check_names(world.store, b"")
+    assert (found.volumes, found.damage) == ([], [])
+    world.reopen()
+    check_whole(world, {})
     world.close()
