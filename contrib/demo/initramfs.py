@@ -6,7 +6,7 @@ import gzip
 import io
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,15 +70,23 @@ class GuestKernel:
         return order
 
 
-def build_initramfs(kernel: GuestKernel) -> bytes:
-    """A gzipped cpio archive that boots with this kernel."""
+def build_initramfs(kernel: GuestKernel, *, init: str = INIT, programs: Mapping[str, bytes] | None = None) -> bytes:
+    """A gzipped cpio archive that boots with this kernel.
+
+    Args:
+        kernel: whose modules it gets.
+        init: the script that is process 1.
+        programs: further files of /bin, by name.
+    """
     order = kernel.load_order(MODULES)
     archive = CpioArchive()
     for directory in ("bin", "dev", "proc", "sys", "modules"):
         archive.add(directory, stat.S_IFDIR | 0o755)
     archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     archive.add("bin/busybox", stat.S_IFREG | 0o755, BUSYBOX.read_bytes())
-    archive.add("init", stat.S_IFREG | 0o755, INIT.encode())
+    for name, program in (programs or {}).items():
+        archive.add(f"bin/{name}", stat.S_IFREG | 0o755, program)
+    archive.add("init", stat.S_IFREG | 0o755, init.encode())
     archive.add("modules/order", stat.S_IFREG | 0o644, "\n".join(order).encode())
     for name in order:
         archive.add(f"modules/{name}.ko", stat.S_IFREG | 0o644, kernel.module(name).read_bytes())
