@@ -58,6 +58,7 @@ Core::~Core() {
     for (const auto& volume : all_volumes())
         volume->shut_down();
     work_.clear();
+    waiting_ = 0;
     ring_->abandon(cursor_);
     volumes_.clear();
     findable_.clear();
@@ -153,6 +154,7 @@ void Core::enqueue(std::shared_ptr<Volume> volume) noexcept {
     {
         const std::lock_guard lock(work_mutex_);
         work_.push_back(std::move(volume));
+        waiting_ = work_.size();
     }
     work_arrived_.notify_one();
 }
@@ -171,6 +173,7 @@ void Core::run_worker() noexcept {
             return;
         std::shared_ptr<Volume> volume = std::move(work_.front());
         work_.pop_front();
+        waiting_ = work_.size();
         lock.unlock();
         volume->work();
         volume.reset();

@@ -100,6 +100,8 @@ class Core final : public VolumeTable {
     [[nodiscard]] const std::byte* zeros() const noexcept { return zeros_; }
 
     void enqueue(std::shared_ptr<Volume> volume) noexcept;
+    // Whether a worker should see to something else before it goes on with the same volume.
+    [[nodiscard]] bool others_wait() const noexcept { return waiting_ > 0 || errands(); }
     void post(Event event) noexcept;
     // Soon, from a worker: every volume with parked requests looks again whether it can go on.
     void wake_parked() noexcept;
@@ -150,6 +152,7 @@ class Core final : public VolumeTable {
     std::condition_variable work_arrived_;
     std::condition_variable timer_wake_;
     std::deque<std::shared_ptr<Volume>> work_;
+    std::atomic<std::size_t> waiting_{0};  // how many are in work_, for a look without the lock
     bool stopping_ = false;
 
     std::mutex event_mutex_;  // guards events_ and events_stopped_

@@ -8,37 +8,56 @@
 #include <cerrno>
 #include <condition_variable>
 #include <cstdlib>
+#include <deque>
 #include <mutex>
 #include <new>
 #include <thread>
+#include <unordered_map>
 #include <vector>
 
 namespace hlfs {
 
 namespace {
 
-// Requests in arrival order.
-struct RequestQueue {
-    ReadRequest* head = nullptr;
-    ReadRequest* tail = nullptr;
-
-    void push(ReadRequest* request) noexcept {
+// Requests that wait: those of one volume in arrival order, the volumes in turn, so that one that asks for much holds
+// nobody up.
+class WaitingReads {
+  public:
+    void push(ReadRequest* request) {
         request->next = nullptr;
-        if (tail != nullptr) {
-            tail->next = request;
+        auto [it, is_first] = queues_.try_emplace(request->volume_id);
+        Queue& queue = it->second;
+        if (is_first) {
+            queue.head = request;
+            turns_.push_back(request->volume_id);
         } else {
-            head = request;
+            queue.tail->next = request;
         }
-        tail = request;
+        queue.tail = request;
     }
-    ReadRequest* pop() noexcept {
-        ReadRequest* request = head;
-        head = request->next;
-        if (head == nullptr)
-            tail = nullptr;
+    [[nodiscard]] const ReadRequest* next() const { return queues_.find(turns_.front())->second.head; }
+    ReadRequest* pop() {
+        const std::uint64_t volume_id = turns_.front();
+        turns_.pop_front();
+        const auto it = queues_.find(volume_id);
+        ReadRequest* request = it->second.head;
+        it->second.head = request->next;
+        if (request->next != nullptr) {
+            turns_.push_back(volume_id);
+        } else {
+            queues_.erase(it);
+        }
         return request;
     }
-    [[nodiscard]] bool empty() const noexcept { return head == nullptr; }
+    [[nodiscard]] bool empty() const noexcept { return turns_.empty(); }
+
+  private:
+    struct Queue {
+        ReadRequest* head = nullptr;
+        ReadRequest* tail = nullptr;
+    };
+    std::unordered_map<std::uint64_t, Queue> queues_;  // of volumes that wait
+    std::deque<std::uint64_t> turns_;
 };
 
 class UringReader final : public Reader {
@@ -115,7 +134,7 @@ class UringReader final : public Reader {
                 --in_flight_;
                 in_flight_bytes_ -= request->size_bytes;
                 bool started = false;
-                while (!waiting_.empty() && room_for(waiting_.head)) {
+                while (!waiting_.empty() && room_for(waiting_.next())) {
                     start(waiting_.pop());
                     started = true;
                 }
@@ -135,7 +154,7 @@ class UringReader final : public Reader {
     std::mutex mutex_;  // guards the submission side and what follows
     std::condition_variable drained_;
     std::size_t unfinished_ = 0;  // submitted, and `done` has not returned
-    RequestQueue waiting_;
+    WaitingReads waiting_;
     unsigned in_flight_ = 0;
     std::size_t in_flight_bytes_ = 0;
 };
@@ -198,7 +217,7 @@ class ThreadReader final : public Reader {
     std::condition_variable arrived_;
     std::condition_variable drained_;
     std::size_t unfinished_ = 0;  // submitted, and `done` has not returned
-    RequestQueue waiting_;
+    WaitingReads waiting_;
     bool stopping_ = false;
     std::vector<std::thread> threads_;
 };

@@ -1,7 +1,7 @@
 // Asynchronous reads of log blocks: io_uring, or a pool of threads where the kernel refuses it.
 //
 // Reads go to private memory only (a dead process's io_uring writes could outlive it; its reads harm nobody). At most
-// kMaxInFlightBytes are under way; what comes beyond waits in order.
+// kMaxInFlightBytes are under way; what comes beyond waits, each volume's in order and the volumes in turn.
 #pragma once
 
 #include <cstddef>
@@ -16,6 +16,7 @@ struct ReadRequest {
     std::uint64_t offset = 0;
     std::byte* buffer = nullptr;
     std::uint32_t size_bytes = 0;
+    std::uint64_t volume_id = 0;  // whose turn it is
     void (*done)(ReadRequest* self, std::int32_t result) noexcept = nullptr;
     void* context = nullptr;
     ReadRequest* next = nullptr;  // the reader's own

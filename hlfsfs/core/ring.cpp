@@ -356,9 +356,9 @@ void Ring::wait_for_pages() noexcept {
     pages_freed_.wait_for(lock, std::chrono::milliseconds(100));
 }
 
-ChunkDescriptor* Ring::acquire_chunk() noexcept {
+ChunkDescriptor* Ring::acquire_chunk(std::uint32_t keep) noexcept {
     const std::lock_guard lock(mutex_);
-    if (free_chunks_.empty())
+    if (free_chunks_.size() <= keep)
         return nullptr;
     ChunkDescriptor* chunk = free_chunks_.back();
     free_chunks_.pop_back();

@@ -135,8 +135,8 @@ class Ring {
     void abandon(RunCursor& cursor) noexcept;
     void wait_for_pages() noexcept;  // at most 100 ms
 
-    // --- chunk descriptors; nullptr when all are taken.
-    ChunkDescriptor* acquire_chunk() noexcept;
+    // --- chunk descriptors; nullptr when all but `keep` are taken.
+    ChunkDescriptor* acquire_chunk(std::uint32_t keep = 0) noexcept;
     void release_chunk(ChunkDescriptor* chunk) noexcept;
 
     // The file stays for the next mount as it stands now: nothing that follows in this process reaches it.

@@ -102,7 +102,12 @@ std::byte* summary_buffer() {
 void Volume::work() noexcept {
     Lock lock(mutex_);
     wake_pending_ = false;
-    for (;;) {
+    for (bool first = true;; first = false) {
+        // One step in turn: there may always be one more to do here.
+        if (!first && core_.others_wait()) {
+            wake();
+            return;
+        }
         if (broken_ && writing_ == 0 && !syncing_)
             start_new_epoch();
         if (growth_wanted_ != 0 && !growing_ && !broken_) {

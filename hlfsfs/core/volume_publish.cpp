@@ -16,6 +16,9 @@ namespace {
 
 // A volume may always hold this many pages unretired, however full others keep the ring.
 constexpr std::uint64_t kFloorPages = 256;
+// And these map entries, and so many chunks while others keep the last eighth of the descriptors from it.
+constexpr std::uint64_t kFloorEntries = 1024;
+constexpr std::size_t kFloorChunks = 2;
 // An open chunk of this size goes out although another is under way.
 constexpr std::uint32_t kEagerBlocks = 64;
 constexpr std::uint32_t kChunksInFlight = 4;
@@ -290,7 +293,11 @@ bool Volume::seal_open() {
 }
 
 bool Volume::open_chunk() {
-    ChunkDescriptor* descriptor = core_.ring().acquire_chunk();
+    std::size_t mine = 0;
+    for (auto it = live_.begin(); it != live_.end() && mine < kFloorChunks; ++it)
+        mine += (*it)->descriptor != nullptr ? 1 : 0;
+    const std::uint32_t kept = mine < kFloorChunks ? 0 : core_.ring().geometry().chunks / 8;
+    ChunkDescriptor* descriptor = core_.ring().acquire_chunk(kept);
     if (descriptor == nullptr)
         return false;
     auto* chunk = new LiveChunk;
@@ -341,7 +348,8 @@ Volume::Admission Volume::admit(std::size_t entries, std::size_t blocks, std::si
         core_.relieve();
         return Admission::wait;
     }
-    if (core_.overlay_entries.load(std::memory_order_relaxed) > core_.options().max_overlay_entries) {
+    if (core_.overlay_entries.load(std::memory_order_relaxed) > core_.options().max_overlay_entries &&
+        overlay_.entries() + (frozen_ ? frozen_->entries() : 0) + blocks > kFloorEntries) {
         maybe_checkpoint();
         return Admission::wait;
     }

@@ -321,6 +321,7 @@ void Volume::start_read(ReadOp* op) noexcept {
         run.request.offset = std::uint64_t{source.slot} * kBlockBytes;
         run.request.buffer = op->buffer + std::size_t{i} * kBlockBytes;
         run.request.size_bytes = kBlockBytes;
+        run.request.volume_id = config_.id;
         run.request.done = data_read_done;
         op->runs.push_back(std::move(run));
     }
@@ -378,6 +379,7 @@ void Volume::load_missing(Lock& lock, const Missing& missing, ReadOp* op) noexce
     request.offset = std::uint64_t{pointer_slot(op->node)} * kBlockBytes;
     request.buffer = op->node_buffer;
     request.size_bytes = kBlockBytes;
+    request.volume_id = config_.id;
     request.done = node_read_done;
     request.context = op;
     core_.reader().submit(&request);

@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 
 namespace hlfs::testing {
 
@@ -55,6 +56,7 @@ void FaultyDisk::reset() {
     large_bytes_ = 0;
     syncs_ = 0;
     large_writes_failed_ = 0;
+    write_time_us_ = 0;
     changed_.notify_all();
 }
 
@@ -125,6 +127,8 @@ void FaultyDisk::wait_held_writes(unsigned count) {
 
 // Returns with the lock held by nobody; 0: go on.
 int FaultyDisk::before_write(std::size_t size_bytes) {
+    if (const auto time_us = write_time_us_.load(); time_us > 0)
+        std::this_thread::sleep_for(std::chrono::microseconds(time_us));
     std::unique_lock lock(mutex_);
     if (writes_held_) {
         ++held_;

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -45,6 +46,8 @@ class FaultyDisk {
     void hold_syncs();
     void release_syncs();
     void wait_held_writes(unsigned count);
+    // From now on every write takes at least so long.
+    void slow_writes(std::chrono::microseconds time) { write_time_us_ = time.count(); }
 
     // The lock under which every change of a watched file becomes visible: whoever holds it sees one moment.
     [[nodiscard]] std::unique_lock<std::mutex> freeze() { return std::unique_lock(mutex_); }
@@ -110,6 +113,7 @@ class FaultyDisk {
     std::size_t large_bytes_ = 0;
     int large_error_ = 0;
     std::atomic<std::uint64_t> syncs_{0}, large_writes_failed_{0};
+    std::atomic<std::int64_t> write_time_us_{0};
 
   public:
     std::mutex& mutex() { return mutex_; }

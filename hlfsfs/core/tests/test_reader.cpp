@@ -176,6 +176,41 @@ TEST_CASE("a reader takes more than may be under way at once") {
     }
 }
 
+TEST_CASE("a reader takes volumes in turn, however many reads of one wait") {
+    const BlockFile file;
+    const auto reader = Reader::create(GENERATE(true, false));
+    // What is under way at most when the quiet one comes, and whoever is about to be told.
+    constexpr std::uint64_t kUnderWay = 1023 + 32;
+    struct Shared {
+        std::atomic<bool> open{false};
+        std::atomic<std::uint64_t> ended{0};
+        std::atomic<std::uint64_t> ended_before_quiet{0};
+    } shared;
+    Bytes buffer(kBlockBytes);
+    std::vector<ReadRequest> requests(20'000);
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+        ReadRequest& request = requests[i];
+        request.fd = file.fd();
+        request.buffer = buffer.data();
+        request.size_bytes = static_cast<std::uint32_t>(kBlockBytes);
+        request.volume_id = i + 1 < requests.size() ? 1 : 2;
+        request.context = &shared;
+        request.done = [](ReadRequest* self, std::int32_t) noexcept {
+            auto* state = static_cast<Shared*>(self->context);
+            while (!state->open)
+                std::this_thread::yield();
+            const std::uint64_t before = state->ended++;
+            if (self->volume_id == 2)
+                state->ended_before_quiet = before;
+        };
+        reader->submit(&request);
+    }
+    shared.open = true;
+    reader->drain();
+    REQUIRE(shared.ended == requests.size());
+    REQUIRE(shared.ended_before_quiet <= kUnderWay + 32);
+}
+
 TEST_CASE("draining a reader waits for what completions submit") {
     const BlockFile file;
     const auto reader = Reader::create(GENERATE(true, false));
