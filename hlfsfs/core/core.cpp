@@ -116,12 +116,18 @@ std::optional<Event> Core::next_event(int timeout_ms) {
         return std::nullopt;
     Event event = std::move(events_.front());
     events_.pop_front();
+    damage_events_ -= event.kind == EventKind::damage ? 1 : 0;
     return event;
 }
 
 void Core::post(Event event) noexcept {
     {
         const std::lock_guard lock(event_mutex_);
+        if (event.kind == EventKind::damage) {
+            if (damage_events_ == kMaxDamageEvents)
+                return;
+            ++damage_events_;
+        }
         events_.push_back(std::move(event));
     }
     event_arrived_.notify_one();

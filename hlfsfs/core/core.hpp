@@ -82,6 +82,9 @@ class Core final : public VolumeTable {
     void remove_volume(std::uint64_t id) noexcept;
     // Waits for the next event; nullopt after `timeout_ms`, or at once when stopped.
     std::optional<Event> next_event(int timeout_ms);
+    // So many reports of damage wait at most; more are dropped: whoever reads damaged blocks again and again must not
+    // fill the memory with them.
+    static constexpr std::size_t kMaxDamageEvents = 64;
     // next_event() answers at once from here on.
     void stop_events() noexcept;
     // Ends workers and timer. Volumes must be idle; pending events are dropped.
@@ -158,6 +161,7 @@ class Core final : public VolumeTable {
     std::mutex event_mutex_;  // guards events_ and events_stopped_
     std::condition_variable event_arrived_;
     std::deque<Event> events_;
+    std::size_t damage_events_ = 0;  // of them
     bool events_stopped_ = false;
 };
 

@@ -125,6 +125,11 @@ void FaultyDisk::wait_held_writes(unsigned count) {
     changed_.wait(lock, [&] { return held_ >= count; });
 }
 
+unsigned FaultyDisk::held_writes() {
+    const std::lock_guard lock(mutex_);
+    return held_;
+}
+
 // Returns with the lock held by nobody; 0: go on.
 int FaultyDisk::before_write(std::size_t size_bytes) {
     if (const auto time_us = write_time_us_.load(); time_us > 0)

@@ -46,6 +46,7 @@ class FaultyDisk {
     void hold_syncs();
     void release_syncs();
     void wait_held_writes(unsigned count);
+    [[nodiscard]] unsigned held_writes();
     // From now on every write takes at least so long.
     void slow_writes(std::chrono::microseconds time) { write_time_us_ = time.count(); }
 

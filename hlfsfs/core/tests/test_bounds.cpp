@@ -1,0 +1,142 @@
+// Queues that must not grow, and what begins at a bound: docs/CONCURRENCY.md, "Bounds".
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <catch2/catch.hpp>
+#include <cstring>
+#include <thread>
+
+#include "../mailbox.hpp"
+#include "harness.hpp"
+
+using namespace hlfs;
+using namespace hlfs::testing;
+
+namespace {
+
+bool wait_until(const std::function<bool()>& condition) {
+    for (int i = 0; i < 20'000; ++i) {
+        if (condition())
+            return true;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return false;
+}
+
+}  // namespace
+
+TEST_CASE("reports of damage that nobody takes do not pile up, and others are not lost for them") {
+    const int fd = memfd_create("ring", MFD_CLOEXEC);
+    Core core(Ring::create(fd, {.slots = 4, .chunks = 4, .ring_extents = 2, .spill_extents = 1}, {}), {});
+    close(fd);
+    const auto post = [&](EventKind kind) {
+        Event event;
+        event.kind = kind;
+        core.post(std::move(event));
+    };
+    for (int round = 0; round < 2; ++round) {
+        for (int i = 0; i < 100'000; ++i)
+            post(EventKind::damage);
+        post(EventKind::checkpoint_due);
+        std::size_t damage = 0;
+        std::size_t others = 0;
+        while (const auto event = core.next_event(0))
+            ++(event->kind == EventKind::damage ? damage : others);
+        REQUIRE(damage == Core::kMaxDamageEvents);
+        REQUIRE(others == 1);
+    }
+}
+
+TEST_CASE("lines for the log that nobody takes do not pile up") {
+    Mailbox mailbox(4);
+    for (int i = 0; i < 1000; ++i)
+        mailbox.log("line %d", i);
+    ChannelEvent event;
+    for (int i = 0; i < 64; ++i) {
+        mailbox.wait(event);
+        REQUIRE(event.kind == ChannelEventKind::log);
+        REQUIRE(std::string(event.text.data()) == "line " + std::to_string(i));
+    }
+    mailbox.wait(event);
+    REQUIRE(std::string(event.text.data()) == "936 more lines were dropped");
+    mailbox.post_ended();
+    mailbox.wait(event);
+    REQUIRE(event.kind == ChannelEventKind::ended);
+}
+
+TEST_CASE("a volume writes few chunks at once while none is full and nobody flushes") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1, 26);
+    HostOptions options;
+    options.geometry.ring_extents = 32;
+    Host host(options);
+    const auto volume = host.open(log).volume;
+    // A segment with room for everything below.
+    for (std::uint64_t i = 0; i < 24; ++i)
+        REQUIRE(write(host, *volume, i << 20, pattern(std::size_t{1} << 20, i + 1)) > 0);
+    REQUIRE(flush(*volume) == 0);
+    disk.hold_writes();
+    std::deque<Wait> writes;
+    const auto put = [&](std::uint64_t count) {
+        for (std::uint64_t i = 0; i < count; ++i) {
+            volume->write_copy(i << 18, pattern(std::size_t{256} << 10, i + 1), false, writes.emplace_back());
+            std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        }
+    };
+    put(12);
+    CHECK(wait_until([&] { return disk.held_writes() == 4; }));
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    CHECK(disk.held_writes() == 4);
+    // Full ones take the other workers too.
+    put(5 * 16);
+    CHECK(wait_until([&] { return disk.held_writes() == host.core().options().workers; }));
+    disk.release_writes();
+    for (Wait& write : writes)
+        REQUIRE(write.result() > 0);
+    host.close(log);
+}
+
+TEST_CASE("a merge keeps few nodes in memory") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    constexpr std::uint64_t kLeaves = 8192;
+    constexpr std::uint64_t kNodesInMemory = 17 * 256;
+    Log log(1, 26);
+    Host host;
+    const auto volume = host.open(log).volume;
+    const Bytes block = pattern(kBlockBytes, 1);
+    for (std::uint64_t i = 0; i < kLeaves; ++i)
+        REQUIRE(write(host, *volume, i << (kNodeShift + kBlockShift), block) > 0);
+    REQUIRE(flush(*volume) == 0);
+    disk.hold_syncs();
+    std::thread checkpoint([&] { host.checkpoint(log); });
+    CHECK(wait_until([&] { return volume->stats().nodes_written >= kNodesInMemory - 256; }));
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    CHECK(volume->stats().nodes_written <= kNodesInMemory);
+    disk.release_syncs();
+    checkpoint.join();
+    REQUIRE(volume->stats().nodes_written > kLeaves);
+    host.close(log);
+}
+
+TEST_CASE("a volume is checkpointed at so many entries, or so much log") {
+    FaultyDisk::instance().reset();
+    const bool entries = GENERATE(true, false);
+    HostOptions options;
+    (entries ? options.core.checkpoint_entries : options.core.checkpoint_log_bytes) = entries ? 200 : 200 * kBlockBytes;
+    Log log(1);
+    Host host(options);
+    const auto volume = host.open(log).volume;
+    const auto put = [&](std::uint64_t i) {
+        REQUIRE(write(host, *volume, (entries ? i : 0) * kBlockBytes, pattern(kBlockBytes, i + 1), true) > 0);
+    };
+    // A chunk of one block takes two.
+    for (std::uint64_t i = 0; i < 90; ++i)
+        put(i);
+    CHECK(host.checkpoints_asked == 0);
+    for (std::uint64_t i = 90; i < 250; ++i)
+        put(i);
+    CHECK(wait_until([&] { return volume->stats().checkpoint_generation > 0; }));
+    host.close(log);
+}
