@@ -3,6 +3,8 @@
 #include <sys/stat.h>
 
 #include <catch2/catch.hpp>
+#include <chrono>
+#include <thread>
 
 #include "../handles.hpp"
 #include "fuse_peer.hpp"
@@ -501,6 +503,32 @@ TEST_CASE("notifications go to the kernel", "[channel]") {
     const Reply notified = mount.kernel.reply().value();
     CHECK(notified.unique == 0);
     CHECK(notified.as<fuse_notify_inval_inode_out>().ino == kNode);
+}
+
+TEST_CASE("notifications that the kernel does not take do not pile up", "[channel]") {
+    Mount mount;
+    // Large, so that the socket to the kernel holds few.
+    constexpr std::uint32_t kBytes = 16 << 10;
+    Bytes message;
+    append(message, fuse_out_header{kBytes, FUSE_NOTIFY_STORE, 0});
+    message.resize(kBytes);
+    // What waits, what the socket holds, and the one that is being written.
+    constexpr std::uint64_t kMost = 1024 + (std::uint64_t{8} << 20) / kBytes + 1;
+    constexpr std::uint64_t kSent = 2 * kMost;
+    for (std::uint64_t i = 0; i < kSent; ++i) {
+        mount.control.send(message);
+    }
+    const auto& dropped = mount.channel.counters().notifications_failed;
+    for (int i = 0; i < 10'000 && dropped < kSent - kMost; ++i) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    CHECK(dropped >= kSent - kMost);
+    std::uint64_t taken = 0;
+    while (taken + dropped < kSent && mount.kernel.reply()) {
+        ++taken;
+    }
+    CHECK(taken + dropped == kSent);
+    CHECK(taken >= 1024);
 }
 
 TEST_CASE("a slot tells what was read, until the reply", "[channel]") {

@@ -193,6 +193,8 @@ TEST_CASE("a reader takes volumes in turn, however many reads of one wait") {
     for (std::size_t i = 0; i < requests.size(); ++i) {
         ReadRequest& request = requests[i];
         request.fd = file.fd();
+        // Past the end: all share the buffer, and nobody writes to it.
+        request.offset = kFileBytes;
         request.buffer = buffer.data();
         request.size_bytes = static_cast<std::uint32_t>(size_bytes);
         request.volume_id = i + 1 < requests.size() ? 1 : 2;
