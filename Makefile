@@ -9,7 +9,7 @@ SHELL := /bin/bash
 PYTHON := /usr/bin/python3
 VENV_PYTHON := .venv/bin/python
 PYTHON_SOURCES := hlfsfs mountd tests contrib bench
-CORE_SOURCES = $(shell find hlfsfs/core tests -name '*.cpp' -o -name '*.hpp' -o -name '*.c')
+CORE_SOURCES = $(shell find hlfsfs/core tests bench -name '*.cpp' -o -name '*.hpp' -o -name '*.c')
 JOBS := $(shell nproc)
 # How much longer than `make test` the fuzzers of `make hunt` run.
 HUNT_TIMES := 20

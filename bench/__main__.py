@@ -6,10 +6,11 @@ import sys
 import click
 
 from bench.chart import chart
+from bench.scale import scale
 from bench.speed import speed
 
 # One line a group; `all` runs them in this order.
-GROUPS = (speed,)
+GROUPS = (speed, scale)
 
 
 class Measurements(click.Group):

@@ -53,6 +53,27 @@ class Job:
     bars: tuple[Bar, ...] = ()
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A number of HLFS's own, beside no rival.
+
+    Attributes:
+        name: for the JSON file.
+        title: as printed.
+        unit: `s`, `bytes`, `bytes/s`, or a ratio (`times`).
+        at_most, at_least: what the project promises of it, if anything.
+    """
+
+    name: str
+    title: str
+    unit: Literal["s", "bytes", "bytes/s", "times"]
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def is_met(self, value: float) -> bool:
+        return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
+
+
 def _random(kind: str, depth: int = 1, jobs: int = 1) -> dict[str, str]:
     return {"rw": kind, "bs": "4k", "iodepth": str(depth), "ioengine": "libaio", "numjobs": str(jobs)}
 
@@ -180,4 +201,22 @@ JOBS = (
         scattered=True,
         bars=(Bar("ext4", 0.4),),
     ),
+)
+
+MIB = 1 << 20
+
+# What `scale` tells of a large map, in this order.
+SCALE = (
+    Figure("make", "making the volume", "s"),
+    Figure("map", "disk space of its map", "bytes"),
+    Figure("mount_empty", "`hlfs mount` of an empty store", "s"),
+    Figure("mount", "`hlfs mount` of its store", "s", at_most=0.3),
+    Figure("open", "first look at the volume after it", "s", at_most=0.3),
+    Figure("cold_p50", "first writes into cold regions of the map, median", "s"),
+    Figure("cold_p99", "first writes into cold regions of the map, p99", "s"),
+    Figure("warm_p50", "writes where the map was read before, median", "s"),
+    Figure("warm_p99", "writes where the map was read before, p99", "s"),
+    # No slower, as far as the figures of rounds that took turns can tell.
+    Figure("cold_times", "cold beside warm, medians", "times", at_most=1.1),
+    Figure("memory", "server's memory beyond the ring, read cache of 16 MiB included", "bytes", at_most=200 * MIB),
 )

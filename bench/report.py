@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.jobs import JOBS, Bar, Job
+from bench.jobs import JOBS, Bar, Figure, Job
 from bench.rivals import RIVALS
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
@@ -57,6 +58,59 @@ def speed_content(results: Results, settings: dict[str, Any], machine: dict[str,
         "settings": settings,
         "jobs": [judged(job, results[job.name]) for job in JOBS if job.name in results],
     }
+
+
+def figures_content(
+    figures: tuple[Figure, ...], values: dict[str, float], settings: dict[str, Any], machine: dict[str, Any]
+) -> dict[str, Any]:
+    """What the JSON file holds of a group of figures that stand beside no rival."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "host": machine,
+        "settings": settings,
+        "figures": [
+            {
+                **asdict(figure),
+                "value": values[figure.name],
+                "met": figure.is_met(values[figure.name]),
+            }
+            for figure in figures
+            if figure.name in values
+        ],
+    }
+
+
+def print_figures(content: dict[str, Any], console: Console) -> None:
+    table = _table("figure", "value", "bar")
+    for figure in content["figures"]:
+        unit = figure["unit"]
+        limits = [
+            f"{word} {amount(unit, figure[key])}"
+            for key, word in (("at_most", "at most"), ("at_least", "at least"))
+            if figure[key] is not None
+        ]
+        bar = f"{' and '.join(limits)}: {'met' if figure['met'] else 'MISSED'}" if limits else ""
+        table.add_row(figure["title"], amount(unit, figure["value"]), bar)
+    console.print(table)
+    machine = content["host"]
+    settings = ", ".join(f"{key} {value}" for key, value in content["settings"].items())
+    console.print(
+        f"{content['date'][:10]}, {content['command']}: {settings}; {machine['cpus']} x {machine['cpu']},"
+        f" Linux {machine['kernel']}, {machine['filesystem']}",
+        soft_wrap=True,
+    )
+
+
+def amount(unit: str, value: float) -> str:
+    match unit:
+        case "s":
+            return f"{value:.2f} s" if value >= 0.1 else f"{value * 1e6:.0f} µs"
+        case "bytes":
+            return f"{value / (1 << 20):.0f} MiB" if value < 10 * GIB else f"{value / GIB:.1f} GiB"
+        case "bytes/s":
+            return f"{value / 1e9:.2f} GB/s"
+    return f"{value:.2f}"
 
 
 def judged(job: Job, rounds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:

@@ -2,19 +2,13 @@
 
 import os
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from bench.usage import process_cpu_s
-from hlfsfs.store import open_store
+from bench.mounts import STOP_TIMEOUT_S, Mount
 
 MIB = 1 << 20
-STOP_TIMEOUT_S = 120
-# HLFS checkpoints, and then cleans, 3 s after the last write where much was written.
-REST_S = 4.0
-REST_TIMEOUT_S = 30.0
 
 
 def drop_caches() -> None:
@@ -90,49 +84,26 @@ class Hlfs(Rival):
     def __init__(self, place: Path, size_bytes: int) -> None:
         super().__init__(place, size_bytes)
         self.read_cache_mib = size_bytes * 5 // 4 // MIB
-        self._mount = self.place / "mnt"
-        self._source = f"local://{self.place / 'store'}"
+        self._mount = Mount(self.place, f"read_cache={self.read_cache_mib}M")
 
     @property
     def file(self) -> Path:
-        return self._mount / "disk"
+        return self._mount.file
 
     def create(self) -> None:
-        for directory in (self.place, self.place / "store", self._mount):
-            directory.mkdir()
+        self._mount.create()
 
     def up(self) -> None:
-        self._hlfs("mount", self._source, str(self._mount), "-o", f"read_cache={self.read_cache_mib}M")
+        self._mount.up()
 
     def down(self) -> None:
-        if os.path.ismount(self._mount):
-            self._hlfs("umount", str(self._mount))
+        self._mount.down()
 
     def rest(self) -> None:
-        """Until its server did nothing for long enough that a checkpoint would have begun."""
-        pid = self.server()
-        end_s = time.monotonic() + REST_TIMEOUT_S
-        used_s, rested_at_s = process_cpu_s(pid), time.monotonic() + REST_S
-        while time.monotonic() < min(rested_at_s, end_s):
-            time.sleep(0.25)
-            used_before_s, used_s = used_s, process_cpu_s(pid)
-            # Its timer takes a tick now and then.
-            if used_s - used_before_s > 0.02:
-                rested_at_s = time.monotonic() + REST_S
+        self._mount.rest()
 
     def server(self) -> int:
-        store = open_store(self._source, read_only=True)
-        try:
-            record = store.read_lock()
-        finally:
-            store.close()
-        if record is None or record.clean:
-            raise RuntimeError(f"{self._source} is not mounted")
-        return record.pid
-
-    def _hlfs(self, *words: str) -> None:
-        command = Path(sys.executable).with_name("hlfs")
-        subprocess.run([command, *words], check=True, timeout=STOP_TIMEOUT_S)
+        return self._mount.server()
 
 
 class Qcow2(Rival):

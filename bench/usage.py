@@ -33,6 +33,16 @@ def peak_memory_bytes(pid: int) -> int:
     raise ValueError(f"process {pid} has no VmHWM")
 
 
+def memory_bytes(pid: int) -> dict[str, int]:
+    """Resident of a process, as `grep Rss` of its status: `private`, mapped files included, and `shared`, the ring."""
+    kib = {}
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("Rss"):
+            name, value, _unit = line.split()
+            kib[name] = int(value)
+    return {"private": (kib["RssAnon:"] + kib["RssFile:"]) * 1024, "shared": kib["RssShmem:"] * 1024}
+
+
 def reset_peak_memory(pid: int) -> None:
     Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
 

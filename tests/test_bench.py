@@ -14,9 +14,12 @@ from click.testing import CliRunner
 from bench.__main__ import main
 from bench.chart import svg
 from bench.commands import run_command
-from bench.jobs import JOBS, Bar
-from bench.report import Results, save, speed_content
+from bench.jobs import JOBS, SCALE, Bar, Figure
+from bench.mounts import Mount
+from bench.report import Results, amount, figures_content, save, speed_content, wide_console
 from bench.rivals import RIVALS
+from bench.scale import make
+from tests.fuse.mounts import HLFS, needs_fuse, run
 
 SETTINGS = {"size_bytes": 1 << 30, "runtime_s": 1.0, "rounds": 3, "read_cache_mib": 1280}
 HOST = {"cpus": 2, "cpu": "A & B <CPU>", "kernel": "6.18", "filesystem": "ext4 rw"}
@@ -68,6 +71,18 @@ def test_each_bar_is_of_a_rival_that_takes_part() -> None:
 )
 def test_a_rate_is_a_floor_and_a_latency_a_ceiling(bar: Bar, ratio: float, met: bool) -> None:
     assert bar.is_met(ratio) is met
+
+
+def test_a_figure_keeps_within_its_limits() -> None:
+    figures = (Figure("low", "", "s", at_most=2), Figure("high", "", "s", at_least=2), Figure("told", "", "s"))
+    for value, met in ((1.0, [True, False, True]), (2.0, [True, True, True]), (3.0, [False, True, True])):
+        content = figures_content(figures, {figure.name: value for figure in figures}, {}, HOST)
+        assert [figure["met"] for figure in content["figures"]] == met
+
+
+def test_amounts_have_units() -> None:
+    shown = [amount("s", 0.25), amount("s", 0.00002), amount("bytes", 1 << 27), amount("bytes/s", 1.5e9)]
+    assert shown == ["0.25 s", "20 µs", "128 MiB", "1.50 GB/s"]
 
 
 def test_ratios_are_of_medians() -> None:
@@ -136,3 +151,31 @@ def test_a_command_that_hangs_is_ended(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         run_command(["false"], tmp_path / "file")
     assert run_command(["echo", "said"], tmp_path / "file") == "said\n"
+
+
+@needs_fuse
+def test_the_volume_with_a_large_map_is_a_sound_one(tmp_path: Path) -> None:
+    mount = Mount(tmp_path / "place", "read_cache=16M")
+    mount.create()
+    made = make(mount, 1 << 32, 20_000 * 4096, wide_console())
+    # Whole segments of mappings, and a leaf for each 2 MiB of the volume.
+    mapped, leaves = 2 * 16_200, 2048
+    assert made["map"] == pytest.approx(leaves * 4096, rel=0.3)
+    stat = json.loads(run(*HLFS, "stat", "--json", f"{mount.source}/disk"))
+    assert (stat["size_bytes"], stat["allocated_bytes"]) == (1 << 32, mapped * 4096)
+    report = json.loads(run(*HLFS, "check", "--json", mount.source))
+    assert report["sound"], report
+    assert report["volumes"][0]["payload_blocks"] >= mapped
+    assert report["volumes"][0]["pointers"] >= mapped + leaves
+
+
+@needs_fuse
+def test_scale_at_a_small_size(tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    words = ["--size", "1G", "--mapped", "64M", "--rounds", "1", "--touches", "100"]
+    done = CliRunner().invoke(main, ["scale", "--dir", str(tmp_path), *words, "--json", str(output)])
+    assert done.exit_code == 0, done.output
+    content = json.loads(output.read_text(encoding="utf-8"))["scale"]
+    assert [figure["name"] for figure in content["figures"]] == [figure.name for figure in SCALE]
+    assert all(figure["value"] > 0 for figure in content["figures"])
+    assert not list(tmp_path.glob("bench-*"))
