@@ -25,7 +25,7 @@ class Mount:
         file: of the one volume that is measured.
     """
 
-    def __init__(self, place: Path, options: str) -> None:
+    def __init__(self, place: Path, options: str = "") -> None:
         self.store = place / "store"
         self.source = f"local://{self.store}"
         self.directory = place / "mnt"
@@ -37,7 +37,8 @@ class Mount:
             directory.mkdir()
 
     def up(self) -> None:
-        self.hlfs("mount", self.source, str(self.directory), "-o", self._options)
+        options = ["-o", self._options] if self._options else []
+        self.hlfs("mount", self.source, str(self.directory), *options)
 
     def down(self) -> None:
         """What was written is durable. Called also after a failed `up`."""

@@ -7,6 +7,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -14,6 +16,7 @@ import click
 from rich.console import Console
 
 from bench.commands import run_command
+from bench.fio import run_fio
 from bench.jobs import MIB, SCALE
 from bench.mounts import Mount
 from bench.pokes import poke
@@ -27,42 +30,47 @@ NATIVE = BUILD / "native"
 READ_CACHE_MIB = 16
 # Writes of each kind in each round: enough for a p99, and the first of a fresh mount among them.
 POKES = 2000
+# So often is the same part of the volume overwritten: a checkpoint is due after 256 k changed blocks, or 4 GiB of log.
+REPLAY_OVERWRITES = 4
+REPLAY_WRITES = {"replay_4k": {"rw": "randwrite", "bs": "4k"}, "replay_1m": {"rw": "write", "bs": "1m"}}
+# For what HLFS gives back only after a while at rest.
+REST_S = 20
 
 
-@click.command()
-@click.option("--dir", "parent", type=click.Path(path_type=Path), default=BUILD, help="On the disk to be measured.")
-@click.option("--size", default="4T", show_default=True, help="Of the volume.")
-@click.option("--mapped", default="100G", show_default=True, help="Of it that is mapped, in single blocks.")
-@click.option("--rounds", default=3, show_default=True, help="Mounts whose writes are timed, cold and warm each.")
-@click.option("--touches", default=200_000, show_default=True, help="Blocks read, and written, before memory is told.")
-@click.option("--json", "output", type=click.Path(path_type=Path), default=BUILD / "bench.json", show_default=True)
-def scale(*, parent: Path, size: str, mapped: str, rounds: int, touches: int, output: Path) -> None:
-    """Measure a volume with a large map: mount, first writes, memory."""
-    parent.mkdir(parents=True, exist_ok=True)
-    console = wide_console()
-    settings = {"size": size, "mapped": mapped, "rounds": rounds, "writes a round": POKES, "touches": touches}
-    with ExitStack() as stack:
-        place = Path(tempfile.mkdtemp(prefix="bench-", dir=parent))
-        stack.callback(shutil.rmtree, place, ignore_errors=True)
-        empty, mount = (
-            Mount(place / "empty", f"read_cache={READ_CACHE_MIB}M"),
-            Mount(place / "large", f"read_cache={READ_CACHE_MIB}M"),
-        )
-        for each in (empty, mount):
-            each.create()
-            stack.callback(each.down)
-        values = make(mount, parse_size(size), parse_size(mapped), console)
-        values |= times(mount, empty, rounds, console)
-        values["memory"] = memory(mount, touches, console)
-        content = figures_content(SCALE, values, settings, host(place))
-    print_figures(content, console)
-    save(output, "scale", content)
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes, as the options say."""
+
+    size: int
+    mapped: int
+    replay: int
+    traffic: int
+    rounds: int
+    touches: int
 
 
 def seconds(call: Callable[[], object]) -> float:
     start_s = time.monotonic()
     call()
     return time.monotonic() - start_s
+
+
+def mounted(place: Path, stack: ExitStack, options: str = "") -> Mount:
+    """A store in `place`, not mounted yet; taken down at the end."""
+    mount = Mount(place, options)
+    mount.create()
+    stack.callback(mount.down)
+    return mount
+
+
+# --- a large map --------------------------------------------------------------------------------------------------
+
+
+def large_map(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict[str, float]:
+    empty, mount = (mounted(place / name, stack, f"read_cache={READ_CACHE_MIB}M") for name in ("empty", "large"))
+    values = make(mount, plan.size, plan.mapped, console)
+    values |= times(mount, empty, plan.rounds, console)
+    return {**values, "memory": memory(mount, plan.touches, console)}
 
 
 def make(mount: Mount, size_bytes: int, mapped_bytes: int, console: Console, seed: int = 1) -> dict[str, float]:
@@ -104,10 +112,9 @@ def times(mount: Mount, empty: Mount, rounds: int, console: Console) -> dict[str
             empty.down()
             found["mount"].append(seconds(mount.up))
             found["open"].append(seconds(lambda: run_command(["stat", mount.file], mount.file)))
-            # The warm ones too are the first writes of a mount.
-            seed = number * 2 + (kind == "warm")
-            if kind == "warm":
-                poke(mount.file, seed, POKES, "read")
+            # Both times a mount that has just read as much, the one elsewhere, the other at the very places.
+            seed = number * 3
+            poke(mount.file, seed if kind == "warm" else seed + 1, POKES, "read")
             found[kind] += poke(mount.file, seed, POKES, "write")
     values = {name: median(found[name]) for name in ("mount_empty", "mount", "open")}
     for kind in ("cold", "warm"):
@@ -121,3 +128,85 @@ def memory(mount: Mount, touches: int, console: Console) -> float:
     poke(mount.file, -1, touches, "read")
     poke(mount.file, -2, touches, "write")
     return float(memory_bytes(mount.server())["private"])
+
+
+# --- a long log ---------------------------------------------------------------------------------------------------
+
+
+def replay(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict[str, float]:
+    """Of a server that is killed while it writes, so that nothing behind its last checkpoint is merged."""
+    values = {}
+    for name, options in REPLAY_WRITES.items():
+        console.print(f"killed after {plan.replay // MIB} MiB: {name}")
+        mount = mounted(place / name, stack)
+        mount.up()
+        run_fio(mount.file, plan.replay // REPLAY_OVERWRITES, {"rw": "write", "bs": "1m", "end_fsync": "1"})
+        mount.down()
+        mount.up()
+        common = {"ioengine": "libaio", "iodepth": "32", "io_size": str(plan.replay), "norandommap": "1"}
+        run_fio(mount.file, plan.replay // REPLAY_OVERWRITES, {**common, **options})
+        mount.kill()
+        drop_caches()
+        took_s = seconds(mount.up) + seconds(partial(run_command, ["stat", mount.file], mount.file))
+        values[name] = plan.replay / took_s
+    return values
+
+
+# --- a server at rest ---------------------------------------------------------------------------------------------
+
+
+def at_rest(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict[str, float]:
+    """`grep Rss /proc/PID/status` prints it."""
+    mount = mounted(place / "rest", stack)
+    mount.up()
+    run_command(["truncate", "-s", str(plan.traffic), mount.file], mount.file)
+    mount.down()
+    mount.up()
+    run_command(["dd", f"if={mount.file}", "of=/dev/null", "bs=4k", "count=1", "status=none"], mount.file)
+    values = rest_figures("rest_new", mount)
+    console.print(f"writing and reading {plan.traffic // MIB} MiB")
+    for kind in ("write", "read", "randwrite", "randread"):
+        options = {"rw": kind, "bs": "4k" if kind.startswith("rand") else "1m", "iodepth": "32", "ioengine": "libaio"}
+        run_fio(mount.file, plan.traffic, {**options, "io_size": str(plan.traffic // 4)})
+    mount.rest()
+    time.sleep(REST_S)
+    return values | rest_figures("rest_used", mount)
+
+
+def rest_figures(name: str, mount: Mount) -> dict[str, float]:
+    found = memory_bytes(mount.server())
+    return {f"{name}_private": found["private"], f"{name}_shared": found["shared"]}
+
+
+PARTS: dict[str, Callable[[Plan, Path, ExitStack, Console], dict[str, float]]] = {
+    "map": large_map,
+    "replay": replay,
+    "rest": at_rest,
+}
+
+
+@click.command()
+@click.option("--dir", "parent", type=click.Path(path_type=Path), default=BUILD, help="On the disk to be measured.")
+@click.option("--size", default="4T", show_default=True, help="Of the volume with a large map.")
+@click.option("--mapped", default="100G", show_default=True, help="Of it that is mapped, in single blocks.")
+@click.option("--rounds", default=3, show_default=True, help="Mounts whose writes are timed, cold and warm each.")
+@click.option("--touches", default=200_000, show_default=True, help="Blocks read, and written, before memory is told.")
+@click.option("--replay", default="3G", show_default=True, help="Log behind the last checkpoint when the server dies.")
+@click.option("--traffic", default="10G", show_default=True, help="Written and read before the server is left at rest.")
+@click.option("--parts", multiple=True, type=click.Choice(list(PARTS)), help="Again for more.  [default: all]")
+@click.option("--json", "output", type=click.Path(path_type=Path), default=BUILD / "bench.json", show_default=True)
+def scale(*, parent: Path, rounds: int, touches: int, parts: tuple[str, ...], output: Path, **sizes: str) -> None:
+    """Measure what grows: a large map, a long log to replay, a server's memory."""
+    parent.mkdir(parents=True, exist_ok=True)
+    console = wide_console()
+    plan = Plan(**{name: parse_size(size) for name, size in sizes.items()}, rounds=rounds, touches=touches)
+    values: dict[str, float] = {}
+    for part in parts or PARTS:
+        place = Path(tempfile.mkdtemp(prefix="bench-", dir=parent))
+        with ExitStack() as stack:
+            stack.callback(shutil.rmtree, place, ignore_errors=True)
+            values |= PARTS[part](plan, place, stack, console)
+    settings = {**sizes, "rounds": rounds, "writes a round": POKES, "touches": touches}
+    content = figures_content(SCALE, values, settings, host(parent))
+    print_figures(content, console)
+    save(output, "scale", content)
