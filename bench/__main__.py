@@ -7,10 +7,11 @@ import click
 
 from bench.chart import chart
 from bench.scale import scale
+from bench.space import space
 from bench.speed import speed
 
 # One line a group; `all` runs them in this order.
-GROUPS = (speed, scale)
+GROUPS = (speed, scale, space)
 
 
 class Measurements(click.Group):

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.commands import run_command
+from bench.commands import TIMEOUT_S, run_command
 from bench.jobs import Job
 
 RAMP_S = 1
 PERCENTILES = {"p50_us": "50.000000", "p99_us": "99.000000", "p99.9_us": "99.900000"}
 
 
-def run_fio(file: Path, size_bytes: int, options: dict[str, str]) -> dict[str, Any]:
+def run_fio(file: Path, size_bytes: int, options: dict[str, str], timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
     """Runs one job with O_DIRECT; returns its part of fio's JSON, of all its processes together.
 
     Latencies are from the submission on, which blocks where a queue is full.
@@ -21,7 +21,7 @@ def run_fio(file: Path, size_bytes: int, options: dict[str, str]) -> dict[str, A
     common = {"name": "bench", "filename": str(file), "size": str(size_bytes), "direct": "1", "group_reporting": "1"}
     latencies = {"lat_percentiles": "1", "clat_percentiles": "0"}
     words = [f"--{key}={value}" for key, value in {**common, **latencies, **options}.items()]
-    output = run_command(["fio", "--output-format=json", *words], file)
+    output = run_command(["fio", "--output-format=json", *words], file, timeout_s)
     # fio may print a warning before the JSON.
     job: dict[str, Any] = json.loads(output[output.index("{") :])["jobs"][0]
     return job

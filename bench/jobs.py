@@ -223,12 +223,48 @@ SCALE = (
     Figure(
         "memory", "map", "server's memory beyond the ring, read cache of 16 MiB included", "bytes", at_most=200 * MIB
     ),
-    # Payload behind the last checkpoint, by the time from the mount command until the volume answers.
-    Figure("replay_4k", "replay", "crash replay of 4k random writes", "bytes/s", at_least=1e9),
-    Figure("replay_1m", "replay", "crash replay of 1 MiB writes", "bytes/s", at_least=1e9),
+    Figure("replay_4k_log", "replay", "log of 4k random writes behind the last checkpoint", "bytes"),
+    Figure("replay_4k", "replay", "its crash replay", "bytes/s", at_least=1e9),
+    Figure("replay_1m_log", "replay", "log of 1 MiB writes behind the last checkpoint", "bytes"),
+    Figure("replay_1m", "replay", "its crash replay", "bytes/s", at_least=1e9),
     # With the default ring and caches.
     Figure("rest_new_private", "rest", "server at rest that has just opened its volume", "bytes", at_most=80 * MIB),
     Figure("rest_new_shared", "rest", "its ring", "bytes"),
     Figure("rest_used_private", "rest", "server at rest after traffic, caches included", "bytes"),
     Figure("rest_used_shared", "rest", "its ring", "bytes"),
+)
+
+
+Pattern = Literal["uniform", "skew"]
+
+
+@dataclass(frozen=True)
+class Amplification:
+    """Random single-block writes to a volume of `size` that takes `percent` of its file system."""
+
+    size: str
+    percent: int
+    pattern: Pattern
+
+    def figure(self) -> Figure:
+        """Bytes written below for each byte written to the volume; promised at 80 % full."""
+        promised = {"uniform": 2.0, "skew": 1.5}
+        spread = {"uniform": "uniform", "skew": "90 % on a tenth"}
+        return Figure(
+            f"amplify_{self.size}_{self.percent}_{self.pattern}",
+            "amplify",
+            f"write amplification, {self.size} at {self.percent} % full, 4k random writes, {spread[self.pattern]}",
+            "times",
+            at_most=promised[self.pattern] if self.percent == 80 else None,
+        )
+
+
+# What `space` tells besides.
+SPACE = (
+    Figure("space_times", "space", "space by live data, overwritten ten times at random, 10 s idle", "times", 1.35),
+    Figure("space_synced_times", "space", "the same with a flush after each 4 KiB", "times", 1.35),
+    Figure("reclaim", "reclaim", "dead space given back at idle", "bytes/s", at_least=300e6),
+    Figure("p99_alone", "reclaim", "p99 of 4k writes, nothing to reclaim", "s"),
+    Figure("p99_reclaiming", "reclaim", "p99 of 4k writes, cleaner at work", "s"),
+    Figure("p99_times", "reclaim", "p99 of 4k writes with the cleaner at work beside without", "times", 3.0),
 )

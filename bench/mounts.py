@@ -22,15 +22,19 @@ class Mount:
     Attributes:
         store: its directory.
         source: its URI.
-        file: of the one volume that is measured.
+        directory: where it is mounted.
     """
 
-    def __init__(self, place: Path, options: str = "") -> None:
+    def __init__(self, place: Path, options: str = "", directory: Path | None = None) -> None:
         self.store = place / "store"
         self.source = f"local://{self.store}"
-        self.directory = place / "mnt"
-        self.file = self.directory / "disk"
+        self.directory = directory or place / "mnt"
         self._options = options
+
+    @property
+    def file(self) -> Path:
+        """Of the one volume that is measured."""
+        return self.directory / "disk"
 
     def create(self) -> None:
         for directory in (self.store.parent, self.store, self.directory):

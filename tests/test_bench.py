@@ -14,11 +14,12 @@ from click.testing import CliRunner
 from bench.__main__ import main
 from bench.chart import svg
 from bench.commands import run_command
-from bench.jobs import JOBS, SCALE, Bar, Figure
+from bench.jobs import JOBS, SCALE, SPACE, Amplification, Bar, Figure
 from bench.mounts import Mount
 from bench.report import Results, amount, figures_content, save, speed_content, wide_console
 from bench.rivals import RIVALS
 from bench.scale import make
+from bench.space import PATTERNS, reclaim_rate
 from tests.fuse.mounts import HLFS, needs_fuse, run
 
 SETTINGS = {"size_bytes": 1 << 30, "runtime_s": 1.0, "rounds": 3, "read_cache_mib": 1280}
@@ -198,3 +199,38 @@ def test_scale_at_a_small_size(tmp_path: Path, part: str) -> None:
     assert {figure["name"] for figure in content["figures"]} == {figure.name for figure in SCALE if figure.part == part}
     assert all(figure["value"] > 0 for figure in content["figures"])
     assert not list(tmp_path.glob("bench-*"))
+
+
+@needs_fuse
+@pytest.mark.hunt
+def test_space_at_a_small_size(tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    words = ["--amplify", "64M", "--full", "50", "--space", "64M", "--synced", "4M", "--reclaim", "256M"]
+    done = CliRunner().invoke(main, ["space", "--dir", str(tmp_path), *words, "--json", str(output)])
+    assert done.exit_code == 0, done.output
+    figures = json.loads(output.read_text(encoding="utf-8"))["space"]["figures"]
+    assert {figure["name"] for figure in figures} == {
+        "amplify_64M_50_uniform",
+        "amplify_64M_50_skew",
+        *(figure.name for figure in SPACE),
+    }
+    assert all(figure["value"] > 0 for figure in figures)
+    assert not list(tmp_path.glob("bench-*"))
+
+
+def test_write_amplification_is_promised_at_80_percent() -> None:
+    limits = {
+        (percent, pattern): Amplification("8G", percent, pattern).figure().at_most
+        for percent in (50, 80, 90)
+        for pattern in PATTERNS
+    }
+    promised = {key: limit for key, limit in limits.items() if limit is not None}
+    assert promised == {(80, "uniform"): 2.0, (80, "skew"): 1.5}
+
+
+def test_the_rate_of_reclaiming_is_that_of_most_of_it() -> None:
+    # A second of nothing, then 100 bytes a sample, then stragglers.
+    used = [1000] * 10 + [1000 - 100 * step for step in range(1, 10)] + [95] * 50
+    samples = [(at / 10, value) for at, value in enumerate(used)]
+    assert reclaim_rate(samples) == pytest.approx(1000, rel=0.2)
+    assert reclaim_rate([(0.0, 5), (1.0, 5)]) == 0
