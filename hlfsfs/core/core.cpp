@@ -1,5 +1,6 @@
 #include "core.hpp"
 
+#include <malloc.h>
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -17,6 +18,9 @@ std::uint64_t clock_ns(clockid_t clock) noexcept {
     clock_gettime(clock, &now);
     return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<std::uint64_t>(now.tv_nsec);
 }
+
+// How long memory is kept that nobody needs.
+constexpr std::uint64_t kTrimNs = 10'000'000'000;
 
 const std::byte* map_zeros() {
     void* memory = mmap(nullptr, kMaxRequestBytes + kBlockBytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -205,6 +209,7 @@ void Core::run_errands() noexcept {
 
 void Core::run_timer() noexcept {
     std::unique_lock lock(work_mutex_);
+    std::uint64_t next_trim_ns = monotonic_ns() + kTrimNs;
     while (!stopping_) {
         timer_wake_.wait_for(lock, std::chrono::milliseconds(100));
         if (stopping_)
@@ -213,8 +218,22 @@ void Core::run_timer() noexcept {
         const std::uint64_t now = monotonic_ns();
         for (const auto& volume : all_volumes())
             volume->tick(now);
+        // What is written lets go of its pages once it is durable, and nobody need have asked for that yet.
+        if (ring_->starved())
+            relieve();
+        if (now >= next_trim_ns) {
+            trim();
+            next_trim_ns = now + kTrimNs;
+        }
         lock.lock();
     }
+}
+
+void Core::trim() noexcept {
+    ring_->trim();
+    // The heap keeps what was freed, and gives it back only if asked.
+    if (buffers_.trim())
+        malloc_trim(0);
 }
 
 void Core::wake_parked() noexcept {

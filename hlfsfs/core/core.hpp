@@ -125,6 +125,7 @@ class Core final : public VolumeTable {
   private:
     void run_worker() noexcept;
     void run_timer() noexcept;
+    void trim() noexcept;
     void run_errands() noexcept;
     [[nodiscard]] bool errands() const noexcept { return relief_wanted_ || parked_wanted_ || trim_wanted_; }
     [[nodiscard]] std::vector<std::shared_ptr<Volume>> all_volumes() const;

@@ -13,6 +13,7 @@
 #include <new>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace hlfs {
@@ -238,6 +239,7 @@ struct BufferPool::State {
     std::mutex mutex;
     std::array<std::vector<std::byte*>, kClasses> free;
     std::size_t kept_bytes = 0;
+    bool used = false;  // since the last trim
 
     static std::size_t class_of(std::size_t size_bytes) noexcept {
         const std::size_t blocks = (size_bytes + 4095) / 4096;
@@ -258,6 +260,7 @@ std::byte* BufferPool::take(std::size_t size_bytes) {
     const std::size_t size_class = State::class_of(size_bytes);
     if (size_class < State::kClasses) {
         const std::lock_guard lock(state_->mutex);
+        state_->used = true;
         auto& list = state_->free[size_class];
         if (!list.empty()) {
             std::byte* buffer = list.back();
@@ -282,6 +285,19 @@ void BufferPool::give(std::byte* buffer, std::size_t size_bytes) noexcept {
     }
     state_->free[size_class].push_back(buffer);
     state_->kept_bytes += bytes;
+}
+
+bool BufferPool::trim() noexcept {
+    const std::lock_guard lock(state_->mutex);
+    if (std::exchange(state_->used, false) || state_->kept_bytes == 0)
+        return false;
+    for (auto& list : state_->free) {
+        for (std::byte* buffer : list)
+            std::free(buffer);
+        list.clear();
+    }
+    state_->kept_bytes = 0;
+    return true;
 }
 
 }  // namespace hlfs

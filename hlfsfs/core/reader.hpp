@@ -47,6 +47,8 @@ class BufferPool {
     // At least size_bytes; throws std::bad_alloc.
     std::byte* take(std::size_t size_bytes);
     void give(std::byte* buffer, std::size_t size_bytes) noexcept;
+    // Frees what is kept, unless a buffer was taken since the call before; tells whether there was anything.
+    bool trim() noexcept;
 
   private:
     struct State;

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -46,7 +47,7 @@ struct Layout {
     std::size_t slots;
     std::size_t chunks;
     std::size_t pages;
-    std::size_t ring_end;
+    std::size_t kept_end;  // of what is there from the start
     std::size_t end;
 };
 
@@ -59,8 +60,8 @@ Layout layout_of(const RingGeometry& geometry) {
     layout.slots = kBlockBytes;
     layout.chunks = round_up(layout.slots + sizeof(Slot) * geometry.slots, kBlockBytes);
     layout.pages = round_up(layout.chunks + sizeof(ChunkDescriptor) * geometry.chunks, kExtentBytes);
-    layout.ring_end = layout.pages + kExtentBytes * geometry.ring_extents;
-    layout.end = layout.ring_end + kExtentBytes * geometry.spill_extents;
+    layout.kept_end = layout.pages + kExtentBytes * std::min(geometry.ring_extents, kKeptExtents);
+    layout.end = layout.pages + kExtentBytes * (std::size_t{geometry.ring_extents} + geometry.spill_extents);
     return layout;
 }
 
@@ -139,10 +140,10 @@ std::unique_ptr<Ring> Ring::create(int fd, const RingGeometry& geometry, const R
         fail(errno, "sizing the ring");
     std::byte* bytes = map_aligned(fd, layout.end);
     try {
-        collapse(bytes, layout.ring_end);
-        if (fallocate(fd, 0, 0, static_cast<off_t>(layout.ring_end)) != 0)
+        collapse(bytes, layout.kept_end);
+        if (fallocate(fd, 0, 0, static_cast<off_t>(layout.kept_end)) != 0)
             fail(errno, "allocating the ring");
-        populate(bytes, layout.ring_end);
+        populate(bytes, layout.kept_end);
     } catch (...) {
         munmap(bytes, layout.end);
         throw;
@@ -204,8 +205,11 @@ Ring::Ring(std::unique_ptr<SharedFd> fd, const RingGeometry& geometry, const Rin
     live_ = std::make_unique<std::atomic<std::uint32_t>[]>(extents);
     for (std::uint32_t i = 0; i < extents; ++i)
         live_[i].store(0, std::memory_order_relaxed);
-    for (std::uint32_t i = 0; i < geometry.ring_extents; ++i)
+    const std::uint32_t kept = std::min(geometry.ring_extents, kKeptExtents);
+    for (std::uint32_t i = 0; i < kept; ++i)
         free_ring_extents_.push_back(i);
+    for (std::uint32_t i = geometry.ring_extents; i > kept; --i)
+        absent_ring_extents_.push_back(i - 1);
     for (std::uint32_t i = extents; i > geometry.ring_extents; --i)
         free_spill_extents_.push_back(i - 1);
     for (std::uint32_t i = geometry.slots; i > 0; --i)
@@ -273,6 +277,24 @@ void Ring::release_slot(Slot* slot) noexcept {
     slot_freed_.notify_one();
 }
 
+// Memory for an extent that has none, all of it mapped.
+bool Ring::supply(std::uint32_t extent) noexcept {
+    const auto at = static_cast<off_t>(pages_ - base_) + static_cast<off_t>(std::size_t{extent} * kExtentBytes);
+    if (extent < geometry_.ring_extents && !left_)
+        collapse(base_ + at, kExtentBytes);
+    if ((left_ || fallocate(fd_->get(), 0, at, static_cast<off_t>(kExtentBytes)) == 0) &&
+        (madvise(base_ + at, kExtentBytes, MADV_POPULATE_WRITE) == 0 || errno == EINVAL))
+        return true;
+    give_back(extent);
+    return false;
+}
+
+void Ring::give_back(std::uint32_t extent) noexcept {
+    const auto at = static_cast<off_t>(pages_ - base_) + static_cast<off_t>(std::size_t{extent} * kExtentBytes);
+    if (!left_)
+        fallocate(fd_->get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, static_cast<off_t>(kExtentBytes));
+}
+
 std::uint32_t Ring::take_extent() noexcept {
     const std::lock_guard lock(mutex_);
     std::uint32_t extent = kNoExtent;
@@ -280,20 +302,17 @@ std::uint32_t Ring::take_extent() noexcept {
         // Oldest first: an extent freed long ago is the least likely to be read from by a late write.
         extent = free_ring_extents_.front();
         free_ring_extents_.pop_front();
-    } else if (!free_spill_extents_.empty()) {
-        extent = free_spill_extents_.back();
-        const Layout layout = layout_of(geometry_);
-        const auto at = static_cast<off_t>(layout.pages + std::size_t{extent} * kExtentBytes);
-        if (fallocate(fd_->get(), 0, at, static_cast<off_t>(kExtentBytes)) != 0)
-            return kNoExtent;
-        if (madvise(base_ + at, kExtentBytes, MADV_POPULATE_WRITE) != 0 && errno != EINVAL)
-            return kNoExtent;
-        free_spill_extents_.pop_back();
     } else {
-        return kNoExtent;
+        std::vector<std::uint32_t>& from = absent_ring_extents_.empty() ? free_spill_extents_ : absent_ring_extents_;
+        if (from.empty() || !supply(from.back())) {
+            starved_.store(true, std::memory_order_relaxed);
+            return kNoExtent;
+        }
+        extent = from.back();
+        from.pop_back();
     }
     live_[extent].store(1, std::memory_order_relaxed);
-    extents_taken_.fetch_add(1, std::memory_order_relaxed);
+    most_taken_ = std::max(most_taken_, extents_taken_.fetch_add(1, std::memory_order_relaxed) + 1);
     return extent;
 }
 
@@ -303,15 +322,36 @@ void Ring::drop_extent(std::uint32_t extent) noexcept {
         if (extent < geometry_.ring_extents) {
             free_ring_extents_.push_back(extent);
         } else {
-            const Layout layout = layout_of(geometry_);
-            const auto at = static_cast<off_t>(layout.pages + std::size_t{extent} * kExtentBytes);
-            if (!left_)
-                fallocate(fd_->get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, static_cast<off_t>(kExtentBytes));
+            give_back(extent);
             free_spill_extents_.push_back(extent);
         }
         extents_taken_.fetch_sub(1, std::memory_order_relaxed);
     }
     pages_freed_.notify_all();
+}
+
+void Ring::trim() noexcept {
+    std::vector<std::uint32_t> unused;
+    {
+        const std::lock_guard lock(mutex_);
+        const auto present = geometry_.ring_extents - static_cast<std::uint32_t>(absent_ring_extents_.size());
+        const std::uint32_t wanted = std::max(most_taken_, kKeptExtents);
+        most_taken_ = extents_taken_.load(std::memory_order_relaxed);
+        for (std::uint32_t left = present; left > wanted && !free_ring_extents_.empty(); --left) {
+            unused.push_back(free_ring_extents_.front());
+            free_ring_extents_.pop_front();
+        }
+    }
+    for (const std::uint32_t extent : unused) {
+        give_back(extent);
+        const std::lock_guard lock(mutex_);
+        absent_ring_extents_.push_back(extent);
+    }
+}
+
+std::uint32_t Ring::extents_present() noexcept {
+    const std::lock_guard lock(mutex_);
+    return geometry_.ring_extents - static_cast<std::uint32_t>(absent_ring_extents_.size());
 }
 
 bool Ring::reserve(RunCursor& cursor, std::uint32_t pages) noexcept {

@@ -1,9 +1,10 @@
 // Shared memory that outlives the process: request slots, chunks not yet durable, and the pages both point at.
 //
 // One file, mapped whole:   header | slots | chunk descriptors | extents of 512 pages
-// The first `ring_extents` extents are the ring proper; those after it are spill, allocated on demand for the payload
-// of parked requests and given back when free. What is acknowledged lives here until it is durable in a segment, so a
-// successor (same boot) finds it after the death of every HLFS process. Layout: docs/FORMAT.md, "Ring".
+// The first `ring_extents` extents are the ring proper, allocated when first used and given back after a while without
+// use, but for a few; those after it are spill, for the payload of parked requests, given back when free. What is
+// acknowledged lives here until it is durable in a segment, so a successor (same boot) finds it after the death of
+// every HLFS process. Layout: docs/FORMAT.md, "Ring".
 #pragma once
 
 #include <array>
@@ -26,6 +27,8 @@ using Uuid = std::array<std::uint8_t, 16>;
 
 inline constexpr std::uint32_t kExtentPages = 512;
 inline constexpr std::uint32_t kNoExtent = UINT32_MAX;
+// Of the ring proper, so many extents are there from the start and never given back: a mount goes on with these alone.
+inline constexpr std::uint32_t kKeptExtents = 8;
 inline constexpr std::uint32_t kRequestHeaderBytes = 80;  // fuse_in_header + fuse_write_in
 
 enum class SlotState : std::uint32_t { free = 0, reading = 1, open = 2, torn = 3 };
@@ -92,7 +95,8 @@ struct RunCursor {
 
 class Ring {
   public:
-    // Lays a new ring out in `fd` (an empty file of shared memory, already locked to this process) and populates it.
+    // Lays a new ring out in `fd` (an empty file of shared memory, already locked to this process) and populates what
+    // every mount needs.
     // `fd` stays the caller's, here and in attach: a ring has a descriptor of its own.
     // Throws std::system_error (ENOSPC: the file system of shared memory is too small).
     static std::unique_ptr<Ring> create(int fd, const RingGeometry& geometry, const RingIdentity& identity);
@@ -134,6 +138,10 @@ class Ring {
     void free_page(std::uint32_t page) noexcept { free_pages({page, 1}); }
     void abandon(RunCursor& cursor) noexcept;
     void wait_for_pages() noexcept;  // at most 100 ms
+    // Gives the memory of extents back that nobody needed since the call before.
+    void trim() noexcept;
+    // Whether an extent was wanted since the last call for which there was no memory.
+    bool starved() noexcept { return starved_.exchange(false, std::memory_order_relaxed); }
 
     // --- chunk descriptors; nullptr when all but `keep` are taken.
     ChunkDescriptor* acquire_chunk(std::uint32_t keep = 0) noexcept;
@@ -150,6 +158,8 @@ class Ring {
     [[nodiscard]] std::uint32_t extents_taken() const noexcept {
         return extents_taken_.load(std::memory_order_relaxed);
     }
+    // Extents of the ring proper that take memory.
+    [[nodiscard]] std::uint32_t extents_present() noexcept;
     [[nodiscard]] const RingGeometry& geometry() const noexcept { return geometry_; }
 
     static std::size_t file_bytes(const RingGeometry& geometry) noexcept;
@@ -158,6 +168,8 @@ class Ring {
     Ring(std::unique_ptr<SharedFd> fd, const RingGeometry& geometry, const RingIdentity& identity, std::byte* base);
     std::uint32_t take_extent() noexcept;
     void drop_extent(std::uint32_t extent) noexcept;
+    bool supply(std::uint32_t extent) noexcept;
+    void give_back(std::uint32_t extent) noexcept;
 
     // constant after construction
     std::unique_ptr<SharedFd> fd_;
@@ -174,11 +186,14 @@ class Ring {
     std::unique_ptr<std::atomic<std::uint32_t>[]> live_;
     std::atomic<std::uint64_t> pages_in_use_{0};
     std::atomic<std::uint32_t> extents_taken_{0};
+    std::atomic<bool> starved_{false};
 
     std::mutex mutex_;  // guards the free lists
     std::condition_variable pages_freed_;
     std::condition_variable slot_freed_;
-    std::deque<std::uint32_t> free_ring_extents_;
+    std::deque<std::uint32_t> free_ring_extents_;     // with memory
+    std::vector<std::uint32_t> absent_ring_extents_;  // without
+    std::uint32_t most_taken_ = 0;                    // extents of all kinds at once since the last trim
     std::vector<std::uint32_t> free_spill_extents_;
     std::vector<Slot*> free_slots_;
     std::vector<ChunkDescriptor*> free_chunks_;

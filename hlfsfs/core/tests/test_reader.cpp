@@ -272,3 +272,15 @@ TEST_CASE("the buffer pool gives memory of any size, the longest segment table's
         }
     }
 }
+
+TEST_CASE("buffers that nobody takes for a while are freed") {
+    BufferPool pool;
+    std::byte* buffer = pool.take(kBlockBytes);
+    REQUIRE_FALSE(pool.trim());
+    pool.give(buffer, kBlockBytes);
+    buffer = pool.take(kBlockBytes);
+    pool.give(buffer, kBlockBytes);
+    REQUIRE_FALSE(pool.trim());
+    REQUIRE(pool.trim());
+    REQUIRE_FALSE(pool.trim());
+}

@@ -1,5 +1,7 @@
 // The ring: pages and descriptors handed out once, all free again in the end, and found by a successor.
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <catch2/catch.hpp>
@@ -10,6 +12,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "../format.hpp"
 #include "../ring.hpp"
@@ -23,7 +26,7 @@ namespace {
 constexpr RingGeometry kGeometry{.slots = 4, .chunks = 3, .ring_extents = 2, .spill_extents = 2};
 
 struct RingFile {
-    int fd = memfd_create("hlfs-test-ring", MFD_CLOEXEC);
+    int fd = memfd_create("hlfs-test-ring", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     ~RingFile() { close(fd); }
 };
 
@@ -51,6 +54,76 @@ TEST_CASE("a ring hands out each page once, spill last, and takes all back") {
     REQUIRE(ring->extents_taken() == 0);
     REQUIRE(ring->reserve(cursor, kExtentPages));
     ring->abandon(cursor);
+}
+
+TEST_CASE("a ring takes memory as it is needed, and gives it back after a while without need") {
+    const RingFile file;
+    // Beyond slots and chunk descriptors.
+    const auto extents_allocated = [&file] {
+        struct stat info {};
+        REQUIRE(fstat(file.fd, &info) == 0);
+        const std::size_t before = Ring::file_bytes({.slots = 4, .chunks = 3, .ring_extents = 0, .spill_extents = 0});
+        return (static_cast<std::size_t>(info.st_blocks) * 512 - before) / (std::size_t{kExtentPages} * kBlockBytes);
+    };
+    constexpr std::uint32_t kExtents = 3 * kKeptExtents;
+    const auto ring =
+        Ring::create(file.fd, {.slots = 4, .chunks = 3, .ring_extents = kExtents, .spill_extents = 1}, {});
+    REQUIRE(ring->extents_present() == kKeptExtents);
+    REQUIRE(extents_allocated() == kKeptExtents);
+
+    RunCursor cursor;
+    const auto use = [&](std::uint32_t extents) {
+        std::vector<PageRun> runs;
+        for (std::uint32_t i = 0; i < extents; ++i) {
+            REQUIRE(ring->reserve(cursor, kExtentPages));
+            runs.push_back(ring->take(cursor, kExtentPages));
+            std::memset(ring->page(runs.back().first), 1, std::size_t{kExtentPages} * kBlockBytes);
+        }
+        ring->abandon(cursor);
+        for (const PageRun& run : runs)
+            ring->free_pages(run);
+    };
+    use(kExtents);
+    REQUIRE_FALSE(ring->starved());
+    REQUIRE(extents_allocated() == kExtents);
+    // All were needed since the last time.
+    ring->trim();
+    REQUIRE(ring->extents_present() == kExtents);
+    use(kKeptExtents + 2);
+    ring->trim();
+    REQUIRE(ring->extents_present() == kKeptExtents + 2);
+    REQUIRE(extents_allocated() == kKeptExtents + 2);
+    for (int i = 0; i < 2; ++i) {
+        ring->trim();
+        REQUIRE(ring->extents_present() == kKeptExtents);
+        REQUIRE(extents_allocated() == kKeptExtents);
+    }
+    use(kExtents + 1);
+    REQUIRE(ring->extents_present() == kExtents);
+    REQUIRE(ring->extents_taken() == 0);
+}
+
+TEST_CASE("a ring whose memory is all taken goes on with what it has") {
+    const RingFile file;
+    constexpr RingGeometry kKept{.slots = 4, .chunks = 3, .ring_extents = kKeptExtents, .spill_extents = 0};
+    constexpr RingGeometry kWhole{.slots = 4, .chunks = 3, .ring_extents = kKeptExtents + 2, .spill_extents = 0};
+    const auto ring = Ring::create(file.fd, kWhole, {});
+    // As if others had taken all shared memory: the rest of the file can't be filled.
+    REQUIRE(ftruncate(file.fd, static_cast<off_t>(Ring::file_bytes(kKept))) == 0);
+    REQUIRE(fcntl(file.fd, F_ADD_SEALS, F_SEAL_GROW) == 0);
+    std::vector<PageRun> runs;
+    RunCursor cursor;
+    while (ring->reserve(cursor, kExtentPages))
+        runs.push_back(ring->take(cursor, kExtentPages));
+    REQUIRE(runs.size() == kKeptExtents);
+    REQUIRE(ring->starved());
+    REQUIRE_FALSE(ring->starved());
+    ring->free_pages(runs.front());
+    REQUIRE(ring->reserve(cursor, kExtentPages));
+    ring->abandon(cursor);
+    REQUIRE(ring->extents_present() == kKeptExtents);
+    for (std::size_t i = 1; i < runs.size(); ++i)
+        ring->free_pages(runs[i]);
 }
 
 TEST_CASE("chunk descriptors and slots run out and come back") {
