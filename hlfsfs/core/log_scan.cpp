@@ -11,12 +11,12 @@
 
 namespace hlfs {
 
-WindowReader::WindowReader(int fd) : fd_(fd) {
+WindowReader::WindowReader(int fd, std::size_t window_bytes) : fd_(fd), window_bytes_(window_bytes) {
     struct stat info {};
     if (fstat(fd, &info) != 0)
         throw std::system_error(errno, std::generic_category(), "looking at a segment");
     blocks_ = static_cast<std::uint32_t>(static_cast<std::uint64_t>(info.st_size) / kBlockBytes);
-    window_ = static_cast<std::byte*>(std::aligned_alloc(kBlockBytes, kWindowBytes));
+    window_ = static_cast<std::byte*>(std::aligned_alloc(kBlockBytes, window_bytes_));
     if (window_ == nullptr)
         throw std::bad_alloc();
 }
@@ -31,7 +31,7 @@ std::span<const std::byte> WindowReader::at(std::uint32_t slot, std::uint32_t co
     count = std::min(count, blocks_ - slot);
     if (slot < window_slot_ || slot + count > window_slot_ + window_blocks_) {
         const auto want =
-            static_cast<std::uint32_t>(std::min<std::uint64_t>(kWindowBytes / kBlockBytes, blocks_ - slot));
+            static_cast<std::uint32_t>(std::min<std::uint64_t>(window_bytes_ / kBlockBytes, blocks_ - slot));
         std::size_t done = 0;
         while (done < std::size_t{want} * kBlockBytes) {
             const ssize_t got =

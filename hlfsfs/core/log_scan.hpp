@@ -14,17 +14,18 @@ class WindowReader {
   public:
     static constexpr std::size_t kWindowBytes = std::size_t{1} << 20;
 
-    explicit WindowReader(int fd);
+    explicit WindowReader(int fd, std::size_t window_bytes = kWindowBytes);
     ~WindowReader();
     WindowReader(const WindowReader&) = delete;
     WindowReader& operator=(const WindowReader&) = delete;
 
     [[nodiscard]] std::uint32_t blocks() const noexcept { return blocks_; }
-    // Up to `count` blocks at `slot` (fewer at the end), count <= 64. Throws std::system_error.
+    // Up to `count` blocks at `slot` (fewer at the end), no more than the window holds. Throws std::system_error.
     std::span<const std::byte> at(std::uint32_t slot, std::uint32_t count);
 
   private:
     int fd_;
+    std::size_t window_bytes_;
     std::uint32_t blocks_;
     std::byte* window_;
     std::uint32_t window_slot_ = 0;

@@ -34,8 +34,11 @@ DEAD_SHARE = 0.05
 BUSY_SHARE, BUSY_BYTES = 1.0, 512 << 20
 # Below this share of free space the disk counts as nearly full: everything dead is punched at once.
 SHORT_SHARE = 0.1
-# After a segment of a busy volume the cleaner rests so many times as long as that took.
+# After a segment of a busy volume the cleaner rests so many times as long as that took; less, the more the log is
+# longer than it may be, and not at all once it is twice as long.
 BUSY_REST = 3
+# When a volume comes to rest, spare segments may take this share of what lives in its log.
+SPARE_SHARE = 0.25
 # Nobody has written for so long: the volume is idle.
 IDLE_S = 2.0
 PERIOD_S = 0.25
@@ -85,9 +88,13 @@ class _Known:
 class Cleaner:
     """One thread for all volumes of a store, between `start` and `stop`; `clean` may also be called by others."""
 
-    def __init__(self, store: Store, find: Callable[[int], Volume | None]) -> None:
+    def __init__(
+        self, store: Store, find: Callable[[int], Volume | None], checkpoint_idle: Callable[[int], None]
+    ) -> None:
+        """`checkpoint_idle` has a volume at rest checkpointed soon, in another thread."""
         self._store = store
         self._find = find
+        self._checkpoint_idle = checkpoint_idle
         self._stopping = threading.Event()
         self._woken = threading.Event()
         self._lock = threading.Lock()  # guards _due and _known
@@ -184,28 +191,35 @@ class Cleaner:
         return True
 
     def _background(self, volume: Volume, known: _Known) -> bool:
-        unused = CleanReport()
-        in_no_need = not self._short() and not self._idle(volume, known) and self._excess_bytes(volume) <= 0
+        done = CleanReport()
+        in_no_need = not self._short() and not self._idle(volume, known) and self._excess(volume) <= 0
         for candidate in self._wanted(volume, known, 0):
             # While the volume is busy the dead stay, as more spares for the time when these are used up.
             if candidate.live_blocks_hint > 0 or (in_no_need and not self._store.wants_spares()):
                 break
-            self._clean_one(volume, known, candidate, unused, how=_core.CleanHow.LOOK, min_run=0, yielding=True)
+            self._clean_one(volume, known, candidate, done, how=_core.CleanHow.LOOK, min_run=0, yielding=True)
         while not self._stopping.is_set() and volume.id not in self._demanded:
             short = self._short()
             if short:
                 self._store.drop_spares()
             eager = short or self._idle(volume, known)
-            if not eager and self._excess_bytes(volume) <= 0:
+            if eager and not short:
+                # For a burst after the rest, a few; all of them may be more than what a small store holds.
+                self._store.drop_spares(int(volume.native.stats()["live_bytes"] * SPARE_SHARE))
+            excess = self._excess(volume)
+            if not eager and excess <= 0:
                 return False
             wanted = self._wanted(volume, known, 1 if eager else BUSY_RUN)
             if not wanted:
+                if eager and done.moved_bytes:
+                    # The old places go when both checkpoints know the new ones.
+                    self._checkpoint_idle(volume.id)
                 return eager
             began_s = time.monotonic()
             run = 1 if eager else BUSY_RUN
-            self._clean_one(volume, known, wanted[0], unused, short=short, min_run=run, yielding=True)
+            self._clean_one(volume, known, wanted[0], done, short=short, min_run=run, yielding=True)
             if not eager:
-                self._stopping.wait((time.monotonic() - began_s) * BUSY_REST)
+                self._stopping.wait((time.monotonic() - began_s) * BUSY_REST * max(1 - excess, 0))
         return True
 
     def _idle(self, volume: Volume, known: _Known) -> bool:
@@ -219,10 +233,11 @@ class Cleaner:
         space = self._store.statfs()
         return space.available_bytes < space.total_bytes * SHORT_SHARE
 
-    def _excess_bytes(self, volume: Volume) -> int:
-        """How much longer the log is than a busy volume's may be."""
+    def _excess(self, volume: Volume) -> float:
+        """How much longer the log is than a busy volume's may be, by that length."""
         live_bytes = int(volume.native.stats()["live_bytes"])
-        return self._store.log_allocated_bytes(volume.log_uuid) - int(live_bytes * (1 + BUSY_SHARE)) - BUSY_BYTES
+        allowed_bytes = live_bytes * (1 + BUSY_SHARE) + BUSY_BYTES
+        return self._store.log_allocated_bytes(volume.log_uuid) / allowed_bytes - 1
 
     # --- one volume -------------------------------------------------------------------------------------------
 

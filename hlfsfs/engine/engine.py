@@ -78,7 +78,7 @@ class Engine:
         with left_rings(self._store, previous, self._options) as left:
             self._ring_path, self.core = make_core(self._store, self._options)
             self._service = Service(self._store, self.attached, self._checkpoint_due, self._make_room)
-            self._cleaner = Cleaner(self._store, self.attached)
+            self._cleaner = Cleaner(self._store, self.attached, self._service.checkpoint_idle)
             self._service.start(self.core)
             self._cleaner.start()
             try:

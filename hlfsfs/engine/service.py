@@ -38,7 +38,7 @@ class Service:
         self._checkpoint = checkpoint
         self._make_room = make_room
         self._stopping = threading.Event()
-        self._due: queue.SimpleQueue[_core.Event | None] = queue.SimpleQueue()
+        self._due: queue.SimpleQueue[_core.Event | int | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._core: _core.Core | None = None
 
@@ -50,6 +50,10 @@ class Service:
             self._threads.append(threading.Thread(target=self._run_checkpoints, name=f"hlfs-checkpoint-{number}"))
         for thread in self._threads:
             thread.start()
+
+    def checkpoint_idle(self, volume_id: int) -> None:
+        """Has a volume checkpointed soon, as one that nobody writes to."""
+        self._due.put(volume_id)
 
     def stop(self) -> None:
         """Joins all threads; what is asked for afterwards is not answered."""
@@ -128,13 +132,16 @@ class Service:
             self._run_checkpoint(due)
 
     # Apart, so that a thread that waits for the next one keeps no volume, and no space of a deleted one, alive.
-    def _run_checkpoint(self, due: "_core.Event") -> None:
-        volume = self._find(due.volume_id)
+    def _run_checkpoint(self, due: "_core.Event | int") -> None:
+        volume = self._find(due if isinstance(due, int) else due.volume_id)
         if volume is None:
             return
         enough = False
+        makes_room = not isinstance(due, int) and due.kind == _core.EventKind.MAKE_ROOM
         try:
-            if due.kind == _core.EventKind.MAKE_ROOM:
+            if isinstance(due, int):
+                self._checkpoint(volume, True)
+            elif makes_room:
                 enough = self._make_room(volume, due.allocate_bytes)
             else:
                 self._checkpoint(volume, due.idle)
@@ -143,5 +150,5 @@ class Service:
         except Exception:
             log.exception("%s: checkpoint failed", volume.what)
         finally:
-            if due.kind == _core.EventKind.MAKE_ROOM:
+            if makes_room:
                 volume.native.room_made(enough)

@@ -180,8 +180,8 @@ class Store(ABC):
         """Whether a retired segment would be kept for a later one."""
 
     @abstractmethod
-    def drop_spares(self) -> int:
-        """Gives the space of all files kept for later segments back; returns how many bytes that was."""
+    def drop_spares(self, keep_bytes: int = 0) -> int:
+        """Gives the space of files kept for later segments back, but for `keep_bytes`; returns how much that was."""
 
     @abstractmethod
     def read_checkpoint_slots(self, log_uuid: UUID) -> tuple[bytes, bytes]:

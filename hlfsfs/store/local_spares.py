@@ -57,12 +57,16 @@ class LocalSpares(LocalPart):
                     return taken
         return None
 
-    def drop_spares(self) -> int:
-        """Unlinks all spares. A crash leaves some of them."""
-        freed_bytes = 0
+    def drop_spares(self, keep_bytes: int = 0) -> int:
+        """Unlinks all spares beyond `keep_bytes`. A crash leaves some of them."""
+        freed_bytes = kept_bytes = 0
         with self.changing(f"{self.uri}: spare segments"):
             for entry in self._spares():
                 with suppress(FileNotFoundError):
-                    freed_bytes += self.disk.stat(entry.path).st_blocks * 512
+                    size_bytes = self.disk.stat(entry.path).st_blocks * 512
+                    if kept_bytes + size_bytes <= keep_bytes:
+                        kept_bytes += size_bytes
+                        continue
                     self.disk.unlink(entry.path)
+                    freed_bytes += size_bytes
         return freed_bytes
