@@ -76,7 +76,9 @@ bool Volume::fits_current(std::uint32_t total, std::size_t used_bytes) const {
 bool Volume::backed(std::uint32_t total, std::size_t used_bytes) const {
     if (fits_current(total, used_bytes) && current_->tail_slot + total <= current_->allocated_slots)
         return true;
-    return prepared_ && 1 + total <= prepared_->allocated_slots;
+    // With the footer behind it, which follows a lone chunk too.
+    return prepared_ && 1 + total <= prepared_->allocated_slots &&
+           1 + total + prepared_->footer_blocks(used_bytes) <= segment_slots_;
 }
 
 // Whether the open segment fills so fast that to allocate in small steps, or to make the next one late, would have

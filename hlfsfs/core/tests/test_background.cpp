@@ -1,10 +1,15 @@
 // What a volume does unasked: the commit timer, chunks that are let grow, space written ahead, idle checkpoints.
+#include <unistd.h>
+
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <chrono>
 #include <map>
+#include <functional>
 #include <thread>
+#include <utility>
 
+#include "../log_scan.hpp"
 #include "harness.hpp"
 
 using namespace hlfs;
@@ -137,6 +142,48 @@ TEST_CASE("an open chunk is let grow where nobody flushes") {
     }
     // Else this machine is too busy to tell.
     CHECK(counted > 0);
+}
+
+TEST_CASE("a chunk that grows as large as it may leaves its segment room for the footer") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    // A segment holds hardly more than the largest chunk.
+    Log log(1, 22);
+    Host host;
+    const auto volume = host.open(log).volume;
+    // The first segments are small at first. One of a grown log is ready as a whole when the disk stalls.
+    for (std::uint64_t i = 0; log.segnos().size() < 5; ++i) {
+        REQUIRE(i < 10'000);
+        put(host, *volume, i);
+    }
+    REQUIRE(flush(*volume) == 0);
+    disk.hold_writes();
+    std::thread writer([&] {
+        for (std::uint64_t i = 0; i < 3000; ++i)
+            put(host, *volume, i);
+    });
+    std::uint64_t writes = 0;
+    REQUIRE(wait_until(milliseconds(20'000), [&] {
+        const std::uint64_t before = std::exchange(writes, volume->stats().writes);
+        std::this_thread::sleep_for(milliseconds(200));
+        return writes == before;
+    }));
+    disk.release_writes();
+    writer.join();
+    REQUIRE(flush(*volume) == 0);
+    host.close(log);
+    std::uint32_t largest = 0;
+    for (const std::uint64_t segno : log.segnos()) {
+        const int fd = log.open(segno);
+        const ScannedSegment segment = scan_segment(fd, read_segment_header(fd), 1);
+        close(fd);
+        INFO("segment " << segno);
+        CHECK(segment.from_footer);
+        for (const ChunkSummary& chunk : segment.chunks)
+            largest = std::max<std::uint32_t>(largest, chunk.header.payload_blocks);
+    }
+    INFO("largest chunk: " << largest);
+    REQUIRE(largest > 1000);
 }
 
 TEST_CASE("the log is written ahead where it is synced often, and only there") {
