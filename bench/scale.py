@@ -192,7 +192,7 @@ def at_rest(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict
 
 def rest_figures(name: str, mount: Mount) -> dict[str, float]:
     found = memory_bytes(mount.server())
-    return {f"{name}_private": found["private"], f"{name}_shared": found["shared"]}
+    return {name: found["private"] + found["shared"], f"{name}_shared": found["shared"]}
 
 
 PARTS: dict[str, Callable[[Plan, Path, ExitStack, Console], dict[str, float]]] = {
