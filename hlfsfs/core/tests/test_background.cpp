@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <chrono>
-#include <map>
 #include <functional>
+#include <map>
 #include <thread>
 #include <utility>
 
