@@ -305,8 +305,13 @@ std::uint64_t Volume::move_live(const Survey& survey, int fd) {
         if (batch.empty())
             return;
         std::optional<PageRun> run;
-        while (!(run = core_.take_pages(static_cast<std::uint32_t>(batch.size()))))
+        while (!(run = core_.take_pages(static_cast<std::uint32_t>(batch.size())))) {
             core_.ring().wait_for_pages();
+            // Who makes room waits for the cleaner to be done, and may be who has the pages.
+            const Lock lock(mutex_);
+            if (making_room_)
+                throw std::system_error(ENOSPC, std::generic_category(), "no space to move blocks to");
+        }
         std::vector<std::uint32_t> crcs;
         std::vector<bool> published(batch.size());
         const auto give_back = [&] {

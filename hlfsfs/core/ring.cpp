@@ -296,7 +296,7 @@ void Ring::give_back(std::uint32_t extent) noexcept {
 }
 
 std::uint32_t Ring::take_extent() noexcept {
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     std::uint32_t extent = kNoExtent;
     if (!free_ring_extents_.empty()) {
         // Oldest first: an extent freed long ago is the least likely to be read from by a late write.
@@ -304,12 +304,22 @@ std::uint32_t Ring::take_extent() noexcept {
         free_ring_extents_.pop_front();
     } else {
         std::vector<std::uint32_t>& from = absent_ring_extents_.empty() ? free_spill_extents_ : absent_ring_extents_;
-        if (from.empty() || !supply(from.back())) {
+        if (!from.empty()) {
+            extent = from.back();
+            from.pop_back();
+            // That may take milliseconds, in which others find what they need.
+            lock.unlock();
+            const bool supplied = supply(extent);
+            lock.lock();
+            if (!supplied) {
+                (extent < geometry_.ring_extents ? absent_ring_extents_ : free_spill_extents_).push_back(extent);
+                extent = kNoExtent;
+            }
+        }
+        if (extent == kNoExtent) {
             starved_.store(true, std::memory_order_relaxed);
             return kNoExtent;
         }
-        extent = from.back();
-        from.pop_back();
     }
     live_[extent].store(1, std::memory_order_relaxed);
     most_taken_ = std::max(most_taken_, extents_taken_.fetch_add(1, std::memory_order_relaxed) + 1);

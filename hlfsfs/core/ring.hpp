@@ -28,7 +28,8 @@ using Uuid = std::array<std::uint8_t, 16>;
 inline constexpr std::uint32_t kExtentPages = 512;
 inline constexpr std::uint32_t kNoExtent = UINT32_MAX;
 // Of the ring proper, so many extents are there from the start and never given back: a mount goes on with these alone.
-inline constexpr std::uint32_t kKeptExtents = 8;
+// Each of the channel's threads may hold two that it reads into, and one is for what is copied.
+inline constexpr std::uint32_t kKeptExtents = 10;
 inline constexpr std::uint32_t kRequestHeaderBytes = 80;  // fuse_in_header + fuse_write_in
 
 enum class SlotState : std::uint32_t { free = 0, reading = 1, open = 2, torn = 3 };

@@ -258,6 +258,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     bool place(LiveChunk& chunk, std::size_t used_bytes);
     void roll_segment();
     void take_back_unwritten();
+    // Nothing of the log is being written, zeros included: a segment may leave.
+    [[nodiscard]] bool idle_disk() const noexcept { return writing_ == 0 && !syncing_ && !growing_; }
     [[nodiscard]] bool filling_fast() const;
     [[nodiscard]] bool plenty_of_space() const;
     void refuse_space(int error, Purpose purpose) noexcept;

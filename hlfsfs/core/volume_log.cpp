@@ -108,7 +108,7 @@ void Volume::work() noexcept {
             wake();
             return;
         }
-        if (broken_ && writing_ == 0 && !syncing_)
+        if (broken_ && idle_disk())
             start_new_epoch();
         if (growth_wanted_ != 0 && !growing_ && !broken_) {
             grow(lock);
@@ -118,6 +118,13 @@ void Volume::work() noexcept {
             drain_parked(lock);
         if (worth_gathering())
             gather(lock);
+        // Before more is written, which there may always be.
+        if (should_sync()) {
+            if (!to_write_.empty() || eligible_to_seal())
+                wake();
+            sync(lock);
+            continue;
+        }
         if (LiveChunk* chunk = next_to_write()) {
             if (!to_write_.empty() || eligible_to_seal())
                 wake();
@@ -130,10 +137,6 @@ void Volume::work() noexcept {
             Segment* segment = *due;
             footers_due_.erase(due);
             write_footer(lock, segment);
-            continue;
-        }
-        if (should_sync()) {
-            sync(lock);
             continue;
         }
         return;
@@ -304,8 +307,10 @@ void Volume::grow(Lock& lock) {
         to = std::max(static_cast<std::uint32_t>(std::min<std::uint64_t>(to, for_data)), std::min(to, for_upkeep));
     }
     int error = to > from ? 0 : ENOSPC;
-    if (error == 0 && to > ours && ::fallocate(fd->get(), 0, offset_of(ours), offset_of(to - ours)) != 0)
-        error = errno;
+    if (error == 0 && to > ours && ::fallocate(fd->get(), 0, offset_of(ours), offset_of(to - ours)) != 0) {
+        error = ours > from ? 0 : errno;
+        to = ours;
+    }
     // What fails here is met again by the chunk that is written there, which is kept and goes to a new epoch.
     if (error == 0 && written_ahead && to > written)
         write_zeros(fd->get(), core_.zeros(), offset_of(written), offset_of(to - written));
@@ -456,7 +461,7 @@ void Volume::log_broke(Lock& lock, int error, const char* what) {
     event.segno = current_ != nullptr ? current_->identity.segno : 0;
     event.header = what;
     core_.post(std::move(event));
-    if (writing_ == 0 && !syncing_)
+    if (idle_disk())
         start_new_epoch();
     // The flush that met the failure reports it, as fsync(2) does; the data itself is kept and written again.
     complete_flushes(lock, EIO);

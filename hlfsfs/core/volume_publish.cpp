@@ -155,7 +155,7 @@ void Volume::supply_segment(std::uint64_t segno, int fd, std::uint64_t allocated
         space_refused_ = 0;
     }
     // Writes still under way end first: what they wrote from is placed again.
-    if (broken_ && writing_ == 0 && !syncing_)
+    if (broken_ && idle_disk())
         start_new_epoch();
     changed_.notify_all();
     wake();

@@ -37,7 +37,7 @@ SHORT_SHARE = 0.1
 # After a segment of a busy volume the cleaner rests so many times as long as that took; less, the more the log is
 # longer than it may be, and not at all once it is twice as long.
 BUSY_REST = 3
-# When a volume comes to rest, spare segments may take this share of what lives in its log.
+# When a volume comes to rest, spare segments may take this share of what lives in all logs.
 SPARE_SHARE = 0.25
 # Nobody has written for so long: the volume is idle.
 IDLE_S = 2.0
@@ -205,7 +205,7 @@ class Cleaner:
             eager = short or self._idle(volume, known)
             if eager and not short:
                 # For a burst after the rest, a few; all of them may be more than what a small store holds.
-                self._store.drop_spares(int(volume.native.stats()["live_bytes"] * SPARE_SHARE))
+                self._store.drop_spares(int(self._live_bytes() * SPARE_SHARE))
             excess = self._excess(volume)
             if not eager and excess <= 0:
                 return False
@@ -232,6 +232,13 @@ class Cleaner:
     def _short(self) -> bool:
         space = self._store.statfs()
         return space.available_bytes < space.total_bytes * SHORT_SHARE
+
+    def _live_bytes(self) -> int:
+        """What lives in the logs of all volumes that the cleaner has seen and that are attached."""
+        with self._lock:
+            known = list(self._known)
+        volumes = (self._find(volume_id) for volume_id in known)
+        return sum(int(volume.native.stats()["live_bytes"]) for volume in volumes if volume is not None)
 
     def _excess(self, volume: Volume) -> float:
         """How much longer the log is than a busy volume's may be, by that length."""

@@ -85,7 +85,7 @@ def sweep_errors(worker: Worker, base: Path, calls: int, seed: int, count: int |
     rng = random.Random(seed)
     kinds = [("EIO", 1), ("ENOSPC", 1), ("EIO", 0)]
     chosen = [
-        (at, error, many or rng.randrange(2, 60)) for at in positions(calls, seed, count) for error, many in kinds
+        (at, error, many or rng.randrange(2, 26)) for at in positions(calls, seed, count) for error, many in kinds
     ]
     if count:
         chosen = chosen[seed % 3 :: 3]

@@ -240,6 +240,26 @@ class FullDisk(Disk):
         self.left -= 1
 
 
+class RetiringDisk(Disk):
+    """Somebody retires a segment between the listing of a log and the look at its files."""
+
+    def list_dir(self, path: bytes) -> list[os.DirEntry[bytes]]:
+        entries = super().list_dir(path)
+        for entry in entries:
+            if entry.name.endswith(b".seg"):
+                os.unlink(entry.path)
+        return entries
+
+
+def test_segment_retired_while_space_is_counted_is_no_damage(root: Path, store: LocalStore) -> None:
+    record = volume_record(MIN_ID)
+    store.create_log(record.log_uuid)
+    os.close(store.prepare_segment(record.log_uuid, 1, bytes(4096), 1 << 20))
+    retiring = open_local(os.fsencode(root), create=False, read_only=True, disk=RetiringDisk())
+    counted = retiring.log_allocated_bytes(record.log_uuid)
+    assert 0 < counted < 1 << 20
+
+
 @pytest.mark.parametrize("left", [0, 1])
 def test_full_disk_leaves_no_half_made_segment(root: Path, store: LocalStore, left: int) -> None:
     log = volume_record().log_uuid

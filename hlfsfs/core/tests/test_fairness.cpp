@@ -111,6 +111,38 @@ TEST_CASE("a volume that always has something to write leaves workers to others"
     pair.host.close(pair.quiet_log);
 }
 
+TEST_CASE("a flush is answered however much its own volume has to write") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    HostOptions options;
+    options.core.workers = GENERATE(1U, 3U);
+    Log log(1, 26);
+    Host host(options);
+    const auto volume = host.open(log).volume;
+    REQUIRE(write(host, *volume, 0, pattern(kBlockBytes, 1), true) > 0);
+    disk.slow_writes(std::chrono::milliseconds(2));
+    std::atomic<bool> enough{false};
+    // There is something in the open chunk whenever one has been written.
+    std::thread writer([&] {
+        for (std::uint64_t i = 0; !enough && volume->stats().chunks < 2000; ++i) {
+            write(host, *volume, i % 512 * kBlockBytes, pattern(kBlockBytes, i + 1));
+            std::this_thread::sleep_for(std::chrono::microseconds(200));
+        }
+    });
+    const bool began = wait_until([&] { return volume->stats().chunks > 10; });
+    const std::uint64_t before = volume->stats().chunks;
+    for (int i = 0; i < 5; ++i)
+        flush(*volume);
+    const std::uint64_t passed = volume->stats().chunks - before;
+    enough = true;
+    writer.join();
+    disk.slow_writes({});
+    REQUIRE(began);
+    // The one under way, the one it waits for, and those that others write during its fdatasync.
+    CHECK(passed <= 5 * 8);
+    host.close(log);
+}
+
 TEST_CASE("a volume may hold some pages however full another keeps the ring") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
