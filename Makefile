@@ -29,7 +29,7 @@ demo: setup  ## Show it: a virtual machine boots from a volume, writes to it, an
 	@$(VENV_PYTHON) -m contrib.demo
 
 test: setup core-tests fuzz  ## Run all tests: the core's own under sanitizers, then the rest
-	timeout --foreground --signal=INT 900 $(VENV_PYTHON) -m pytest
+	timeout --foreground --signal=INT 900 $(VENV_PYTHON) -m pytest --numprocesses=2 --dist=loadfile
 
 check: setup  ## Lint, formatting, types and layering
 	.venv/bin/ruff check $(PYTHON_SOURCES)
