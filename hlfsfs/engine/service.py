@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from hlfsfs import _core
 from hlfsfs.engine.volume import Volume
@@ -21,6 +22,15 @@ log = logging.getLogger(__name__)
 EVENT_THREADS = 4
 CHECKPOINT_THREADS = 2
 POLL_MS = 500
+
+
+@dataclass(frozen=True)
+class _Due:
+    """A checkpoint of a volume, or `room_bytes` to be made for it."""
+
+    volume_id: int
+    idle: bool = False
+    room_bytes: int | None = None
 
 
 class Service:
@@ -38,7 +48,7 @@ class Service:
         self._checkpoint = checkpoint
         self._make_room = make_room
         self._stopping = threading.Event()
-        self._due: queue.SimpleQueue[_core.Event | int | None] = queue.SimpleQueue()
+        self._due: queue.SimpleQueue[_Due | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._core: _core.Core | None = None
 
@@ -53,7 +63,7 @@ class Service:
 
     def checkpoint_idle(self, volume_id: int) -> None:
         """Has a volume checkpointed soon, as one that nobody writes to."""
-        self._due.put(volume_id)
+        self._due.put(_Due(volume_id, idle=True))
 
     def stop(self) -> None:
         """Joins all threads; what is asked for afterwards is not answered."""
@@ -83,9 +93,9 @@ class Service:
             case _core.EventKind.OPEN_SEGMENT:
                 self._open(volume, event)
             case _core.EventKind.CHECKPOINT_DUE:
-                self._due.put(event)
+                self._due.put(_Due(event.volume_id, idle=event.idle))
             case _core.EventKind.MAKE_ROOM:
-                self._due.put(event)
+                self._due.put(_Due(event.volume_id, room_bytes=event.allocate_bytes))
             case _core.EventKind.DISCARD_SEGMENT:
                 if volume is not None:
                     self._store.remove_segment(volume.log_uuid, event.segno)
@@ -132,17 +142,14 @@ class Service:
             self._run_checkpoint(due)
 
     # Apart, so that a thread that waits for the next one keeps no volume, and no space of a deleted one, alive.
-    def _run_checkpoint(self, due: "_core.Event | int") -> None:
-        volume = self._find(due if isinstance(due, int) else due.volume_id)
+    def _run_checkpoint(self, due: _Due) -> None:
+        volume = self._find(due.volume_id)
         if volume is None:
             return
         enough = False
-        makes_room = not isinstance(due, int) and due.kind == _core.EventKind.MAKE_ROOM
         try:
-            if isinstance(due, int):
-                self._checkpoint(volume, True)
-            elif makes_room:
-                enough = self._make_room(volume, due.allocate_bytes)
+            if due.room_bytes is not None:
+                enough = self._make_room(volume, due.room_bytes)
             else:
                 self._checkpoint(volume, due.idle)
         except HlfsError as exc:
@@ -150,5 +157,5 @@ class Service:
         except Exception:
             log.exception("%s: checkpoint failed", volume.what)
         finally:
-            if makes_room:
+            if due.room_bytes is not None:
                 volume.native.room_made(enough)

@@ -16,6 +16,7 @@ from hlfsfs.engine.check import check_volume
 from hlfsfs.errors import StoreFailed
 from hlfsfs.store.disk import Disk
 from hlfsfs.store.local import LocalStore, open_local
+from hlfsfs.store.records import VolumeRecord
 from hlfsfs.store.ring_file import list_rings
 from tests.engine.host import QUIET, EngineHost, record_of
 from tests.engine.remote import Remote
@@ -72,6 +73,16 @@ def test_a_lock_record_that_may_have_been_written(path: Path, disk: BadDisk) -> 
     assert list_rings(store.uuid) == []
 
 
+def with_a_volume(path: Path, disk: BadDisk) -> tuple[LocalStore, Engine, VolumeRecord]:
+    store = opened(path, disk)
+    engine = Engine(store, QUIET)
+    record = record_of(0)
+    engine.create_log(record)
+    store.create_volume(record)
+    store.link_name(b"v0", record.id)
+    return store, engine, record
+
+
 def ended(engine: Engine) -> None:
     """As a process that dies."""
     engine._cleaner.stop()
@@ -81,12 +92,7 @@ def ended(engine: Engine) -> None:
 
 def test_a_prepared_segment_that_could_not_be_removed(path: Path, disk: BadDisk) -> None:
     """It was never used, so a later one has its place in the table; a recovery that begins at it sees that."""
-    store = opened(path, disk)
-    engine = Engine(store, QUIET)
-    record = record_of(0)
-    engine.create_log(record)
-    store.create_volume(record)
-    store.link_name(b"v0", record.id)
+    store, engine, record = with_a_volume(path, disk)
     volume = engine.attach(record)
     disk.bad, disk.kept = str(record.log_uuid).encode(), b".seg"
     with pytest.raises(StoreFailed):
@@ -115,12 +121,7 @@ def test_a_prepared_segment_that_could_not_be_removed(path: Path, disk: BadDisk)
 
 def test_punching_where_no_footer_is(path: Path, disk: BadDisk) -> None:
     """A segment a process died with has none; what the cleaner punched in it is no damage."""
-    store = opened(path, disk)
-    engine = Engine(store, QUIET)
-    record = record_of(0)
-    engine.create_log(record)
-    store.create_volume(record)
-    store.link_name(b"v0", record.id)
+    store, engine, record = with_a_volume(path, disk)
     volume = engine.attach(record)
     for block in range(0, 256, 8):
         volume.write(block * 4096, os.urandom(8 * 4096))

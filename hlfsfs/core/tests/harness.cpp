@@ -64,6 +64,15 @@ bool Wait::ended() {
     return ended_;
 }
 
+bool wait_until(const std::function<bool()>& condition, std::chrono::milliseconds patience) {
+    for (const auto end = std::chrono::steady_clock::now() + patience; std::chrono::steady_clock::now() < end;) {
+        if (condition())
+            return true;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return condition();
+}
+
 // --- files -----------------------------------------------------------------------------------------------------------
 
 TempDir::TempDir() {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -49,6 +50,10 @@ class Wait final : public Completion {
     std::int64_t result_ = 0;
     Bytes data_;
 };
+
+// Whether it comes to be within that time.
+bool wait_until(const std::function<bool()>& condition,
+                std::chrono::milliseconds patience = std::chrono::milliseconds(20'000));
 
 class TempDir {
   public:

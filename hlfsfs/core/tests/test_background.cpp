@@ -31,15 +31,6 @@ void put(Host& host, Volume& volume, std::uint64_t number, bool durable = false)
             static_cast<std::int64_t>(kBlockBytes));
 }
 
-bool wait_until(milliseconds patience, const std::function<bool()>& condition) {
-    for (const auto end = Clock::now() + patience; Clock::now() < end;) {
-        if (condition())
-            return true;
-        std::this_thread::sleep_for(milliseconds(1));
-    }
-    return condition();
-}
-
 bool everything_durable(const Volume& volume) {
     const Volume::Stats stats = volume.stats();
     return stats.durable_sequence == stats.sequence;
@@ -65,7 +56,7 @@ TEST_CASE("what nobody flushes is durable once the commit time is over") {
     for (std::uint64_t number = 0; number < 3; ++number) {
         const auto began = Clock::now();
         put(host, *volume, number);
-        REQUIRE(wait_until(milliseconds(20'000), [&] { return everything_durable(*volume); }));
+        REQUIRE(wait_until([&] { return everything_durable(*volume); }));
         const auto took = Clock::now() - began;
         // Ticks are 100 ms apart, and a busy machine may be late.
         REQUIRE(took >= milliseconds(300));
@@ -113,7 +104,7 @@ TEST_CASE("an open chunk is let grow where nobody flushes") {
         put(host, *volume, i);
     // A flush would make the next one look likely.
     volume->want_sync();
-    REQUIRE(wait_until(milliseconds(20'000), [&] { return everything_durable(*volume); }));
+    REQUIRE(wait_until([&] { return everything_durable(*volume); }));
     const auto log_blocks = [&] { return volume->stats().appended_bytes / kBlockBytes; };
     // One chunk of both blocks, or a chunk for each.
     constexpr std::uint64_t kTogether = 3;
@@ -129,12 +120,12 @@ TEST_CASE("an open chunk is let grow where nobody flushes") {
         put(host, *volume, 1);
         const bool in_time = Clock::now() - began < milliseconds(20);
         std::uint64_t grown = 0;
-        REQUIRE(wait_until(milliseconds(20'000), [&] {
+        REQUIRE(wait_until([&] {
             grown = log_blocks() - before;
             return grown == kTogether || grown == kApart;
         }));
         const std::uint64_t written = grown == kTogether ? 1 : 2;
-        REQUIRE(wait_until(milliseconds(20'000), [&] { return chunks_written() == chunks + written; }));
+        REQUIRE(wait_until([&] { return chunks_written() == chunks + written; }));
         if (in_time) {
             ++counted;
             REQUIRE(grown == kTogether);
@@ -163,7 +154,7 @@ TEST_CASE("a chunk that grows as large as it may leaves its segment room for the
             put(host, *volume, i);
     });
     std::uint64_t writes = 0;
-    REQUIRE(wait_until(milliseconds(20'000), [&] {
+    REQUIRE(wait_until([&] {
         const std::uint64_t before = std::exchange(writes, volume->stats().writes);
         std::this_thread::sleep_for(milliseconds(200));
         return writes == before;
@@ -206,7 +197,7 @@ TEST_CASE("the log is written ahead where it is synced often, and only there") {
         size = std::filesystem::file_size(file);
         INFO("growth " << growth << " to " << size);
         if (often) {
-            REQUIRE(wait_until(milliseconds(20'000), [&] { return disk.written_end(file) == size; }));
+            REQUIRE(wait_until([&] { return disk.written_end(file) == size; }));
         } else {
             REQUIRE(disk.written_end(file) < size);
         }
@@ -231,11 +222,28 @@ TEST_CASE("a log that was allocated far ahead is written ahead once it is synced
     // Of 8 KiB each.
     for (std::uint64_t i = 0; i < 40; ++i)
         put(host, *volume, i, true);
-    REQUIRE(wait_until(milliseconds(20'000), [&] {
+    REQUIRE(wait_until([&] {
         return std::any_of(ends.begin(), ends.end(),
                            [&](const auto& end) { return disk.written_end(end.first) > end.second + 2 * kMiB; });
     }));
     REQUIRE((after_power_cut(log) == content(*volume)));
+}
+
+TEST_CASE("what a log took back it gets again on a full disk") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1, 26);
+    Host host;
+    const auto volume = host.open(log).volume;
+    for (std::uint64_t at = 0; at < 20 * kMiB; at += kMiB)
+        REQUIRE(write(host, *volume, at, pattern(kMiB, at + 1)) == static_cast<std::int64_t>(kMiB));
+    REQUIRE(flush(*volume) == 0);
+    disk.set_space(0);
+    // Twice what such a log keeps: the rest is in blocks that were the file's before.
+    for (std::uint64_t i = 0; i < 64; ++i)
+        put(host, *volume, i, true);
+    REQUIRE((after_power_cut(log) == content(*volume)));
+    disk.reset();
 }
 
 TEST_CASE("a spare's blocks are not written ahead again") {
@@ -251,7 +259,7 @@ TEST_CASE("a spare's blocks are not written ahead again") {
     REQUIRE(disk.written_end(file) < kMiB);
     for (std::uint64_t i = 0; i < 200; ++i)
         put(host, *volume, i, true);
-    REQUIRE(wait_until(milliseconds(20'000), [&] { return disk.written_end(file) > log.spare_bytes; }));
+    REQUIRE(wait_until([&] { return disk.written_end(file) > log.spare_bytes; }));
     REQUIRE((after_power_cut(log) == content(*volume)));
 }
 
@@ -264,7 +272,7 @@ TEST_CASE("an idle checkpoint that fails is tried again after as long a time") {
     const auto volume = host.open(log).volume;
     host.refuse_checkpoints = true;
     put(host, *volume, 0);
-    REQUIRE(wait_until(milliseconds(20'000), [&] { return host.checkpoints_asked > 0; }));
+    REQUIRE(wait_until([&] { return host.checkpoints_asked > 0; }));
     const unsigned before = host.checkpoints_asked;
     const auto began = Clock::now();
     std::this_thread::sleep_for(milliseconds(1800));
@@ -272,5 +280,5 @@ TEST_CASE("an idle checkpoint that fails is tried again after as long a time") {
     const auto took = std::chrono::duration_cast<milliseconds>(Clock::now() - began);
     REQUIRE(asked <= static_cast<unsigned>(took / milliseconds(500)) + 1);
     host.refuse_checkpoints = false;
-    REQUIRE(wait_until(milliseconds(20'000), [&] { return volume->stats().checkpoint_generation > 0; }));
+    REQUIRE(wait_until([&] { return volume->stats().checkpoint_generation > 0; }));
 }

@@ -12,19 +12,6 @@
 using namespace hlfs;
 using namespace hlfs::testing;
 
-namespace {
-
-bool wait_until(const std::function<bool()>& condition) {
-    for (int i = 0; i < 20'000; ++i) {
-        if (condition())
-            return true;
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-    return false;
-}
-
-}  // namespace
-
 TEST_CASE("reports of damage that nobody takes do not pile up, and others are not lost for them") {
     const int fd = memfd_create("ring", MFD_CLOEXEC);
     Core core(Ring::create(fd, {.slots = 4, .chunks = 4, .ring_extents = 2, .spill_extents = 1}, {}), {});

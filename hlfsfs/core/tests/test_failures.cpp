@@ -13,15 +13,6 @@ namespace {
 
 constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 
-bool wait_until(const std::function<bool()>& condition) {
-    for (int i = 0; i < 5000; ++i) {
-        if (condition())
-            return true;
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-    return false;
-}
-
 }  // namespace
 
 TEST_CASE("a failed write or sync loses nothing") {

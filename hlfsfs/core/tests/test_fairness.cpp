@@ -10,15 +10,6 @@ using namespace hlfs::testing;
 
 namespace {
 
-bool wait_until(const std::function<bool()>& condition, int patience_ms = 5000) {
-    for (int i = 0; i < patience_ms; ++i) {
-        if (condition())
-            return true;
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-    return false;
-}
-
 // Two volumes of one host.
 struct Pair {
     Log loud_log{1, 26};
@@ -50,7 +41,7 @@ class Writes {
     bool next() {
         const std::uint64_t at = all_.size() * size_bytes_;
         volume_.write_copy(at, pattern(size_bytes_, at + 1), false, all_.emplace_back());
-        return wait_until([this] { return all_.back().ended(); }, 1000);
+        return wait_until([this] { return all_.back().ended(); }, std::chrono::milliseconds(1000));
     }
     // Each alone in its chunk, as where writes come one by one.
     void until_parked_one_by_one() {
