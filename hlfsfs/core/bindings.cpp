@@ -387,7 +387,7 @@ void bind_io(nb::class_<Volume>& volume) {
                 std::int64_t result = 0;
                 {
                     const nb::gil_scoped_release unlocked;
-                    self.read(offset, size_bytes, waiter);
+                    self.read(offset, size_bytes, true, waiter);
                     result = waiter.wait();
                 }
                 if (result < 0)

@@ -124,6 +124,7 @@ void Channel::start() {
     relay_.start();
     for (Reader& reader : readers_) {
         reader.thread = std::thread([this, &reader] { run_reader(reader); });
+        pthread_setname_np(reader.thread.native_handle(), "hlfs-fuse");
     }
 }
 
@@ -252,8 +253,10 @@ bool Channel::read_one(Reader& reader) noexcept {
         {slot->header, sizeof slot->header},
         {ring_.at(reader.cursor), here * kBlockBytes},
         {here < kReadPages ? ring_.page(slot->pages[here]) : nullptr, (kReadPages - here) * kBlockBytes}};
+    listening_.fetch_add(1, std::memory_order_relaxed);
     const ssize_t length = readv(fuse_fd_, vectors, here < kReadPages ? 3 : 2);
     const int error = errno;
+    listening_.fetch_sub(1, std::memory_order_relaxed);
     if (length >= static_cast<ssize_t>(wire::kInHeaderBytes)) {
         dispatch(accept(reader, *slot, static_cast<std::size_t>(length)));
         return true;
@@ -463,7 +466,8 @@ void Channel::read(Request& request, DataVolume& volume) noexcept {
         fail(request, -EINVAL);
         return;
     }
-    volume.read(in.offset, in.size, request);
+    // Another thread is there for whatever comes meanwhile.
+    volume.read(in.offset, in.size, listening_.load(std::memory_order_relaxed) > 0, request);
 }
 
 void Channel::write(Request& request, DataVolume& volume) noexcept {

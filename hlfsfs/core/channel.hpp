@@ -107,6 +107,7 @@ class Channel final : private RequestOwner {
     Relay relay_;
     std::vector<Request> requests_;  // by slot
     std::vector<Reader> readers_;
+    std::atomic<int> listening_{0};  // readers that wait for a request
     std::atomic<bool> stopping_{false};
     std::atomic<bool> ended_{false};
     bool started_ = false;

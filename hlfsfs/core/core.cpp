@@ -41,9 +41,9 @@ std::uint64_t monotonic_ns() noexcept {
 Core::Core(std::unique_ptr<Ring> ring, const CoreOptions& options)
     : ring_(std::move(ring)),
       options_(options),
-      read_cache_(options.read_cache_bytes),
+      read_cache_(options.read_cache_bytes, BlockCache::Memory::ahead),
       map_cache_(options.map_cache_bytes),
-      reader_(Reader::create(options.io_uring)),
+      reader_(Reader::create(options.aio)),
       zeros_(map_zeros()) {
     for (unsigned i = 0; i < options_.workers; ++i) {
         threads_.emplace_back([this] { run_worker(); });

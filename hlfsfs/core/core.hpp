@@ -35,7 +35,7 @@ struct CoreOptions {
     std::uint32_t max_open_segments = 4096;
     std::uint64_t gather_ns = 100'000;  // an open chunk may grow as long before a worker writes it
     unsigned workers = 8;
-    bool io_uring = true;  // false: reads as on a kernel that refuses it
+    bool aio = true;  // false: reads as on a kernel that refuses it
 };
 
 enum class EventKind : int {

@@ -1,7 +1,8 @@
 // What the channel asks of a volume, and how it hears of the outcome.
 //
 // The channel turns FUSE messages into these calls and knows nothing of logs or maps; a volume knows nothing of FUSE.
-// No call blocks: what must wait is parked inside the volume and completed later from one of the engine's threads.
+// No call blocks but a read that may: what must wait is parked inside the volume and completed later from one of the
+// engine's threads.
 #pragma once
 
 #include <sys/uio.h>
@@ -55,8 +56,9 @@ class DataVolume {
   public:
     virtual ~DataVolume() = default;
 
-    // Reads past the end are cut at the end (complete_data with fewer bytes, possibly none).
-    virtual void read(std::uint64_t offset, std::uint32_t size_bytes, Completion& done) noexcept = 0;
+    // Reads past the end are cut at the end (complete_data with fewer bytes, possibly none). `may_wait`: the caller
+    // can be spared until a disk has answered.
+    virtual void read(std::uint64_t offset, std::uint32_t size_bytes, bool may_wait, Completion& done) noexcept = 0;
 
     // Writes size_bytes that stand at the start of `payload` (page-aligned, whatever `offset` is). The pages belong to
     // the volume from here on, whatever the outcome. `durable`: complete only after the data would survive power loss.

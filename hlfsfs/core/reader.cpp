@@ -1,6 +1,8 @@
 #include "reader.hpp"
 
-#include <liburing.h>
+#include <linux/aio_abi.h>
+#include <pthread.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <array>
@@ -24,17 +26,20 @@ namespace {
 // nobody up.
 class WaitingReads {
   public:
-    void push(ReadRequest* request) {
-        request->next = nullptr;
-        auto [it, is_first] = queues_.try_emplace(request->volume_id);
+    // A chain of one volume's requests; returns how many.
+    std::size_t push(ReadRequest* first) {
+        auto [it, is_first] = queues_.try_emplace(first->volume_id);
         Queue& queue = it->second;
         if (is_first) {
-            queue.head = request;
-            turns_.push_back(request->volume_id);
+            queue.head = first;
+            turns_.push_back(first->volume_id);
         } else {
-            queue.tail->next = request;
+            queue.tail->next = first;
         }
-        queue.tail = request;
+        std::size_t count = 1;
+        for (queue.tail = first; queue.tail->next != nullptr; queue.tail = queue.tail->next)
+            ++count;
+        return count;
     }
     [[nodiscard]] const ReadRequest* next() const { return queues_.find(turns_.front())->second.head; }
     ReadRequest* pop() {
@@ -42,8 +47,8 @@ class WaitingReads {
         turns_.pop_front();
         const auto it = queues_.find(volume_id);
         ReadRequest* request = it->second.head;
-        it->second.head = request->next;
-        if (request->next != nullptr) {
+        it->second.head = std::exchange(request->next, nullptr);
+        if (it->second.head != nullptr) {
             turns_.push_back(volume_id);
         } else {
             queues_.erase(it);
@@ -61,102 +66,146 @@ class WaitingReads {
     std::deque<std::uint64_t> turns_;
 };
 
-class UringReader final : public Reader {
+std::int32_t read_at_once(const ReadRequest& request) noexcept {
+    const ssize_t got = pread(request.fd, request.buffer, request.size_bytes, static_cast<off_t>(request.offset));
+    return got >= 0 ? static_cast<std::int32_t>(got) : -errno;
+}
+
+// The kernel's own asynchronous reads (io_submit(2)): whoever asks submits, one thread reaps.
+class AioReader final : public Reader {
   public:
-    static constexpr unsigned kEntries = 1024;
+    static constexpr std::size_t kMaxInFlight = 1023;
+    // Told between two looks at what waits, so that the disk does not fall idle meanwhile.
+    static constexpr std::size_t kReaped = 4;
+    static constexpr std::size_t kSubmitted = 64;
 
     static std::unique_ptr<Reader> create() {
-        auto reader = std::unique_ptr<UringReader>(new UringReader);
-        if (io_uring_queue_init(kEntries, &reader->ring_, 0) != 0)
+        auto reader = std::unique_ptr<AioReader>(new AioReader);
+        if (syscall(SYS_io_setup, kMaxInFlight, &reader->context_) != 0)
             return nullptr;
-        reader->ready_ = true;
-        reader->reaper_ = std::thread([raw = reader.get()] { raw->reap(); });
+        reader->reaper_ = std::thread([raw = reader.get()] { raw->run(); });
+        pthread_setname_np(reader->reaper_.native_handle(), "hlfs-read");
         return reader;
     }
 
-    ~UringReader() override {
-        if (!ready_)
+    ~AioReader() override {
+        if (!reaper_.joinable())
             return;
+        // Gets the reaper out of its wait.
+        syscall(SYS_io_destroy, context_);
+        reaper_.join();
+    }
+
+    void submit(ReadRequest* first) noexcept override {
         {
             const std::lock_guard lock(mutex_);
-            io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
-            io_uring_prep_nop(sqe);
-            io_uring_sqe_set_data(sqe, nullptr);
-            io_uring_submit(&ring_);
+            unfinished_ += waiting_.push(first);
         }
-        reaper_.join();
-        io_uring_queue_exit(&ring_);
+        start_waiting();
     }
 
-    void submit(ReadRequest* request) noexcept override {
-        const std::lock_guard lock(mutex_);
-        ++unfinished_;
-        if (!waiting_.empty() || !room_for(request)) {
-            waiting_.push(request);
-            return;
-        }
-        start(request);
-        io_uring_submit(&ring_);
-    }
-
-    void drain() noexcept override {
-        std::unique_lock lock(mutex_);
-        drained_.wait(lock, [this] { return unfinished_ == 0; });
-    }
-
-    [[nodiscard]] const char* name() const noexcept override { return "io_uring"; }
+    [[nodiscard]] const char* name() const noexcept override { return "aio"; }
 
   private:
     [[nodiscard]] bool room_for(const ReadRequest* request) const noexcept {
         return in_flight_ == 0 ||
-               (in_flight_ < kEntries - 1 && in_flight_bytes_ + request->size_bytes <= kMaxInFlightBytes);
+               (in_flight_ < kMaxInFlight && in_flight_bytes_ + request->size_bytes <= kMaxInFlightBytes);
     }
 
-    void start(ReadRequest* request) noexcept {
-        io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
-        io_uring_prep_read(sqe, request->fd, request->buffer, request->size_bytes, request->offset);
-        io_uring_sqe_set_data(sqe, request);
-        ++in_flight_;
-        in_flight_bytes_ += request->size_bytes;
-    }
-
-    void reap() noexcept {
+    // Starts what there is room for.
+    void start_waiting() noexcept {
         for (;;) {
-            io_uring_cqe* cqe = nullptr;
-            if (io_uring_wait_cqe(&ring_, &cqe) != 0)
-                continue;
-            auto* request = static_cast<ReadRequest*>(io_uring_cqe_get_data(cqe));
-            const std::int32_t result = cqe->res;
-            io_uring_cqe_seen(&ring_, cqe);
-            if (request == nullptr)
-                return;
+            std::array<ReadRequest*, kSubmitted> requests;
+            std::size_t count = 0;
             {
                 const std::lock_guard lock(mutex_);
-                --in_flight_;
-                in_flight_bytes_ -= request->size_bytes;
-                bool started = false;
-                while (!waiting_.empty() && room_for(waiting_.next())) {
-                    start(waiting_.pop());
-                    started = true;
+                while (count < kSubmitted && !waiting_.empty() && room_for(waiting_.next())) {
+                    requests[count] = waiting_.pop();
+                    ++in_flight_;
+                    in_flight_bytes_ += requests[count++]->size_bytes;
                 }
-                if (started)
-                    io_uring_submit(&ring_);
             }
-            request->done(request, result);
-            const std::lock_guard lock(mutex_);
-            if (--unfinished_ == 0)
-                drained_.notify_all();
+            if (count == 0)
+                return;
+            start(requests.data(), count);
         }
     }
 
-    io_uring ring_{};
-    bool ready_ = false;
+    void start(ReadRequest* const* requests, std::size_t count) noexcept {
+        std::array<iocb, kSubmitted> blocks{};
+        std::array<iocb*, kSubmitted> pointers;
+        for (std::size_t i = 0; i < count; ++i) {
+            iocb& block = blocks[i];
+            block.aio_data = reinterpret_cast<std::uintptr_t>(requests[i]);
+            block.aio_lio_opcode = IOCB_CMD_PREAD;
+            block.aio_fildes = static_cast<std::uint32_t>(requests[i]->fd);
+            block.aio_buf = reinterpret_cast<std::uintptr_t>(requests[i]->buffer);
+            block.aio_nbytes = requests[i]->size_bytes;
+            block.aio_offset = static_cast<std::int64_t>(requests[i]->offset);
+            pointers[i] = &block;
+        }
+        for (std::size_t done = 0; done < count;) {
+            const long taken = syscall(SYS_io_submit, context_, count - done, pointers.data() + done);
+            if (taken > 0) {
+                done += static_cast<std::size_t>(taken);
+                continue;
+            }
+            // Of the first; those behind it have not been looked at.
+            complete(requests[done], taken == 0 ? -EIO : -errno);
+            ++done;
+        }
+    }
+
+    void complete(ReadRequest* request, std::int32_t result) noexcept {
+        {
+            const std::lock_guard lock(mutex_);
+            ended(request);
+        }
+        request->done(request, result);
+        const std::lock_guard lock(mutex_);
+        finished(1);
+    }
+
+    void run() noexcept {
+        for (;;) {
+            std::array<io_event, kReaped> events;
+            const long got = syscall(SYS_io_getevents, context_, 1, events.size(), events.data(), nullptr);
+            if (got < 0 && errno != EINTR)
+                return;
+            if (got <= 0)
+                continue;
+            const auto count = static_cast<std::size_t>(got);
+            bool more = false;
+            {
+                const std::lock_guard lock(mutex_);
+                for (std::size_t i = 0; i < count; ++i)
+                    ended(request_of(events[i]));
+                more = !waiting_.empty();
+            }
+            if (more)
+                start_waiting();
+            for (std::size_t i = 0; i < count; ++i)
+                request_of(events[i])->done(request_of(events[i]), static_cast<std::int32_t>(events[i].res));
+            const std::lock_guard lock(mutex_);
+            finished(count);
+        }
+    }
+
+    static ReadRequest* request_of(const io_event& event) noexcept {
+        return reinterpret_cast<ReadRequest*>(static_cast<std::uintptr_t>(event.data));
+    }
+
+    // Under mutex_.
+    void ended(const ReadRequest* request) noexcept {
+        --in_flight_;
+        in_flight_bytes_ -= request->size_bytes;
+    }
+
+    aio_context_t context_ = 0;
     std::thread reaper_;
-    std::mutex mutex_;  // guards the submission side and what follows
-    std::condition_variable drained_;
-    std::size_t unfinished_ = 0;  // submitted, and `done` has not returned
+    // under mutex_
     WaitingReads waiting_;
-    unsigned in_flight_ = 0;
+    std::size_t in_flight_ = 0;
     std::size_t in_flight_bytes_ = 0;
 };
 
@@ -180,18 +229,18 @@ class ThreadReader final : public Reader {
             thread.join();
     }
 
-    void submit(ReadRequest* request) noexcept override {
+    void submit(ReadRequest* first) noexcept override {
+        std::size_t count = 0;
         {
             const std::lock_guard lock(mutex_);
-            ++unfinished_;
-            waiting_.push(request);
+            count = waiting_.push(first);
+            unfinished_ += count;
         }
-        arrived_.notify_one();
-    }
-
-    void drain() noexcept override {
-        std::unique_lock lock(mutex_);
-        drained_.wait(lock, [this] { return unfinished_ == 0; });
+        if (count == 1) {
+            arrived_.notify_one();
+        } else {
+            arrived_.notify_all();
+        }
     }
 
     [[nodiscard]] const char* name() const noexcept override { return "threads"; }
@@ -205,19 +254,13 @@ class ThreadReader final : public Reader {
                 return;
             ReadRequest* request = waiting_.pop();
             lock.unlock();
-            const ssize_t got =
-                pread(request->fd, request->buffer, request->size_bytes, static_cast<off_t>(request->offset));
-            request->done(request, got >= 0 ? static_cast<std::int32_t>(got) : -errno);
+            request->done(request, read_at_once(*request));
             lock.lock();
-            if (--unfinished_ == 0)
-                drained_.notify_all();
+            finished(1);
         }
     }
 
-    std::mutex mutex_;
     std::condition_variable arrived_;
-    std::condition_variable drained_;
-    std::size_t unfinished_ = 0;  // submitted, and `done` has not returned
     WaitingReads waiting_;
     bool stopping_ = false;
     std::vector<std::thread> threads_;
@@ -225,9 +268,27 @@ class ThreadReader final : public Reader {
 
 }  // namespace
 
-std::unique_ptr<Reader> Reader::create(bool io_uring) {
-    if (io_uring) {
-        if (auto reader = UringReader::create())
+bool Reader::read_alone(ReadRequest* request) noexcept {
+    {
+        const std::lock_guard lock(mutex_);
+        if (unfinished_ != 0)
+            return false;
+        ++unfinished_;
+    }
+    request->done(request, read_at_once(*request));
+    const std::lock_guard lock(mutex_);
+    finished(1);
+    return true;
+}
+
+void Reader::drain() noexcept {
+    std::unique_lock lock(mutex_);
+    drained_.wait(lock, [this] { return unfinished_ == 0; });
+}
+
+std::unique_ptr<Reader> Reader::create(bool aio) {
+    if (aio) {
+        if (auto reader = AioReader::create())
             return reader;
     }
     return std::make_unique<ThreadReader>();

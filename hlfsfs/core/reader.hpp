@@ -1,16 +1,18 @@
-// Asynchronous reads of log blocks: io_uring, or a pool of threads where the kernel refuses it.
-//
-// Reads go to private memory only (a dead process's io_uring writes could outlive it; its reads harm nobody). At most
-// kMaxInFlightBytes are under way; what comes beyond waits, each volume's in order and the volumes in turn.
+// Asynchronous reads of log blocks, into private memory: the kernel's own (io_submit(2)), or a pool of threads where it
+// refuses them. At most kMaxInFlightBytes are under way; what comes beyond waits, each volume's in order and the
+// volumes in turn.
 #pragma once
 
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 
 namespace hlfs {
 
-// One read; lives until `done` is called, from one of the reader's threads. result: bytes read or a negative errno.
+// One read; lives until `done` is called, from a thread of the reader's or of who submitted it. result: bytes read or a
+// negative errno.
 struct ReadRequest {
     int fd = -1;
     std::uint64_t offset = 0;
@@ -19,7 +21,7 @@ struct ReadRequest {
     std::uint64_t volume_id = 0;  // whose turn it is
     void (*done)(ReadRequest* self, std::int32_t result) noexcept = nullptr;
     void* context = nullptr;
-    ReadRequest* next = nullptr;  // the reader's own
+    ReadRequest* next = nullptr;  // of a chain that is submitted; the reader's own from there on
 };
 
 class Reader {
@@ -27,13 +29,31 @@ class Reader {
     static constexpr std::size_t kMaxInFlightBytes = std::size_t{128} << 20;
 
     virtual ~Reader() = default;
-    virtual void submit(ReadRequest* request) noexcept = 0;
+    // One request, or a chain of them, all of one volume.
+    virtual void submit(ReadRequest* first) noexcept = 0;
+    // Reads on the caller's own thread, `done` included, which saves the way to another and back. False, and nothing is
+    // done, where another read is under way: so at most one thread waits for a disk here.
+    bool read_alone(ReadRequest* request) noexcept;
     // Waits until no read is under way, those submitted by `done` included.
-    virtual void drain() noexcept = 0;
+    void drain() noexcept;
     [[nodiscard]] virtual const char* name() const noexcept = 0;
 
-    // Without `io_uring`, or where the kernel refuses it, a pool of threads.
-    static std::unique_ptr<Reader> create(bool io_uring = true);
+    // Without `aio`, or where the kernel refuses it, a pool of threads.
+    static std::unique_ptr<Reader> create(bool aio = true);
+
+  protected:
+    // Under mutex_.
+    void finished(std::size_t count) noexcept {
+        unfinished_ -= count;
+        if (unfinished_ == 0)
+            drained_.notify_all();
+    }
+
+    std::mutex mutex_;
+    std::size_t unfinished_ = 0;  // begun, and `done` has not returned
+
+  private:
+    std::condition_variable drained_;
 };
 
 // Block-aligned private memory, kept warm between uses.

@@ -90,7 +90,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     Volume& operator=(const Volume&) = delete;
 
     // --- DataVolume
-    void read(std::uint64_t offset, std::uint32_t size_bytes, Completion& done) noexcept override;
+    void read(std::uint64_t offset, std::uint32_t size_bytes, bool may_wait, Completion& done) noexcept override;
     void write(std::uint64_t offset, std::uint32_t size_bytes, PageRun payload, bool durable,
                std::atomic<std::uint64_t>* sequence_note, Completion& done) noexcept override;
     void flush(Completion& done) noexcept override;
@@ -306,7 +306,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void release(BlockSource* sources, std::uint32_t blocks) noexcept;
     std::optional<Pointer> base_pointer(std::uint64_t block, Missing& missing);
     const Node* leaf_node(std::uint64_t leaf_no, Missing& missing, BlockCache::Frame*& pinned, bool& hole);
-    void start_read(ReadOp* op) noexcept;
+    void start_read(ReadOp* op, bool may_wait = false) noexcept;
     void load_missing(Lock& lock, const Missing& missing, ReadOp* op) noexcept;
     void finish_read(ReadOp* op) noexcept;
     [[nodiscard]] BlockVersion version_of(std::uint64_t block) const;

@@ -178,7 +178,7 @@ BlockVersion Volume::version_of(std::uint64_t block) const {
     return {.kind = BlockVersion::Kind::base, .ref = {}, .base_generation = base_generation_};
 }
 
-void Volume::read(std::uint64_t offset, std::uint32_t size_bytes, Completion& done) noexcept {
+void Volume::read(std::uint64_t offset, std::uint32_t size_bytes, bool may_wait, Completion& done) noexcept {
     std::array<BlockSource, kRequestBlocks> sources;
     reads_.fetch_add(1, std::memory_order_relaxed);
     Lock lock(mutex_);
@@ -225,7 +225,7 @@ void Volume::read(std::uint64_t offset, std::uint32_t size_bytes, Completion& do
     op->size_bytes = size_bytes;
     op->first_block = first;
     op->blocks = blocks;
-    start_read(op);
+    start_read(op, may_wait);
 }
 
 // The segment's descriptor. nullptr: Python has been asked to open it, and `waiter` goes on when it is there.
@@ -273,7 +273,7 @@ void Volume::supply_descriptor(std::uint32_t index, int fd, int error) {
     }
 }
 
-void Volume::start_read(ReadOp* op) noexcept {
+void Volume::start_read(ReadOp* op, bool may_wait) noexcept {
     if (op->purpose == ReadOp::Purpose::seek) {
         seek_step(op);
         return;
@@ -342,11 +342,13 @@ void Volume::start_read(ReadOp* op) noexcept {
     const auto count = static_cast<std::uint32_t>(op->runs.size());
     op->pending.store(count, std::memory_order_release);
     for (std::uint32_t i = 0; i < count; ++i) {
-        // The last completion destroys the operation: nothing of it may be touched after its last submit.
-        ReadRequest& request = op->runs[i].request;
-        request.context = op;
-        core_.reader().submit(&request);
+        op->runs[i].request.context = op;
+        op->runs[i].request.next = i + 1 < count ? &op->runs[i + 1].request : nullptr;
     }
+    // The last completion destroys the operation: nothing of it may be touched after it has been passed on.
+    ReadRequest* const first = &op->runs[0].request;
+    if (count > 1 || !may_wait || !core_.reader().read_alone(first))
+        core_.reader().submit(first);
 }
 
 void Volume::data_read_done(ReadRequest* request, std::int32_t result) noexcept {
@@ -382,6 +384,7 @@ void Volume::load_missing(Lock& lock, const Missing& missing, ReadOp* op) noexce
     request.volume_id = config_.id;
     request.done = node_read_done;
     request.context = op;
+    request.next = nullptr;
     core_.reader().submit(&request);
 }
 
@@ -417,26 +420,28 @@ void Volume::finish_read(ReadOp* op) noexcept {
         const BlockSource& source = op->sources[i];
         if (source.kind != SourceKind::stored)
             continue;
-        const std::byte* block = op->buffer + std::size_t{i} * kBlockBytes;
-        if (((crc32c_block(block) ^ source.crc) & source.mask) != 0) {
+        if (((crc32c_block(op->buffer + std::size_t{i} * kBlockBytes) ^ source.crc) & source.mask) != 0) {
             report_damage(source.from.segment, source.slot);
             op->error = EIO;
-            break;
         }
-        core_.read_cache().put(source.from.segment->address(source.slot), block);
     }
+    // Whoever waits first.
     if (op->purpose == ReadOp::Purpose::edge) {
         op->mutation->edge_loaded(op->edge, op->error == 0 ? op->buffer : nullptr,
                                   op->sources.empty() ? false : op->sources[0].kind == SourceKind::hole);
         advance(op->mutation);
-        return;
-    }
-    if (op->error != 0) {
+    } else if (op->error != 0) {
         op->done->complete(-op->error);
-        return;
+    } else {
+        iovec vector{op->buffer + (op->offset & (kBlockBytes - 1)), op->size_bytes};
+        op->done->complete_data(&vector, 1, op->size_bytes);
     }
-    iovec vector{op->buffer + (op->offset & (kBlockBytes - 1)), op->size_bytes};
-    op->done->complete_data(&vector, 1, op->size_bytes);
+    for (std::uint32_t i = 0; i < op->sources.size() && op->error == 0; ++i) {
+        const BlockSource& source = op->sources[i];
+        if (source.kind == SourceKind::stored)
+            core_.read_cache().put(source.from.segment->address(source.slot),
+                                   op->buffer + std::size_t{i} * kBlockBytes);
+    }
 }
 
 void Volume::seek(std::uint64_t offset, int whence, Completion& done) noexcept {

@@ -10,10 +10,10 @@ from tests.fuse.mounts import Mounted, mounted, needs_fuse
 pytestmark = needs_fuse
 
 CHANNEL_THREADS = 3
-# Log workers and the timer, by name; then relay, reader, events, checkpoints, cleaner, the main thread with trio's
+# By name; then relay, events, checkpoints, cleaner, the main thread with trio's
 # signals, and trio's workers: 16 for requests, 4 that attach, one that waits for the channel, 2 for the mount itself.
-NAMED = {"hlfs-log": 8, "hlfs-timer": 1}
-MOST = 9 + CHANNEL_THREADS + 2 + 1 + 4 + 2 + 1 + 2 + 16 + 4 + 1 + 2
+NAMED = {"hlfs-log": 8, "hlfs-timer": 1, "hlfs-read": 1, "hlfs-cache": 1, "hlfs-fuse": CHANNEL_THREADS}
+MOST = sum(NAMED.values()) + 2 + 4 + 2 + 1 + 2 + 16 + 4 + 1 + 2
 
 # Names that are made, looked up and listed by 40 threads at once.
 CROWD = """
@@ -36,10 +36,10 @@ assert not failures, failures
 
 
 def threads(mount: Mounted) -> Counter[str]:
-    """The server's threads by name, without the kernel's own of io_uring."""
+    """The server's threads by name."""
     tasks = Path(f"/proc/{mount.server.pid}/task").iterdir()
     names = [(task / "comm").read_text().strip() for task in tasks]
-    return Counter(name for name in names if not name.startswith("iou-"))
+    return Counter(names)
 
 
 def test_threads_of_a_server(tmp_path: Path) -> None:

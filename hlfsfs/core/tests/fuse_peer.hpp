@@ -231,7 +231,7 @@ class MemoryVolume final : public DataVolume {
         thread_.join();
     }
 
-    void read(std::uint64_t offset, std::uint32_t size_bytes, Completion& done) noexcept override {
+    void read(std::uint64_t offset, std::uint32_t size_bytes, bool, Completion& done) noexcept override {
         perform([this, offset, size_bytes, &done] {
             Bytes data;
             {

@@ -480,7 +480,7 @@ std::int64_t write(Host&, Volume& volume, std::uint64_t offset, const Bytes& dat
 
 std::int64_t read(Volume& volume, std::uint64_t offset, std::uint32_t size_bytes, Bytes& out) {
     Wait wait;
-    volume.read(offset, size_bytes, wait);
+    volume.read(offset, size_bytes, false, wait);
     const std::int64_t result = wait.result();
     out = wait.data();
     return result;

@@ -77,8 +77,46 @@ TEST_CASE("what is asked for again outlasts what passes through") {
     REQUIRE(left < 256);
 }
 
+TEST_CASE("a cache whose memory is touched ahead keeps nothing before there is any, and whatever comes later") {
+    BlockCache cache(std::size_t{8} << 20, BlockCache::Memory::ahead);
+    const auto frames = static_cast<std::uint32_t>(cache.size_bytes() / kBlockBytes);
+    const auto kept = [&cache](std::uint32_t slot) {
+        BlockCache::Frame* frame = cache.get({1, slot});
+        if (frame == nullptr)
+            return false;
+        const bool right = std::memcmp(frame->data, pattern(kBlockBytes, slot + 1).data(), kBlockBytes) == 0;
+        BlockCache::release(frame);
+        REQUIRE(right);
+        return true;
+    };
+    // Nothing is touched before the first block comes, which has to do without.
+    cache.put({1, 0}, pattern(kBlockBytes, 1).data());
+    REQUIRE_FALSE(kept(0));
+    // Whoever comes back finds room in the end.
+    REQUIRE(wait_until([&] {
+        std::uint32_t found = 0;
+        for (std::uint32_t slot = 0; slot < frames / 2; ++slot) {
+            if (kept(slot)) {
+                ++found;
+            } else {
+                cache.put({1, slot}, pattern(kBlockBytes, slot + 1).data());
+            }
+        }
+        return found == frames / 2;
+    }));
+}
+
+TEST_CASE("a cache may go while its memory is being touched") {
+    for (int round = 0; round < 20; ++round) {
+        BlockCache cache(std::size_t{64} << 20, BlockCache::Memory::ahead);
+        cache.put({1, 0}, pattern(kBlockBytes, 1).data());
+        std::this_thread::sleep_for(std::chrono::microseconds(100 * round));
+    }
+}
+
 TEST_CASE("threads share a cache") {
-    BlockCache cache(std::size_t{256} << 10);
+    const auto memory = GENERATE(BlockCache::Memory::when_needed, BlockCache::Memory::ahead);
+    BlockCache cache(std::size_t{256} << 10, memory);
     std::atomic<int> wrong{0};
     std::vector<std::thread> threads;
     for (std::uint64_t t = 0; t < 4; ++t) {

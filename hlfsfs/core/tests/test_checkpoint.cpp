@@ -127,7 +127,7 @@ TEST_CASE("a map larger than its cache is read by many") {
     HostOptions options;
     options.core.map_cache_bytes = 1;  // the least there is
     options.core.read_cache_bytes = 1;
-    options.core.io_uring = GENERATE(true, false);
+    options.core.aio = GENERATE(true, false);
     Log log(1);
     Sparse model;
     Host host(options);
@@ -232,7 +232,7 @@ TEST_CASE("writers and readers go on through flushes and checkpoints") {
     constexpr std::uint64_t kBlocks = 2000;
     HostOptions options;
     options.core.read_cache_bytes = 1;
-    options.core.io_uring = GENERATE(true, false);
+    options.core.aio = GENERATE(true, false);
     {
         Host host(options);
         const auto volume = host.open(log).volume;

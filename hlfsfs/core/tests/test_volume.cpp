@@ -43,7 +43,7 @@ TEST_CASE("a volume is a byte array that survives a clean end") {
     FaultyDisk::instance().reset();
     Random random(test_seed("volume model"));
     HostOptions options;
-    options.core.io_uring = GENERATE(true, false);
+    options.core.aio = GENERATE(true, false);
     for (int round = 0; round < test_rounds(2); ++round) {
         Log log(1);
         Bytes model;
