@@ -1,0 +1,66 @@
+"""Lines in the log about damaged blocks that somebody read: a few, however many reads there are."""
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
+
+# After a line about a volume the next one waits so long, and then counts what came meanwhile.
+QUIET_S = 10.0
+
+
+@dataclass
+class _Told:
+    """What was told of a volume, and what waits to be."""
+
+    until_s: float
+    waiting: int = 0
+    segno: int = 0
+    slot: int = 0
+
+
+class DamageLog:
+    """At most one line for each volume in QUIET_S. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told: dict[int, _Told] = {}
+
+    def add(self, volume_id: int, segno: int, slot: int) -> None:
+        """A block of a volume's log was read and is damaged."""
+        now_s = time.monotonic()
+        with self._lock:
+            told = self._told.get(volume_id)
+            if told is not None and now_s < told.until_s:
+                told.waiting, told.segno, told.slot = told.waiting + 1, segno, slot
+                return
+            waiting = told.waiting if told is not None else 0
+            self._told[volume_id] = _Told(now_s + QUIET_S)
+        _tell(volume_id, segno, slot, waiting + 1)
+
+    def tell_waiting(self, *, all_of_it: bool = False) -> None:
+        """Tells what has waited long enough, or everything."""
+        now_s = time.monotonic()
+        due: list[tuple[int, _Told]] = []
+        with self._lock:
+            for volume_id, told in list(self._told.items()):
+                if told.waiting and (all_of_it or now_s >= told.until_s):
+                    due.append((volume_id, told))
+                    self._told[volume_id] = _Told(now_s + QUIET_S)
+                elif now_s >= told.until_s:
+                    del self._told[volume_id]
+        for volume_id, told in due:
+            _tell(volume_id, told.segno, told.slot, told.waiting)
+
+
+def _tell(volume_id: int, segno: int, slot: int, reads: int) -> None:
+    times = "" if reads == 1 else f" (the last of {reads} such reads)"
+    log.error(
+        "volume %016x: segment %08x, block %d is damaged and reads as an I/O error%s; run hlfs check",
+        volume_id,
+        segno,
+        slot,
+        times,
+    )
