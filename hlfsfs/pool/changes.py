@@ -285,7 +285,7 @@ class Changes:
             if isinstance(node, VolumeNode):
                 self.replace_record(node, with_changes(node.require_record(), **fields))
             elif isinstance(node, PoolNode):
-                self.replace_record(node, with_changes(node.record, **fields, ctime_ns=time.time_ns()))
+                self.replace_record(node, with_changes(node.require_record(), **fields, ctime_ns=time.time_ns()))
 
     def replace_record(self, node: Node, record: VolumeRecord | PoolRecord) -> None:
         """Writes and publishes a node's record. Raises UnknownFeature where this program may not write it."""

@@ -51,7 +51,7 @@ class Namespace:
         self._volumes = Volumes(self._shared)
         self._changes = Changes(self._shared, self._volumes, defaults or Defaults())
         self._renames = Renames(self._shared, self._changes)
-        root = self._shared.tree.find(self._shared.tree.root, root_path)
+        root = require_sound(self._shared.tree.find(self._shared.tree.root, root_path))
         if not isinstance(root, PoolNode):
             raise NotAPool(self._shared.what(root))
         self._root = root
@@ -82,9 +82,12 @@ class Namespace:
         return self._shared.look_again(node)
 
     def _pool(self, node_id: int) -> PoolNode:
-        node = self._node(node_id)
+        return self._as_pool(self._node(node_id))
+
+    def _as_pool(self, node: Node) -> PoolNode:
         if not isinstance(node, PoolNode):
             raise NotAPool(self._shared.what(node))
+        node.require_record()
         return node
 
     def _volume(self, node_id: int) -> VolumeNode:
@@ -95,9 +98,10 @@ class Namespace:
 
     def resolve(self, path: bytes) -> int:
         """Id of what a path below the namespace's root names. Raises NoSuchName, NotAPool, Damaged."""
-        with self._shared.lock:
-            node = self._shared.tree.find(self._root, path)
-        return self._properties.shown_id(require_sound(self._shared.look_again(node)))
+        node: Node = self._root
+        for name in filter(None, path.split(b"/")):
+            node = require_sound(self._changes.child(self._as_pool(node), name))
+        return self._properties.shown_id(node)
 
     def lookup(self, parent_id: int, name: bytes) -> Attributes:
         """Attributes of a name in a pool, recovering its volume if need be.

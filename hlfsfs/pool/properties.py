@@ -67,7 +67,7 @@ class Properties:
 
     def _pool_attributes(self, node: PoolNode) -> Attributes:
         with self._shared.lock:
-            record, path = node.record, node.path
+            record, path = node.require_record(), node.path
             pools = sum(isinstance(child, PoolNode) for child in node.children.values())
         times = self._shared.store.pool_times(path)
         return Attributes(
@@ -171,7 +171,7 @@ class Properties:
             if isinstance(node, VolumeNode):
                 return node.require_record()
             assert isinstance(node, PoolNode)
-            return node.record
+            return node.require_record()
 
     # --- statistics -------------------------------------------------------------------------------------------
 

@@ -144,7 +144,7 @@ class Renames:
             raise NotAPool(self._shared.what(target))
         if target.children or self._shared.store.list_pool(new.path):
             raise PoolNotEmpty(self._shared.what(target))
-        before = target.record
+        before = target.require_record()
         try:
             self._changes.replace_record(target, with_changes(before, state="replaced", replaced_at=new.path))
             self._exchange(node, target, old, new)

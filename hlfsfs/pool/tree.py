@@ -19,6 +19,7 @@ from hlfsfs.errors import (
     HlfsError,
     NameDamaged,
     NoSuchName,
+    NoSuchPool,
     NotAPool,
     NotDurable,
     StaleId,
@@ -33,6 +34,10 @@ from hlfsfs.store.records import ROOT_POOL_ID, PoolRecord, VolumeRecord
 if TYPE_CHECKING:
     from hlfsfs.engine import Engine
     from hlfsfs.pool.cleaning import CleanState
+
+
+# Errors that reading again does not help.
+LASTING = (Damaged, FormatVersion, NoSuchPool, UnknownFeature)
 
 
 @dataclass(eq=False, slots=True)
@@ -59,7 +64,7 @@ class PoolNode(Node):
     """A pool.
 
     Attributes:
-        damage: why its record cannot be read; then `record` is a stand-in which lets only root in.
+        damage: why its record cannot be read. Where that is for good, `record` is a stand-in which lets only root in.
         unlisted: why the names in it could not be read.
     """
 
@@ -67,6 +72,12 @@ class PoolNode(Node):
     children: dict[bytes, Node] = field(default_factory=dict)
     damage: HlfsError | None = None
     unlisted: HlfsError | None = None
+
+    def require_record(self) -> PoolRecord:
+        """The record or its stand-in, or the error of a disk that did not give it."""
+        if self.damage is not None and not isinstance(self.damage, LASTING):
+            raise self.damage
+        return self.record
 
     def require_children(self) -> dict[bytes, Node]:
         """What is in it, or the error that hides it."""
@@ -112,10 +123,20 @@ class VolumeNode(Node):
 
 
 def require_sound(node: Node) -> Node:
-    """The node, or the damage of its name or record. A pool with a damaged record is of use still."""
-    if isinstance(node, VolumeNode):
+    """The node, or what is wrong with its name or record. A pool with a damaged record is of use still."""
+    if isinstance(node, (PoolNode, VolumeNode)):
         node.require_record()
     return node
+
+
+@dataclass(frozen=True)
+class FoundPool:
+    """What a pool's directory holds, or why it cannot be listed, and the records of the pools in it."""
+
+    path: bytes
+    entries: list[NameEntry]
+    records: dict[int, PoolRecord | HlfsError]
+    failure: HlfsError | None = None
 
 
 class Tree:
@@ -175,20 +196,69 @@ class Tree:
         """All volumes whose id is known."""
         return (node for node in self.by_id.values() if isinstance(node, VolumeNode))
 
+    def add_found(self, top: PoolNode, found: list[FoundPool]) -> None:
+        """Adds what was read at and below a pool."""
+        pools = {top.path: top}
+        for listed in found:
+            pool = pools.get(listed.path)
+            if pool is None:
+                continue  # it is in a copy of another pool
+            if listed.failure is not None:
+                pool.unlisted = listed.failure
+                self.damaged_names.append(listed.failure)
+            for entry in listed.entries:
+                node = self.add_entry(pool, entry, listed.records.get(entry.id))
+                if isinstance(node, PoolNode):
+                    pools[node.path] = node
+
+    def add_entry(self, pool: PoolNode, entry: NameEntry, record: PoolRecord | HlfsError | None) -> Node | None:
+        """Adds one name; `record` of a pool, or why it cannot be read. None: it is not HLFS's."""
+        path = b"/".join(filter(None, (pool.path, entry.name)))
+        node: Node
+        match entry.kind:
+            case "foreign":
+                return None
+            case "unread":
+                failure = StoreFailed(printable(path), OSError(errno.EIO, os.strerror(errno.EIO)))
+                node = self._nothing(failure)
+            case "volume":
+                node = self._named_volume(path, entry.id)
+            case "pool" if entry.id in self.by_id:
+                node = self._damaged(path, "it is a copy of another pool")
+            case "pool":
+                node = _pool_node(entry.id, record)
+            case _:
+                node = self._damaged(path, "it names no volume or pool")
+        self.attach(node, pool, entry.name)
+        return node
+
+    def _named_volume(self, path: bytes, volume_id: int) -> VolumeNode:
+        node = self.by_id.get(volume_id)
+        if node is None:
+            return self._damaged(path, f"its volume record {volume_id:016x} is missing", volume_id)
+        if not isinstance(node, VolumeNode) or node.parent is not None:
+            return self._damaged(path, f"volume {volume_id:016x} has another name, {printable(node.path)}")
+        return node
+
+    def _damaged(self, path: bytes, why: str, node_id: int = UNKNOWN_ID) -> VolumeNode:
+        return self._nothing(NameDamaged(printable(path), why, "restore it from a backup, or delete the name"), node_id)
+
+    def _nothing(self, damage: HlfsError, node_id: int = UNKNOWN_ID) -> VolumeNode:
+        """In the place of what a name should name."""
+        self.damaged_names.append(damage)
+        return VolumeNode(node_id, damage=damage)
+
     def find(self, start: PoolNode, path: bytes) -> Node:
         """Follows a path downwards. Raises NoSuchName, NotAPool."""
         node: Node = start
         for name in [part for part in path.split(b"/") if part]:
             if not isinstance(node, PoolNode):
+                require_sound(node)
                 raise NotAPool(printable(node.path))
             if name not in node.require_children():
                 raise NoSuchName(printable(path))
             node = node.children[name]
         return node
-
-
-# Errors that reading again does not help.
-_LASTING = (Damaged, FormatVersion, UnknownFeature)
 
 
 class Shared:
@@ -221,27 +291,51 @@ class Shared:
             change()
 
     def look_again(self, node: Node) -> Node:
-        """A volume whose name or record could not be read from the disk when the names were loaded is read again.
+        """What of a node could not be read from the disk when the names were loaded is read again.
 
         Returns what is there now; the same node, with its error, where that fails again.
         """
-        if not isinstance(node, VolumeNode) or node.record is not None or isinstance(node.damage, _LASTING):
+        if not _unread(node):
             return node
         with self.changing, suppress(HlfsError):
-            parent, failure = node.parent, node.damage
-            if node.id != UNKNOWN_ID:
-                record = self.store.read_volume(node.id)
+            if node.id == UNKNOWN_ID:
+                return self._look_at_name(node)
+            if isinstance(node, VolumeNode) and node.record is None:
+                volume_record = self.store.read_volume(node.id)
                 with self.lock:
-                    node.record, node.damage = record, None
-            elif parent is not None and failure is not None:
-                entry = next((found for found in self.store.list_pool(parent.path) if found.name == node.name), None)
-                named = self.tree.by_id.get(entry.id) if entry is not None and entry.kind == "volume" else None
-                if isinstance(named, VolumeNode) and named.parent is None:
+                    node.record, node.damage = volume_record, None
+            if isinstance(node, PoolNode) and _is_passing(node.damage):
+                pool_record = self.store.read_pool(node.id)
+                # One that was being replaced is for the next mount to settle.
+                if pool_record.state == "live":
                     with self.lock:
-                        self.tree.attach(named, parent, node.name)
-                        self.tree.damaged_names.remove(failure)
-                    return named
+                        node.record, node.damage = pool_record, None
+            if isinstance(node, PoolNode) and node.unlisted is not None:
+                found = read_pools(self.store, node.path)
+                with self.lock:
+                    self.tree.damaged_names.remove(node.unlisted)
+                    node.unlisted = None
+                    self.tree.add_found(node, found)
         return node
+
+    def _look_at_name(self, node: Node) -> Node:
+        """For a name that could not be read; raises HlfsError."""
+        parent = node.parent
+        if not isinstance(node, VolumeNode) or parent is None or node.damage is None:
+            return node
+        entry = next((found for found in self.store.list_pool(parent.path) if found.name == node.name), None)
+        if entry is None or entry.kind == "unread":
+            return node
+        below = read_pools(self.store, node.path) if entry.kind == "pool" else None
+        record = _read_pool_record(self.store, entry.id) if entry.kind == "pool" else None
+        with self.lock:
+            name, failure = node.name, node.damage
+            self.tree.detach(node)
+            top = self.tree.add_entry(parent, entry, record)
+            self.tree.damaged_names.remove(failure)
+            if below is not None and isinstance(top, PoolNode):
+                self.tree.add_found(top, below)
+            return parent.children.get(name, node)
 
     def what(self, node: Node, name: bytes = b"") -> str:
         """How errors call a node, or a name in it."""
@@ -249,6 +343,47 @@ class Shared:
         if not path:
             return self.store.uri if node is self.tree.root else f"{self.store.uri}: nameless volume {node.id:016x}"
         return f"{self.store.uri.rstrip('/')}/{printable(path)}"
+
+
+def _is_passing(failure: HlfsError | None) -> bool:
+    return failure is not None and not isinstance(failure, LASTING)
+
+
+def _unread(node: Node) -> bool:
+    if isinstance(node, PoolNode):
+        return _is_passing(node.damage) or node.unlisted is not None
+    return isinstance(node, VolumeNode) and node.record is None and _is_passing(node.damage)
+
+
+def read_pools(store: Store, path: bytes) -> list[FoundPool]:
+    """Reads all names at and below a pool, each pool before those in it."""
+    found: list[FoundPool] = []
+    paths = [path]
+    while paths:
+        path = paths.pop()
+        try:
+            entries = store.list_pool(path)
+        except HlfsError as exc:
+            found.append(FoundPool(path, [], {}, exc))
+            continue
+        inner = [entry for entry in entries if entry.kind == "pool"]
+        found.append(FoundPool(path, entries, {entry.id: _read_pool_record(store, entry.id) for entry in inner}))
+        paths.extend(b"/".join(filter(None, (path, entry.name))) for entry in inner)
+    return found
+
+
+def _read_pool_record(store: Store, pool_id: int) -> PoolRecord | HlfsError:
+    try:
+        return store.read_pool(pool_id)
+    except HlfsError as exc:
+        return exc
+
+
+def _pool_node(pool_id: int, record: PoolRecord | HlfsError | None) -> PoolNode:
+    if isinstance(record, PoolRecord):
+        return PoolNode(pool_id, record=record)
+    stand_in = PoolRecord(uuid=UUID(int=0), id=pool_id, mode=0o700, uid=0, gid=0)
+    return PoolNode(pool_id, record=stand_in, damage=record)
 
 
 def load_tree(store: Store) -> Tree:
@@ -261,62 +396,8 @@ def load_tree(store: Store) -> Tree:
         except HlfsError as exc:
             node.damage = exc
         tree.by_id[volume_id] = node
-    pools = [tree.root]
-    while pools:
-        pool = pools.pop()
-        for entry in _list_pool(tree, store, pool):
-            if entry.kind == "volume":
-                _add_volume(tree, pool, entry.name, entry.id)
-            elif entry.kind == "pool" and entry.id not in tree.by_id:
-                pools.append(_add_pool(tree, store, pool, entry.name, entry.id))
-            elif entry.kind == "unread":
-                _add_unread(tree, pool, entry.name)
-            elif entry.kind != "foreign":
-                why = "it is a copy of another pool" if entry.kind == "pool" else "it names no volume or pool"
-                _add_damaged(tree, pool, entry.name, why)
+    found = read_pools(store, b"")
+    if found[0].failure is not None:
+        raise found[0].failure
+    tree.add_found(tree.root, found)
     return tree
-
-
-def _list_pool(tree: Tree, store: Store, pool: PoolNode) -> list[NameEntry]:
-    try:
-        return store.list_pool(pool.path)
-    except HlfsError as exc:
-        if pool is tree.root:
-            raise
-        pool.unlisted = exc
-        tree.damaged_names.append(exc)
-        return []
-
-
-def _add_volume(tree: Tree, pool: PoolNode, name: bytes, volume_id: int) -> None:
-    node = tree.by_id.get(volume_id)
-    if node is None:
-        _add_damaged(tree, pool, name, f"its volume record {volume_id:016x} is missing", volume_id)
-    elif not isinstance(node, VolumeNode) or node.parent is not None:
-        _add_damaged(tree, pool, name, f"volume {volume_id:016x} has another name, {printable(node.path)}")
-    else:
-        tree.attach(node, pool, name)
-
-
-def _add_damaged(tree: Tree, pool: PoolNode, name: bytes, why: str, node_id: int = UNKNOWN_ID) -> None:
-    path = printable(b"/".join(filter(None, (pool.path, name))))
-    damage = NameDamaged(path, why, "restore it from a backup, or delete the name")
-    tree.damaged_names.append(damage)
-    tree.attach(VolumeNode(node_id, damage=damage), pool, name)
-
-
-def _add_unread(tree: Tree, pool: PoolNode, name: bytes) -> None:
-    path = printable(b"/".join(filter(None, (pool.path, name))))
-    failure = StoreFailed(path, OSError(errno.EIO, os.strerror(errno.EIO)))
-    tree.damaged_names.append(failure)
-    tree.attach(VolumeNode(UNKNOWN_ID, damage=failure), pool, name)
-
-
-def _add_pool(tree: Tree, store: Store, parent: PoolNode, name: bytes, pool_id: int) -> PoolNode:
-    try:
-        node = PoolNode(pool_id, record=store.read_pool(pool_id))
-    except HlfsError as exc:
-        stand_in = PoolRecord(uuid=UUID(int=0), id=pool_id, mode=0o700, uid=0, gid=0)
-        node = PoolNode(pool_id, record=stand_in, damage=exc)
-    tree.attach(node, parent, name)
-    return node

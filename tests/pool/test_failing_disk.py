@@ -239,6 +239,72 @@ def test_what_could_not_be_read_at_first_is_read_again(tmp_path: Path, what: byt
     world.close()
 
 
+@pytest.mark.parametrize(
+    ("what", "to_list"),
+    [
+        (b"/.hlfs/pools/", False),
+        (b"/outer/.snapshots", False),
+        (b"/outer", True),
+        (b"/inner/.snapshots", False),
+        (b"/inner", True),
+    ],
+)
+def test_a_pool_that_could_not_be_read_at_first_is_read_again(tmp_path: Path, what: bytes, to_list: bool) -> None:
+    """All that is in it too; nothing was concluded from its absence."""
+    world = World(tmp_path)
+    pool = world.names.mkdir(1, b"outer", 0o751, 3, 4)
+    inner = world.names.mkdir(pool.id, b"inner", 0o755, 0, 0)
+    made = world.volume(b"a", inner.id, data=b"data")
+    # What the next mount would delete if it saw that nothing names it.
+    world.names.open(world.volume(b"b", inner.id, data=b"more").id, os.O_RDWR)
+    before = view(world)
+    world.crash()
+    record = world.store.read_volume(before[b"outer/inner/b"][1])
+    world.store.write_volume(with_changes(record, state="unlinked-open"))
+    disk = FailingDisk()
+    world.disk = disk
+    with disk.refusing(what, to_list=to_list):
+        world.open()
+        assert world.report.deleted == []
+        assert world.names.readdir(1)[0][0] == b"outer"
+        for path in (b"outer/inner/a", b"outer/inner/b"):
+            with pytest.raises(StoreFailed, match="Input/output error"):
+                world.names.resolve(path)
+        with pytest.raises(StoreFailed, match="Input/output error"):
+            world.volume(b"new", world.names.resolve(b"outer/inner"))
+    # By name, as the kernel does, and at any depth at once.
+    found = world.names.lookup(1, b"outer")
+    assert (found.id, found.kind, found.mode, found.uid, found.gid) == (pool.id, "pool", 0o751, 3, 4)
+    assert world.names.resolve(b"outer/inner/a") == made.id
+    assert world.read(made.id) == b"data"
+    assert view(world) == before
+    world.volume(b"new", inner.id)
+    world.names.rename(1, b"outer", 1, b"r")
+    world.reopen()
+    after = view(world)
+    check_whole(world, after)
+    assert sorted(after) == [b"r", b"r/inner", b"r/inner/a", b"r/inner/b", b"r/inner/new"]
+    world.close()
+
+
+def test_a_pool_that_was_being_replaced_and_could_not_be_read_is_left_to_the_next_mount(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    pool = world.pool(b"p")
+    world.crash()
+    record = with_changes(world.store.read_pool(pool.id), state="replaced", replaced_at=b"p")
+    world.store.write_pool(record)
+    disk = FailingDisk()
+    world.disk = disk
+    with disk.refusing(b"/.hlfs/pools/"):
+        world.open()
+    with pytest.raises(StoreFailed, match="Input/output error"):
+        world.names.lookup(1, b"p")
+    world.reopen()
+    assert world.names.lookup(1, b"p").id == pool.id
+    check_whole(world, view(world))
+    world.close()
+
+
 def test_what_was_half_deleted_is_no_damage(tmp_path: Path) -> None:
     """The log goes before the record, and the disk may fail in between."""
     world = World(tmp_path)

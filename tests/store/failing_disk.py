@@ -26,6 +26,7 @@ class FailingDisk(LazyDisk):
         self._error = errno.EIO
         self._for_good = False
         self._refused: bytes | None = None
+        self._unlisted: bytes | None = None
 
     def arm(self, at: int, error: int = errno.EIO, *, for_good: bool = False) -> None:
         """The call number `at` from here on fails, and with `for_good` all after it."""
@@ -43,13 +44,16 @@ class FailingDisk(LazyDisk):
         self._at = -1
 
     @contextmanager
-    def refusing(self, part: bytes) -> Iterator[None]:
-        """Opening a file with this in its path fails in the block."""
-        self._refused = part
+    def refusing(self, part: bytes, *, to_list: bool = False) -> Iterator[None]:
+        """Opening a file with this in its path fails in the block; or listing a directory whose path ends so."""
+        if to_list:
+            self._unlisted = part
+        else:
+            self._refused = part
         try:
             yield
         finally:
-            self._refused = None
+            self._refused = self._unlisted = None
 
     def _call(self, name: str, what: bytes | int) -> None:
         if isinstance(what, int):
@@ -106,6 +110,8 @@ class FailingDisk(LazyDisk):
         super().rmdir(path)
 
     def list_dir(self, path: bytes) -> list[os.DirEntry[bytes]]:
+        if self._unlisted is not None and path.endswith(self._unlisted):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         self._call("list", path)
         return super().list_dir(path)
 
