@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.crash.failing_calls.control import Kinds
 from tests.crash.failing_calls.trials import ERRORS, clean_up
 from tests.crash.failing_calls.worker import Worker
 
@@ -32,10 +33,20 @@ def calling(base: Path) -> Iterator[Worker]:
 
 @pytest.fixture(scope="module")
 def calls(calling: Worker, base: Path) -> int:
-    """How many calls the history makes when none fails."""
-    failures = with_error(calling, base, -1, "EIO")
+    """How many calls the history changes something with when none fails."""
+    return count_calls(calling, base, Kinds.CHANGES)
+
+
+@pytest.fixture(scope="module")
+def looks(calling: Worker, base: Path) -> int:
+    """How many calls it looks at something with."""
+    return count_calls(calling, base, Kinds.LOOKS)
+
+
+def count_calls(worker: Worker, base: Path, kinds: Kinds) -> int:
+    failures = with_error(worker, base, -1, "EIO", kinds=kinds)
     assert not failures, failures
-    return calling.control.calls
+    return worker.control.calls
 
 
 def fresh(base: Path) -> Path:
@@ -46,9 +57,9 @@ def fresh(base: Path) -> Path:
     return root
 
 
-def with_error(worker: Worker, base: Path, at: int, error: str, count: int = 1) -> str:
+def with_error(worker: Worker, base: Path, at: int, error: str, *, count: int = 1, kinds: Kinds = Kinds.CHANGES) -> str:
     root = fresh(base)
-    status, told = worker.call(root, "with_error", at, ERRORS[error], count)
+    status, told = worker.call(root, "with_error", at, ERRORS[error], count, int(kinds))
     what = f"{count} calls from {at} on ({worker.control.failed}) with {error}"
     worker.control.disarm()
     return f"{what}: status {status}\n{told}" if status else ""
@@ -81,15 +92,16 @@ def positions(calls: int, seed: int, count: int | None) -> list[int]:
     return list(range(seed % step, calls, step))
 
 
-def sweep_errors(worker: Worker, base: Path, calls: int, seed: int, count: int | None) -> None:
+def sweep_errors(worker: Worker, base: Path, calls: int, seed: int, count: int | None, *, kinds: Kinds) -> None:
     rng = random.Random(seed)
-    kinds = [("EIO", 1), ("ENOSPC", 1), ("EIO", 0)]
-    chosen = [
-        (at, error, many or rng.randrange(2, 26)) for at in positions(calls, seed, count) for error, many in kinds
-    ]
+    ways = [("EIO", 1), ("EIO", 0), ("ENOSPC" if kinds is Kinds.CHANGES else "short", 1)]
+    chosen = [(at, error, many or rng.randrange(2, 26)) for at in positions(calls, seed, count) for error, many in ways]
     if count:
         chosen = chosen[seed % 3 :: 3]
-    report([told for one in chosen if (told := with_error(worker, base, *one))], len(chosen))
+    report(
+        [told for at, error, many in chosen if (told := with_error(worker, base, at, error, count=many, kinds=kinds))],
+        len(chosen),
+    )
 
 
 def sweep_kills(worker: Worker, base: Path, calls: int, seed: int, count: int | None) -> None:
@@ -99,7 +111,11 @@ def sweep_kills(worker: Worker, base: Path, calls: int, seed: int, count: int | 
 
 
 def test_some_call_fails(calling: Worker, base: Path, calls: int, seed: int) -> None:
-    sweep_errors(calling, base, calls, seed, 2 * SHARE)
+    sweep_errors(calling, base, calls, seed, 2 * SHARE, kinds=Kinds.CHANGES)
+
+
+def test_some_look_fails(calling: Worker, base: Path, looks: int, seed: int) -> None:
+    sweep_errors(calling, base, looks, seed, 2 * SHARE, kinds=Kinds.LOOKS)
 
 
 def test_some_call_is_the_last(calling: Worker, base: Path, calls: int, seed: int) -> None:
@@ -108,7 +124,12 @@ def test_some_call_is_the_last(calling: Worker, base: Path, calls: int, seed: in
 
 @pytest.mark.hunt
 def test_each_call_fails(calling: Worker, base: Path, calls: int, seed: int) -> None:
-    sweep_errors(calling, base, calls, seed, None)
+    sweep_errors(calling, base, calls, seed, None, kinds=Kinds.CHANGES)
+
+
+@pytest.mark.hunt
+def test_each_look_fails(calling: Worker, base: Path, looks: int, seed: int) -> None:
+    sweep_errors(calling, base, looks, seed, None, kinds=Kinds.LOOKS)
 
 
 @pytest.mark.hunt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import mmap
 import os
 import struct
@@ -10,10 +11,21 @@ from pathlib import Path
 from tests.crash.powercut.shim import build
 
 SOURCE = Path(__file__).with_name("shim.c")
-_FIELDS = ("calls", "at", "count", "error", "hanging", "waiting", "failed")
+_FIELDS = ("kinds", "calls", "at", "count", "error", "hanging", "waiting", "failed")
 _NUMBER = struct.Struct("<q")
 _WHAT, _ROOT = len(_FIELDS) * _NUMBER.size, len(_FIELDS) * _NUMBER.size + 512
 _SIZE_BYTES = _ROOT + 4096
+
+
+# In place of an errno: reads get only some of the blocks they asked for, and what else looks at the store EIO.
+SHORT = -1
+
+
+class Kinds(enum.IntFlag):
+    """Of the calls that are counted, and may fail. Opening a file that exists is of both."""
+
+    CHANGES = 1
+    LOOKS = 2
 
 
 class Control:
@@ -37,16 +49,20 @@ class Control:
     def _get(self, name: str) -> int:
         return int(_NUMBER.unpack_from(self._memory, _FIELDS.index(name) * _NUMBER.size)[0])
 
-    def watch(self, root: Path) -> None:
+    def watch(self, root: Path, kinds: Kinds = Kinds.CHANGES) -> None:
         """Counts calls below a directory, from 0."""
         self.disarm()
+        self._put("kinds", kinds)
         self._put("calls", 0)
         self._put("failed", 0)
         self._memory[_WHAT:_ROOT] = bytes(_ROOT - _WHAT)
         self._memory[_ROOT:] = os.fsencode(root).ljust(_SIZE_BYTES - _ROOT, b"\0")
 
     def fail(self, at: int, error: int, count: int = 1) -> None:
-        """The call of this number and so many in all fail; with `error` 0 its process is killed just before it."""
+        """The call of this number and so many in all fail; with `error` 0 its process is killed just before it.
+
+        `error` may be SHORT.
+        """
         self._put("count", count)
         self._put("error", error)
         self._put("at", at)

@@ -1,6 +1,8 @@
 // Fails, hangs or ends a process at a call it makes on the files below one directory. Loaded with LD_PRELOAD, so that
 // Python and the native core are met alike; told what to do through memory that other processes share (control.py).
 #define _GNU_SOURCE
+#include <dirent.h>
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -14,13 +16,19 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default")))
 
+enum kind { CHANGE = 1, LOOK = 2 };
+// In place of an errno: a read gets only some of the blocks it asked for, as from a disk that fails in its middle.
+enum { SHORT = -1 };
+
 struct control {
+    atomic_llong kinds;    // what is counted, and fails or hangs
     atomic_llong calls;    // made so far
     atomic_llong at;       // the number of the first one that fails; -1: none
     atomic_llong count;    // so many fail
@@ -48,6 +56,10 @@ __attribute__((constructor)) static void attach(void) {
     control = memory;
 }
 
+static bool counted(int kind) {
+    return control != NULL && (control->kinds & kind) != 0;
+}
+
 // Whether the call is to fail; `path` is absolute.
 static bool fails_at(const char* name, const char* path) {
     const size_t length = strlen(control->root);
@@ -68,14 +80,14 @@ static bool fails_at(const char* name, const char* path) {
         kill(getpid(), SIGKILL);
         pause();
     }
-    errno = (int)control->error;
+    errno = control->error == SHORT ? EIO : (int)control->error;
     return true;
 }
 
-static bool fd_fails(const char* name, int fd) {
+static bool fd_fails(int kind, const char* name, int fd) {
     char link[64];
     char path[PATH_MAX];
-    if (control == NULL || fd < 0)
+    if (!counted(kind) || fd < 0)
         return false;
     const int error = errno;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
@@ -87,9 +99,9 @@ static bool fd_fails(const char* name, int fd) {
     return fails_at(name, path);
 }
 
-static bool path_fails(const char* name, int directory, const char* path) {
+static bool path_fails(int kind, const char* name, int directory, const char* path) {
     char full[2 * PATH_MAX];
-    if (control == NULL || path == NULL)
+    if (!counted(kind) || path == NULL)
         return false;
     if (path[0] == '/')
         return fails_at(name, path);
@@ -107,27 +119,28 @@ static bool path_fails(const char* name, int directory, const char* path) {
 // --- files
 
 EXPORT ssize_t pwritev2(int fd, const struct iovec* parts, int count, off_t offset, int flags) {
-    return fd_fails("write", fd) ? -1 : syscall(SYS_pwritev2, fd, parts, count, offset, 0, flags);
+    return fd_fails(CHANGE, "write", fd) ? -1 : syscall(SYS_pwritev2, fd, parts, count, offset, 0, flags);
 }
 
 EXPORT ssize_t pwritev(int fd, const struct iovec* parts, int count, off_t offset) {
-    return fd_fails("write", fd) ? -1 : syscall(SYS_pwritev2, fd, parts, count, offset, 0, 0);
+    return fd_fails(CHANGE, "write", fd) ? -1 : syscall(SYS_pwritev2, fd, parts, count, offset, 0, 0);
 }
 
 EXPORT ssize_t pwrite(int fd, const void* data, size_t size, off_t offset) {
-    return fd_fails("write", fd) ? -1 : syscall(SYS_pwrite64, fd, data, size, offset);
+    return fd_fails(CHANGE, "write", fd) ? -1 : syscall(SYS_pwrite64, fd, data, size, offset);
 }
 
 EXPORT ssize_t write(int fd, const void* data, size_t size) {
-    return fd_fails("write", fd) ? -1 : syscall(SYS_write, fd, data, size);
+    return fd_fails(CHANGE, "write", fd) ? -1 : syscall(SYS_write, fd, data, size);
 }
 
 EXPORT int ftruncate(int fd, off_t size) {
-    return fd_fails("truncate", fd) ? -1 : (int)syscall(SYS_ftruncate, fd, size);
+    return fd_fails(CHANGE, "truncate", fd) ? -1 : (int)syscall(SYS_ftruncate, fd, size);
 }
 
 EXPORT int fallocate(int fd, int mode, off_t offset, off_t size) {
-    return fd_fails(mode == 0 ? "allocate" : "punch", fd) ? -1 : (int)syscall(SYS_fallocate, fd, mode, offset, size);
+    return fd_fails(CHANGE, mode == 0 ? "allocate" : "punch", fd) ? -1
+                                                                  : (int)syscall(SYS_fallocate, fd, mode, offset, size);
 }
 
 EXPORT int posix_fallocate(int fd, off_t offset, off_t size) {
@@ -135,11 +148,11 @@ EXPORT int posix_fallocate(int fd, off_t offset, off_t size) {
 }
 
 EXPORT int fsync(int fd) {
-    return fd_fails("fsync", fd) ? -1 : (int)syscall(SYS_fsync, fd);
+    return fd_fails(CHANGE, "fsync", fd) ? -1 : (int)syscall(SYS_fsync, fd);
 }
 
 EXPORT int fdatasync(int fd) {
-    return fd_fails("fdatasync", fd) ? -1 : (int)syscall(SYS_fdatasync, fd);
+    return fd_fails(CHANGE, "fdatasync", fd) ? -1 : (int)syscall(SYS_fdatasync, fd);
 }
 
 // --- names
@@ -153,7 +166,8 @@ EXPORT int openat(int directory, const char* path, int flags, ...) {
     va_start(arguments, flags);
     const mode_t mode = mode_argument(flags, arguments);
     va_end(arguments);
-    if (path_fails((flags & O_CREAT) != 0 ? "create" : "open", directory, path))
+    const bool creates = (flags & O_CREAT) != 0;
+    if (path_fails(creates ? CHANGE : CHANGE | LOOK, creates ? "create" : "open", directory, path))
         return -1;
     return (int)syscall(SYS_openat, directory, path, flags, mode);
 }
@@ -167,7 +181,7 @@ EXPORT int open(const char* path, int flags, ...) {
 }
 
 EXPORT int renameat2(int old_directory, const char* old, int new_directory, const char* new, unsigned flags) {
-    if (path_fails("rename", old_directory, old))
+    if (path_fails(CHANGE, "rename", old_directory, old))
         return -1;
     return (int)syscall(SYS_renameat2, old_directory, old, new_directory, new, flags);
 }
@@ -181,7 +195,7 @@ EXPORT int rename(const char* old, const char* new) {
 }
 
 EXPORT int unlinkat(int directory, const char* path, int flags) {
-    return path_fails("unlink", directory, path) ? -1 : (int)syscall(SYS_unlinkat, directory, path, flags);
+    return path_fails(CHANGE, "unlink", directory, path) ? -1 : (int)syscall(SYS_unlinkat, directory, path, flags);
 }
 
 EXPORT int unlink(const char* path) {
@@ -193,7 +207,7 @@ EXPORT int rmdir(const char* path) {
 }
 
 EXPORT int mkdirat(int directory, const char* path, mode_t mode) {
-    return path_fails("mkdir", directory, path) ? -1 : (int)syscall(SYS_mkdirat, directory, path, mode);
+    return path_fails(CHANGE, "mkdir", directory, path) ? -1 : (int)syscall(SYS_mkdirat, directory, path, mode);
 }
 
 EXPORT int mkdir(const char* path, mode_t mode) {
@@ -201,7 +215,92 @@ EXPORT int mkdir(const char* path, mode_t mode) {
 }
 
 EXPORT int utimensat(int directory, const char* path, const struct timespec times[2], int flags) {
-    return path_fails("set times", directory, path) ? -1 : (int)syscall(SYS_utimensat, directory, path, times, flags);
+    return path_fails(CHANGE, "set times", directory, path)
+               ? -1
+               : (int)syscall(SYS_utimensat, directory, path, times, flags);
+}
+
+// --- looks
+
+// How much of a read comes, in bytes; -1: it fails.
+static ssize_t readable(int fd, size_t size) {
+    if (!fd_fails(LOOK, "read", fd))
+        return (ssize_t)size;
+    return control->error == SHORT && size > 512 ? (ssize_t)(size / 2 / 512 * 512) : -1;
+}
+
+EXPORT ssize_t pread(int fd, void* data, size_t size, off_t offset) {
+    const ssize_t much = readable(fd, size);
+    return much < 0 ? -1 : syscall(SYS_pread64, fd, data, (size_t)much, offset);
+}
+
+EXPORT ssize_t read(int fd, void* data, size_t size) {
+    const ssize_t much = readable(fd, size);
+    return much < 0 ? -1 : syscall(SYS_read, fd, data, (size_t)much);
+}
+
+EXPORT off_t lseek(int fd, off_t offset, int whence) {
+    if ((whence == SEEK_DATA || whence == SEEK_HOLE) && fd_fails(LOOK, "seek", fd))
+        return -1;
+    return syscall(SYS_lseek, fd, offset, whence);
+}
+
+EXPORT int fstatat(int directory, const char* path, struct stat* found, int flags) {
+    const bool itself = path[0] == '\0' && (flags & AT_EMPTY_PATH) != 0;
+    if (itself ? fd_fails(LOOK, "stat", directory) : path_fails(LOOK, "stat", directory, path))
+        return -1;
+    return (int)syscall(SYS_newfstatat, directory, path, found, flags);
+}
+
+EXPORT int stat(const char* path, struct stat* found) {
+    return fstatat(AT_FDCWD, path, found, 0);
+}
+
+EXPORT int lstat(const char* path, struct stat* found) {
+    return fstatat(AT_FDCWD, path, found, AT_SYMLINK_NOFOLLOW);
+}
+
+EXPORT int fstat(int fd, struct stat* found) {
+    return fstatat(fd, "", found, AT_EMPTY_PATH);
+}
+
+EXPORT DIR* opendir(const char* path) {
+    static DIR* (*next)(const char*);
+    if (next == NULL)
+        *(void**)&next = dlsym(RTLD_NEXT, "opendir");
+    return path_fails(LOOK, "list", AT_FDCWD, path) ? NULL : next(path);
+}
+
+EXPORT struct dirent* readdir(DIR* directory) {
+    static struct dirent* (*next)(DIR*);
+    if (next == NULL)
+        *(void**)&next = dlsym(RTLD_NEXT, "readdir");
+    return fd_fails(LOOK, "list", dirfd(directory)) ? NULL : next(directory);
+}
+
+EXPORT int statvfs(const char* path, struct statvfs* found) {
+    static int (*next)(const char*, struct statvfs*);
+    if (next == NULL)
+        *(void**)&next = dlsym(RTLD_NEXT, "statvfs");
+    return path_fails(LOOK, "statvfs", AT_FDCWD, path) ? -1 : next(path, found);
+}
+
+EXPORT int fstatvfs(int fd, struct statvfs* found) {
+    static int (*next)(int, struct statvfs*);
+    if (next == NULL)
+        *(void**)&next = dlsym(RTLD_NEXT, "fstatvfs");
+    return fd_fails(LOOK, "statvfs", fd) ? -1 : next(fd, found);
+}
+
+// Reads of the core are seen only where they are calls of its own, so while looks fail the kernel refuses io_uring.
+EXPORT int io_uring_queue_init(unsigned entries, void* ring, unsigned flags) {
+    static int (*next)(unsigned, void*, unsigned);
+    if (counted(LOOK))
+        return -EPERM;
+    // Python loads the library for the core alone, so it is not among those that follow this one.
+    if (next == NULL)
+        *(void**)&next = dlsym(dlopen("liburing.so.2", RTLD_NOW), "io_uring_queue_init");
+    return next(entries, ring, flags);
 }
 
 // The same calls under their other names, which is what Python and large-file builds use.
@@ -214,3 +313,14 @@ int fallocate64(int, int, off_t, off_t) ALIAS("fallocate");
 int posix_fallocate64(int, off_t, off_t) ALIAS("posix_fallocate");
 int open64(const char*, int, ...) ALIAS("open");
 int openat64(int, const char*, int, ...) ALIAS("openat");
+ssize_t pread64(int, void*, size_t, off_t) ALIAS("pread");
+off_t lseek64(int, off_t, int) ALIAS("lseek");
+struct stat64;
+int stat64(const char*, struct stat64*) ALIAS("stat");
+int lstat64(const char*, struct stat64*) ALIAS("lstat");
+int fstat64(int, struct stat64*) ALIAS("fstat");
+int fstatat64(int, const char*, struct stat64*, int) ALIAS("fstatat");
+struct dirent64* readdir64(DIR*) ALIAS("readdir");
+struct statvfs64;
+int statvfs64(const char*, struct statvfs64*) ALIAS("statvfs");
+int fstatvfs64(int, struct statvfs64*) ALIAS("fstatvfs");

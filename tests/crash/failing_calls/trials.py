@@ -18,12 +18,12 @@ from unittest.mock import patch
 
 from hlfsfs.engine import EngineOptions, rings
 from hlfsfs.engine.check import check_volume
-from hlfsfs.errors import HlfsError
+from hlfsfs.errors import Damaged, HlfsError, StoreFailed
 from hlfsfs.pool import AttributeChanges
 from hlfsfs.pool.check import check_names
 from hlfsfs.store import open_store
 from hlfsfs.store.ring_file import list_rings, remove_ring
-from tests.crash.failing_calls.control import Control
+from tests.crash.failing_calls.control import SHORT, Control, Kinds
 from tests.crash.powercut.operations import OPTIONS, CutWorld, make_world
 from tests.engine.contents import BLOCK, content, written, zeroed
 from tests.pool.views import check_whole, view
@@ -33,7 +33,8 @@ SEGMENT_SHIFT = 21
 # A segment that was refused is asked for again after 5 s at the latest.
 PATIENCE_S = 15.0
 _RING_BYTES = 4 << 20
-_OPTIONS: EngineOptions = replace(OPTIONS, ring_bytes=_RING_BYTES)
+# Small caches, so that what is seen comes from the disk.
+_OPTIONS: EngineOptions = replace(OPTIONS, ring_bytes=_RING_BYTES, read_cache_bytes=64 << 10, map_cache_bytes=64 << 10)
 
 # A volume's content by its path; None for a pool.
 State = dict[str, bytes | None]
@@ -64,12 +65,15 @@ HISTORY: list[Operation] = [
     ["rename", "c", "a", 2],
     ["write", "c", 7 * BLOCK, 2 * BLOCK, 20, False],
     ["forget", "c"],
+    ["see"],
     ["write", "c", 30 * BLOCK, 90 * BLOCK, 22, False],
     ["write", "a", 0, 3 * BLOCK, 23, False],
     ["takeover"],
     ["write", "c", 0, MIB, 24, False],
     ["clean", "c"],
     ["reopen"],
+    ["write", "c", 5000, 3 * BLOCK, 26, False],
+    ["see"],
     ["mkdir", "q"],
     ["rename", "p", "q", 0],
     ["unlink", "a"],
@@ -126,6 +130,7 @@ class Trial:
         self.root = root
         self.control = control
         self.world: CutWorld | None = None
+        self._seen: State | None = None  # by the last operation
         self._dead: list[Any] = []  # engines whose rings must not be tidied up
 
     def open(self) -> CutWorld:
@@ -139,8 +144,10 @@ class Trial:
         """What everybody sees just now."""
         world = self.open()
         found: State = {}
-        for path, (kind, node_id, _) in view(world).items():
-            volume = world.names.volume(node_id) if kind == "volume" else None
+        for path in view(world):
+            # By name, as the kernel does: of one that could not be read before, a listing does not know the id.
+            shown = world.names.lookup(*_place(world, path.decode()))
+            volume = world.names.volume(shown.id) if shown.kind == "volume" else None
             assert volume is None or not volume.damage, volume.damage
             found[path.decode()] = None if volume is None else volume.read(0, volume.size_bytes)
         return found
@@ -150,9 +157,13 @@ class Trial:
     def do(self, operation: Operation) -> None:
         """Raises HlfsError."""
         name, *arguments = operation
-        if name in {"takeover", "reopen"}:
-            self._again(clean=name == "reopen")
-            return
+        match name:
+            case "takeover" | "reopen":
+                self._again(clean=name == "reopen")
+                return
+            case "see":
+                self._seen = self.observed()
+                return
         world = self.open()
         names = world.names
         places = [_place(world, path) for path in arguments if isinstance(path, str)]
@@ -209,9 +220,9 @@ class Trial:
 
     # --- with a call that fails -------------------------------------------------------------------------------
 
-    def with_error(self, at: int, error: int, count: int) -> None:
+    def with_error(self, at: int, error: int, count: int, kinds: int = Kinds.CHANGES) -> None:
         """Does all operations, each until it succeeds, while so many calls fail; raises AssertionError."""
-        self.control.watch(self.root)
+        self.control.watch(self.root, Kinds(kinds))
         self.control.fail(at, error, count)
         state: State = {}
         for operation in HISTORY:
@@ -225,20 +236,26 @@ class Trial:
         end_s = time.monotonic() + PATIENCE_S
         while (failure := self._failure(operation)) is not None:
             assert self.control.failed, f"{operation}: {failure}, although nothing has failed yet"
+            assert not isinstance(failure, Damaged), f"{operation}: {failure}, although it was only unreadable"
             assert time.monotonic() < end_s, f"{operation} still fails: {failure}"
-            with suppress(HlfsError):
-                found = self.observed()
-                assert found in allowed, f"after {operation} failed: {_difference(found, allowed[-1])}"
-                if found == allowed[-1] and len(allowed) > 1:
-                    return found
-            if "/.snapshots" in self.control.failed or "/.hlfs/pools/" in self.control.failed:
-                # A pool that could not be read while mounting is not looked at again before the next mount.
-                with suppress(HlfsError):
-                    self._again(clean=True)
+            found = self._observed_at_last(end_s)
+            assert found in allowed, f"after {operation} failed: {_difference(found, allowed[-1])}"
+            if found == allowed[-1] and len(allowed) > 1:
+                return found
             time.sleep(0.02)
+        assert self._seen in (None, allowed[-1]), f"{operation}: {_difference(self._seen or {}, allowed[-1])}"
         return allowed[-1]
 
+    def _observed_at_last(self, end_s: float) -> State:
+        """What is seen once the disk gives it: before that nobody knows what to do next."""
+        while True:
+            with suppress(StoreFailed):
+                return self.observed()
+            assert time.monotonic() < end_s, "what is there is still not seen"
+            time.sleep(0.02)
+
     def _failure(self, operation: Operation) -> HlfsError | None:
+        self._seen = None
         try:
             self.do(operation)
         except HlfsError as exc:
@@ -338,4 +355,4 @@ def clean_up(root: Path) -> None:
             remove_ring(ring)
 
 
-ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
+ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "short": SHORT}
