@@ -119,11 +119,17 @@ class Service:
             return
         try:
             fd = self._store.prepare_segment(volume.log_uuid, event.segno, event.header, event.allocate_bytes)
+            try:
+                size_bytes = self._store.segment_stat(volume.log_uuid, event.segno)[0]
+            except HlfsError:
+                os.close(fd)
+                self._store.remove_segment(volume.log_uuid, event.segno)
+                raise
         except HlfsError as exc:
             log.warning("%s: no new segment: %s", volume.what, exc)
             volume.native.segment_failed(event.segno, to_errno(exc))
             return
-        volume.native.supply_segment(event.segno, fd, os.fstat(fd).st_size)
+        volume.native.supply_segment(event.segno, fd, size_bytes)
 
     def _open(self, volume: Volume | None, event: "_core.Event") -> None:
         if volume is None:

@@ -43,7 +43,7 @@ def check_names(store: Store, path: bytes) -> NamesCheck:
         for node in nodes
         if isinstance(node, VolumeNode) and node.record and not _half_deleted(node, node.record, logs)
     ]
-    damage = [found for node in nodes for found in _damage_of(node)]
+    damage = [found for node in nodes for found in _damage_of(node, tree)]
     return NamesCheck(volumes, damage + (_stray_logs(store, tree) if everything else []))
 
 
@@ -62,13 +62,14 @@ def _name(node: Node) -> str:
     return printable(node.path) if node.parent is not None else f"#{node.id:016x}"
 
 
-def _damage_of(node: Node) -> list[HlfsError]:
+def _damage_of(node: Node, tree: Tree) -> list[HlfsError]:
     if isinstance(node, PoolNode):
         return [found for found in (node.damage, node.unlisted) if found is not None]
     assert isinstance(node, VolumeNode)
     if node.damage is not None:
         return [node.damage]
-    if node.parent is None and node.record is not None and node.record.state == "live":
+    lost = node.parent is None and node.record is not None and node.record.state == "live"
+    if lost and not tree.has_unread_names:
         remedy = f'to see it again, write "volume {node.id:016x}" into a file of the name it had'
         return [RecordDamaged(_name(node), "a volume lost its name", remedy)]
     return []

@@ -59,7 +59,7 @@ class Sweep:
                 self._report.damage.append(node.damage)
         elif node.record.state == "unlinked-open":
             self._sweep_unlinked(node)
-        elif node.record.state == "live" and node.parent is None:
+        elif node.record.state == "live" and node.parent is None and not self._shared.tree.has_unread_names:
             remedy = f'to see it again, write "volume {node.id:016x}" into a file of the name it had'
             self._report.damage.append(RecordDamaged(self._shared.what(node), "a volume lost its name", remedy))
 

@@ -148,6 +148,11 @@ class Tree:
         # Names that could not be understood: while there are any, no conclusion is drawn from a name's absence.
         self.damaged_names: list[HlfsError] = []
 
+    @property
+    def has_unread_names(self) -> bool:
+        """Whether a volume without a name may have one that the disk did not give."""
+        return any(not isinstance(failure, LASTING) for failure in self.damaged_names)
+
     def node(self, node_id: int) -> Node:
         """Raises StaleId."""
         node = self.by_id.get(node_id)

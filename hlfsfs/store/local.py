@@ -7,6 +7,7 @@ Safe for any number of threads: paths are constant, the kernel does the rest. On
 `Store.lock`.
 """
 
+import errno
 import os
 import stat
 import time
@@ -16,7 +17,7 @@ from uuid import uuid4
 from hlfsfs.errors import NotAStore, RecordDamaged, StoreMissing, printable
 from hlfsfs.store.base import Store, StoreSpace
 from hlfsfs.store.disk import Disk, Rename
-from hlfsfs.store.local_base import META, SUBDIRECTORIES, reading
+from hlfsfs.store.local_base import META, SUBDIRECTORIES, reading, store_error
 from hlfsfs.store.local_lock import LocalLock, take_lock
 from hlfsfs.store.local_logs import LocalLogs
 from hlfsfs.store.local_names import LocalNames
@@ -65,13 +66,26 @@ class LocalStore(LocalLogs, LocalRecords, LocalNames, LocalLock, Store):
 
 
 def find_root(path: bytes) -> bytes | None:
-    """The nearest directory at or above `path` that holds a store."""
+    """The nearest directory at or above `path` that holds a store. Raises StoreFailed where the disk does not tell."""
     while True:
-        if os.path.isdir(os.path.join(path, META)):
-            return path
+        try:
+            if _is_directory(os.path.join(path, META)):
+                return path
+        except OSError as exc:
+            # With any other error nothing is known to be there for this user.
+            if exc.errno == errno.EIO:
+                raise store_error(exc, "local://" + printable(path)) from exc
         if path == b"/":
             return None
         path = os.path.dirname(path)
+
+
+def _exists(path: bytes, disk: Disk) -> bool:
+    """Unlike os.path.exists, what the disk does not tell is an error and not a no."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        disk.stat(path)
+        return True
+    return False
 
 
 def _is_directory(path: bytes) -> bool:
@@ -101,7 +115,7 @@ def open_local(root: bytes, *, create: bool, read_only: bool, disk: Disk | None 
     with reading(uri):
         if not _is_directory(root):
             raise StoreMissing(uri)
-        if not os.path.exists(os.path.join(meta, b"store.json")):
+        if not _exists(os.path.join(meta, b"store.json"), disk):
             _require_creatable(root, uri, disk, allowed=create and not read_only)
             create_local(root, disk)
     return LocalStore(root, disk, read_only=read_only)
@@ -110,7 +124,7 @@ def open_local(root: bytes, *, create: bool, read_only: bool, disk: Disk | None 
 def _require_creatable(root: bytes, uri: str, disk: Disk, *, allowed: bool) -> None:
     meta = os.path.join(root, META)
     if any(entry.name not in _IGNORED for entry in disk.list_dir(root)):
-        if os.path.isdir(meta):
+        if _exists(meta, disk):
             raise RecordDamaged(f"{uri}: store record", "store.json is missing")
         raise NotAStore(uri, "it is a directory with other files in it; make an empty one")
     with suppress(FileNotFoundError):
@@ -143,7 +157,7 @@ def create_local(root: bytes, disk: Disk) -> None:
 
 def _write_info(disk: Disk, meta: bytes) -> None:
     path, aside = os.path.join(meta, b"store.json"), os.path.join(meta, b"tmp", b"store.json")
-    if os.path.exists(path):
+    if _exists(path, disk):
         return  # another process was faster
     with suppress(FileNotFoundError):
         disk.unlink(aside)

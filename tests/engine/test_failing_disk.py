@@ -24,10 +24,18 @@ from tests.engine.test_rings import closed, expect_data, killed, remove_rings
 
 
 class BadDisk(Disk):
-    """Fails syncs of files or directories with `bad` in their path, and removals of files with `kept` in it."""
+    """Fails syncs of files or directories with `bad` in their path, removals of files with `kept` in it, looks at those
+    with `unseen` in it.
+    """
 
     bad = b""
     kept = b""
+    unseen = b""
+
+    def stat(self, path: bytes) -> os.stat_result:
+        if self.unseen and self.unseen in path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().stat(path)
 
     def fsync(self, fd: int) -> None:
         if self.bad and self.bad in os.readlink(b"/proc/self/fd/%d" % fd):
@@ -117,6 +125,26 @@ def test_a_prepared_segment_that_could_not_be_removed(path: Path, disk: BadDisk)
         volume.write(0, b"written")
         engine.close()
         store.close()
+
+
+def test_a_prepared_segment_that_cannot_be_looked_at(path: Path, disk: BadDisk) -> None:
+    """Whoever waits for it is told, and it does not stay."""
+    store, engine, record = with_a_volume(path, disk)
+    volume = engine.attach(record)
+    disk.unseen = b".seg"
+    with pytest.raises(StoreFailed):
+        volume.write(0, b"refused")
+    disk.unseen = b""
+    assert store.list_segments(record.log_uuid) == []
+    for _ in range(100):
+        with suppress(StoreFailed):
+            volume.write(0, b"written")
+            break
+        time.sleep(0.05)
+    volume.flush()
+    assert volume.read(0, 7) == b"written"
+    engine.close()
+    store.close()
 
 
 def test_punching_where_no_footer_is(path: Path, disk: BadDisk) -> None:

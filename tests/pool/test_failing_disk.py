@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hlfsfs.errors import HlfsError, NotDurable, StoreFailed
+from hlfsfs.errors import Damaged, HlfsError, NotDurable, StoreFailed
 from hlfsfs.pool import AttributeChanges
 from hlfsfs.pool.changes import with_changes
 from hlfsfs.pool.check import check_names
@@ -266,6 +266,8 @@ def test_a_pool_that_could_not_be_read_at_first_is_read_again(tmp_path: Path, wh
     with disk.refusing(what, to_list=to_list):
         world.open()
         assert world.report.deleted == []
+        assert not [found for found in world.report.damage if isinstance(found, Damaged)]
+        assert not [found for found in check_names(world.store, b"").damage if isinstance(found, Damaged)]
         assert world.names.readdir(1)[0][0] == b"outer"
         for path in (b"outer/inner/a", b"outer/inner/b"):
             with pytest.raises(StoreFailed, match="Input/output error"):

@@ -6,12 +6,13 @@ import errno
 import itertools
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 
-from hlfsfs.errors import HlfsError, NotDurable
+from hlfsfs.errors import HlfsError, NotDurable, StoreFailed
 from hlfsfs.store.local import LocalStore, open_local
 from hlfsfs.store.local_spares import MIN_SPARE_BYTES
 from tests.store.failing_disk import FailingDisk
@@ -99,6 +100,22 @@ def test_spares_of_a_failing_disk(store: LocalStore, disk: FailingDisk, error: i
     assert each_call_fails(disk, error, store.wants_spares, lambda: None) == 2
     assert each_call_fails(disk, error, store.drop_spares, lambda: None) == 3
     assert each_call_fails(disk, error, store.sweep_tmp, lambda: None) == 1
+
+
+def test_a_store_of_which_nothing_can_be_read_is_a_store(store: LocalStore, disk: FailingDisk) -> None:
+    """Neither made anew, nor told to lack what could not be looked at."""
+    before = (Path(os.fsdecode(store.meta)) / "store.json").read_bytes()
+    store.delete_log(LOG)
+    store.close()
+
+    for at in itertools.count():
+        disk.arm(at)
+        with suppress(StoreFailed):
+            open_local(store.root, create=True, read_only=False, disk=disk).close()
+        if not disk.failed:
+            break
+    assert at >= 4
+    assert (Path(os.fsdecode(store.meta)) / "store.json").read_bytes() == before
 
 
 def test_what_was_removed_and_may_come_back(store: LocalStore, disk: FailingDisk) -> None:
