@@ -22,6 +22,7 @@ SHOWN = {
     "live_bytes": "live at its checkpoint",
     "dead_bytes": "dead",
     "pinned_bytes": "not judged yet",
+    "checkpoint_bytes": "checkpoint slots",
     "segments": "segments",
     "checkpoint_time_ns": "last checkpoint",
     "dirty_bytes": "dirty",

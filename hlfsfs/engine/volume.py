@@ -130,20 +130,23 @@ class Volume:
         """Figures for people and tools; sizes in bytes, times in nanoseconds since the epoch.
 
         The log's space, `log_allocated_bytes`, is what lives in it as the newest checkpoint says (`live_bytes`), what
-        the cleaner can give back or will two checkpoints later (`dead_bytes`), and what is dead, prepared or too young
-        to be judged in segments it may not touch yet (`pinned_bytes`). `appended_bytes` is what was written to the log
+        the cleaner can give back or will two checkpoints later (`dead_bytes`), what is dead, prepared or too young
+        to be judged in segments it may not touch yet (`pinned_bytes`), and the slots of the checkpoints
+        (`checkpoint_bytes`). `appended_bytes` is what was written to the log
         since it was attached, with what its recovery replayed.
         """
         native = self.native.stats()
         first_pinned, live_there = native.pop("first_pinned_segno"), native.pop("pinned_live_bytes")
         log_bytes = self._store.log_allocated_bytes(self.log_uuid)
+        checkpoint_bytes = self._store.checkpoint_allocated_bytes(self.log_uuid)
         pinned_bytes = max(self._allocated_bytes_from(first_pinned) - live_there, 0)
         return {
             "uuid": str(self.uuid),
             "log_uuid": str(self.log_uuid),
             "log_allocated_bytes": log_bytes,
-            "dead_bytes": max(log_bytes - native["live_bytes"] - pinned_bytes, 0),
+            "dead_bytes": max(log_bytes - native["live_bytes"] - pinned_bytes - checkpoint_bytes, 0),
             "pinned_bytes": pinned_bytes,
+            "checkpoint_bytes": checkpoint_bytes,
             "damage": self.damage,
             **native,
         }

@@ -140,6 +140,10 @@ class Store(ABC):
         """Space a log takes, checkpoint included. Raises LogDamaged when the log does not exist."""
 
     @abstractmethod
+    def checkpoint_allocated_bytes(self, log_uuid: UUID) -> int:
+        """Space its two checkpoint slots take. Raises CheckpointDamaged when they do not exist."""
+
+    @abstractmethod
     def list_segments(self, log_uuid: UUID) -> list[int]:
         """Numbers of the log's segments, ascending. Raises LogDamaged when the log does not exist."""
 

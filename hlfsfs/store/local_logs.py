@@ -66,6 +66,10 @@ class LocalLogs(LocalSpares):
                     allocated_bytes += self.disk.stat(entry.path).st_blocks * 512
             return allocated_bytes
 
+    def checkpoint_allocated_bytes(self, log_uuid: UUID) -> int:
+        with self._checkpoint(log_uuid):
+            return self.disk.stat(self._checkpoint_path(log_uuid)).st_blocks * 512
+
     def list_segments(self, log_uuid: UUID) -> list[int]:
         with self._log(log_uuid):
             names = [entry.name for entry in self.disk.list_dir(self.log_path(log_uuid))]

@@ -76,8 +76,9 @@ def test_space_is_given_back_and_told(mount: Mounted) -> None:
     assert before_bytes >= 56 * MIB
     assert after_bytes <= 32 * MIB + 2 * 8 * MIB
     stats = json.loads(hlfs("stat", mount.path / "other", "--json").stdout)
-    parts = stats["live_bytes"] + stats["dead_bytes"] + stats["pinned_bytes"]
-    assert parts == stats["log_allocated_bytes"]
+    names = ("live_bytes", "dead_bytes", "pinned_bytes", "checkpoint_bytes")
+    assert sum(stats[name] for name in names) == stats["log_allocated_bytes"]
+    assert stats["checkpoint_bytes"] == 128 << 10
     assert stats["live_bytes"] >= 16 * MIB
     assert stats["dead_bytes"] < MIB
     (line,) = hlfs("clean", mount.path / "other", "--dry-run").stdout.splitlines()

@@ -130,6 +130,7 @@ def test_log_begins_with_zeroed_slots_and_no_segment(store: Store, log: UUID) ->
     assert store.list_segments(log) == []
     assert store.list_logs() == [log]
     assert 0 < store.log_allocated_bytes(log) <= 2 * CHECKPOINT_SLOT_BYTES + 8192
+    assert 0 < store.checkpoint_allocated_bytes(log) <= store.log_allocated_bytes(log)
 
 
 def test_log_exists_once(store: Store, log: UUID) -> None:
@@ -253,6 +254,8 @@ def test_missing_log_is_damage(store: Store, use: Callable[[Store, UUID], object
 def test_missing_checkpoint_is_damage(store: Store) -> None:
     with pytest.raises(errors.CheckpointDamaged):
         store.read_checkpoint_slots(uuid4())
+    with pytest.raises(errors.CheckpointDamaged):
+        store.checkpoint_allocated_bytes(uuid4())
     with pytest.raises(errors.CheckpointDamaged):
         store.write_checkpoint_slot(uuid4(), 0, b"")
 
