@@ -72,10 +72,21 @@ void Volume::load_node_waiting(Pointer pointer, Node& out) {
         fd = segment->fd;
     }
     std::byte* buffer = core_.buffers().take(kBlockBytes);
-    const ssize_t got = pread(fd->get(), buffer, kBlockBytes,
-                              static_cast<off_t>(pointer_slot(pointer)) * static_cast<off_t>(kBlockBytes));
-    const bool good =
-        got == static_cast<ssize_t>(kBlockBytes) && (crc32c_block(buffer) & kCheckMask) == pointer_check(pointer);
+    const off_t at = static_cast<off_t>(pointer_slot(pointer)) * static_cast<off_t>(kBlockBytes);
+    std::size_t done = 0;
+    while (done < kBlockBytes) {
+        const ssize_t got = pread(fd->get(), buffer + done, kBlockBytes - done, at + static_cast<off_t>(done));
+        if (got < 0) {
+            // Not known to be damaged: the disk may give it the next time.
+            const int error = errno;
+            core_.buffers().give(buffer, kBlockBytes);
+            throw std::system_error(error, std::generic_category(), "reading a map node");
+        }
+        if (got == 0)
+            break;
+        done += static_cast<std::size_t>(got);
+    }
+    const bool good = done == kBlockBytes && (crc32c_block(buffer) & kCheckMask) == pointer_check(pointer);
     if (good) {
         core_.map_cache().put(address, buffer);
         std::memcpy(out.data(), buffer, sizeof out);

@@ -32,6 +32,8 @@ std::span<const std::byte> WindowReader::at(std::uint32_t slot, std::uint32_t co
     if (slot < window_slot_ || slot + count > window_slot_ + window_blocks_) {
         const auto want =
             static_cast<std::uint32_t>(std::min<std::uint64_t>(window_bytes_ / kBlockBytes, blocks_ - slot));
+        // What stands there is overwritten, whether all of it can be read or not.
+        window_blocks_ = 0;
         std::size_t done = 0;
         while (done < std::size_t{want} * kBlockBytes) {
             const ssize_t got =

@@ -115,7 +115,7 @@ def test_some_call_fails(calling: Worker, base: Path, calls: int, seed: int) -> 
 
 
 def test_some_look_fails(calling: Worker, base: Path, looks: int, seed: int) -> None:
-    sweep_errors(calling, base, looks, seed, 2 * SHARE, kinds=Kinds.LOOKS)
+    sweep_errors(calling, base, looks, seed, SHARE, kinds=Kinds.LOOKS)
 
 
 def test_some_call_is_the_last(calling: Worker, base: Path, calls: int, seed: int) -> None:
