@@ -387,6 +387,7 @@ std::uint64_t Volume::move_live(const Survey& survey, int fd) {
             if (base_generation_ == survey.base_generation) {
                 overlay_.touch(block.block << (kNodeShift * block.level));
                 ++publishes_;
+                ++moved;
             }
             continue;
         }

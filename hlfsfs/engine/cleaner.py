@@ -66,6 +66,14 @@ class CleanReport:
     freed_bytes: int = 0
     moved_bytes: int = 0
 
+    def add(self, more: "CleanReport") -> None:
+        """Counts another round over the same volume."""
+        self.segments = max(self.segments, more.segments)
+        self.dead_bytes += more.dead_bytes
+        self.removed_segments += more.removed_segments
+        self.freed_bytes += more.freed_bytes
+        self.moved_bytes += more.moved_bytes
+
 
 @dataclass(frozen=True)
 class _Seen:

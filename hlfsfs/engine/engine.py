@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # When there is no room for a write, so much more is freed at once: making room again costs another checkpoint.
 MORE_ROOM_BYTES = 256 << 20
+# Cleaning on demand goes on as long as it moves something; under a guest's writes there may always be more.
+MAX_CLEAN_ROUNDS = 5
 
 
 class Engine:
@@ -316,22 +318,17 @@ class Engine:
         """
         with self._cleaner.on_demand(volume.id):
             volume.flush()
-            log_bytes = self._store.log_allocated_bytes(volume.log_uuid)
-            written = self._checkpoint_twice(volume)
-            report = self._cleaner.clean(volume, dry_run=dry_run, progress=progress)
-            report.log_bytes = log_bytes
-            if dry_run:
-                return report
-            if not written and not report.freed_bytes:
-                raise NoSpace(volume.what)
-            if report.moved_bytes or not written:
-                # What was moved has an old place to go once both checkpoints know the new one; and what was freed has
-                # made room for the checkpoint that could not be written.
-                self._checkpoint_twice(volume)
-                again = self._cleaner.clean(volume, progress=progress)
-                report.freed_bytes += again.freed_bytes
-                report.removed_segments += again.removed_segments
-                report.moved_bytes += again.moved_bytes
+            report = CleanReport(log_bytes=self._store.log_allocated_bytes(volume.log_uuid))
+            for _ in range(MAX_CLEAN_ROUNDS):
+                written = self._checkpoint_twice(volume)
+                done = self._cleaner.clean(volume, dry_run=dry_run, progress=progress)
+                if not written and not done.freed_bytes and not report.freed_bytes:
+                    raise NoSpace(volume.what)
+                report.add(done)
+                # What was moved has an old place to go once both checkpoints know the new one, and lies behind what
+                # could not be judged yet; what was freed has made room for a checkpoint that could not be written.
+                if dry_run or not (done.moved_bytes or (done.freed_bytes and not written)):
+                    break
         return report
 
     def _checkpoint_twice(self, volume: Volume) -> bool:

@@ -36,7 +36,7 @@ class CleanState:
     Attributes:
         running: it is under way.
         dry_run: it only looks.
-        done_segments, total_segments: how far it is; it may begin again once.
+        done_segments, total_segments: how far it is; it may begin again a few times.
         report: of a run that succeeded.
         error, errno: why it failed.
     """

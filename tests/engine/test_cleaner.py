@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,6 +127,42 @@ def test_cleaning_on_demand(world: World) -> None:
     world.overwrite_at_random(1)
     world.reopen()
     expect_sound(world)
+
+
+def mostly_dead_at_its_end(world: World) -> None:
+    """Where the replay starts little is left, and that can be judged once what lives before it was moved behind it."""
+    world.fill()
+    for block in range(0, 5120, 64):
+        world.volume.punch((block + 10) * BLOCK, 54 * BLOCK)
+    for block in range(5120, 6016, 128):
+        world.write(block, 128)
+    world.volume.punch(5200 * BLOCK, 900 * BLOCK)
+    world.volume.flush()
+
+
+def nodes_alone(world: World) -> None:
+    """A segment in which only nodes of the map live."""
+    world.fill()
+    world.engine.detach(world.record.id)
+    world.volume = world.engine.attach(world.record)
+    for block in (5000, 5600):
+        world.volume.punch(block * BLOCK, BLOCK)
+    world.write(0, 256)
+    world.engine.checkpoint(world.volume)
+    for _ in range(4):
+        world.write(0, 256)
+        world.write(256, 256)
+    world.volume.flush()
+
+
+@pytest.mark.parametrize("history", [mostly_dead_at_its_end, nodes_alone])
+def test_one_run_finds_all_there_is(world: World, history: Callable[[World], None]) -> None:
+    history(world)
+    world.engine.clean(world.volume)
+    once_bytes = world.log_bytes()
+    again = world.engine.clean(world.volume)
+    assert (again.removed_segments, again.moved_bytes) == (0, 0)
+    assert once_bytes - world.log_bytes() <= 16 * BLOCK
 
 
 def test_discarded_space_comes_back(world: World) -> None:
