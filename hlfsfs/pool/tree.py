@@ -228,10 +228,10 @@ class Tree:
                 node = self._nothing(failure)
             case "volume":
                 node = self._named_volume(path, entry.id)
-            case "pool" if entry.id in self.by_id:
-                node = self._damaged(path, "it is a copy of another pool")
-            case "pool":
+            case "pool" if record is not None and entry.id not in self.by_id:
                 node = _pool_node(entry.id, record)
+            case "pool":
+                node = self._damaged(path, "it is a copy of another pool")
             case _:
                 node = self._damaged(path, "it names no volume or pool")
         self.attach(node, pool, entry.name)
@@ -361,8 +361,9 @@ def _unread(node: Node) -> bool:
 
 
 def read_pools(store: Store, path: bytes) -> list[FoundPool]:
-    """Reads all names at and below a pool, each pool before those in it."""
+    """Reads all names at and below a pool, each pool before those in it; of copies of a pool only the first."""
     found: list[FoundPool] = []
+    seen: set[int] = set()
     paths = [path]
     while paths:
         path = paths.pop()
@@ -371,7 +372,11 @@ def read_pools(store: Store, path: bytes) -> list[FoundPool]:
         except HlfsError as exc:
             found.append(FoundPool(path, [], {}, exc))
             continue
-        inner = [entry for entry in entries if entry.kind == "pool"]
+        inner = []
+        for entry in entries:
+            if entry.kind == "pool" and entry.id not in seen:
+                seen.add(entry.id)
+                inner.append(entry)
         found.append(FoundPool(path, entries, {entry.id: _read_pool_record(store, entry.id) for entry in inner}))
         paths.extend(b"/".join(filter(None, (path, entry.name))) for entry in inner)
     return found
@@ -384,7 +389,7 @@ def _read_pool_record(store: Store, pool_id: int) -> PoolRecord | HlfsError:
         return exc
 
 
-def _pool_node(pool_id: int, record: PoolRecord | HlfsError | None) -> PoolNode:
+def _pool_node(pool_id: int, record: PoolRecord | HlfsError) -> PoolNode:
     if isinstance(record, PoolRecord):
         return PoolNode(pool_id, record=record)
     stand_in = PoolRecord(uuid=UUID(int=0), id=pool_id, mode=0o700, uid=0, gid=0)
