@@ -25,12 +25,17 @@ from tests.engine.test_rings import closed, expect_data, killed, remove_rings
 
 class BadDisk(Disk):
     """Fails syncs of files or directories with `bad` in their path, removals of files with `kept` in it, looks at those
-    with `unseen` in it.
+    with `unseen` in it, reads from those with `unreadable` in it when they were opened.
     """
 
     bad = b""
     kept = b""
     unseen = b""
+    unreadable = b""
+
+    def open(self, path: bytes, flags: int) -> int:
+        # What reads from a directory fails.
+        return super().open(os.path.dirname(path) if self.unreadable and self.unreadable in path else path, flags)
 
     def stat(self, path: bytes) -> os.stat_result:
         if self.unseen and self.unseen in path:
@@ -145,6 +150,28 @@ def test_a_prepared_segment_that_cannot_be_looked_at(path: Path, disk: BadDisk) 
     assert volume.read(0, 7) == b"written"
     engine.close()
     store.close()
+
+
+def test_a_map_node_that_cannot_be_read_is_not_damaged(path: Path, disk: BadDisk) -> None:
+    store, engine, record = with_a_volume(path, disk)
+    volume = engine.attach(record)
+    content = os.urandom(64 * 4096)
+    volume.write(0, content)
+    engine.detach(record.id)
+    volume = engine.attach(record)
+    volume.write(0, content[:4096])
+    disk.unreadable = b".seg"
+    # It wants the leaf that the last one wrote.
+    with pytest.raises(StoreFailed):
+        engine.checkpoint(volume)
+    disk.unreadable = b""
+    ended(engine)
+    store.close()
+    engine = Engine(opened(path, disk), QUIET)
+    volume = engine.attach(record)
+    engine.checkpoint(volume)
+    assert volume.read(0, len(content)) == content
+    engine.close()
 
 
 def test_punching_where_no_footer_is(path: Path, disk: BadDisk) -> None:
