@@ -31,7 +31,7 @@ class EventKind(enum.Enum):
     CHECKPOINT_DUE = 3
     DISCARD_SEGMENT = 4
     LOG_FAILED = 5
-    DAMAGE = 6
+    BAD_READ = 6
     MAKE_ROOM = 7
 
 class Event:

@@ -218,7 +218,7 @@ void bind_core(nb::module_& m) {
         .value("CHECKPOINT_DUE", EventKind::checkpoint_due)
         .value("DISCARD_SEGMENT", EventKind::discard_segment)
         .value("LOG_FAILED", EventKind::log_failed)
-        .value("DAMAGE", EventKind::damage)
+        .value("BAD_READ", EventKind::bad_read)
         .value("MAKE_ROOM", EventKind::make_room);
     nb::class_<Event>(m, "Event")
         .def_ro("kind", &Event::kind)

@@ -93,7 +93,7 @@ void Volume::load_node_waiting(Pointer pointer, Node& out) {
     }
     core_.buffers().give(buffer, kBlockBytes);
     if (!good) {
-        report_damage(segment, pointer_slot(pointer));
+        report_bad_read(segment, pointer_slot(pointer), 0);
         throw FormatError("map node damaged");
     }
 }

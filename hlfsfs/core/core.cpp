@@ -120,17 +120,17 @@ std::optional<Event> Core::next_event(int timeout_ms) {
         return std::nullopt;
     Event event = std::move(events_.front());
     events_.pop_front();
-    damage_events_ -= event.kind == EventKind::damage ? 1 : 0;
+    bad_read_events_ -= event.kind == EventKind::bad_read ? 1 : 0;
     return event;
 }
 
 void Core::post(Event event) noexcept {
     {
         const std::lock_guard lock(event_mutex_);
-        if (event.kind == EventKind::damage) {
-            if (damage_events_ == kMaxDamageEvents)
+        if (event.kind == EventKind::bad_read) {
+            if (bad_read_events_ == kMaxBadReadEvents)
                 return;
-            ++damage_events_;
+            ++bad_read_events_;
         }
         events_.push_back(std::move(event));
     }

@@ -44,7 +44,7 @@ enum class EventKind : int {
     checkpoint_due = 3,
     discard_segment = 4,  // a prepared segment that will not be used
     log_failed = 5,       // a write or fdatasync failed with `error`; the volume goes on in a new epoch
-    damage = 6,           // a stored block at `segno`, `slot` is not what its pointer says
+    bad_read = 6,         // a block at `segno`, `slot` could not be read (`error`), or is not what its pointer says (0)
     make_room = 7,        // less than `allocate_bytes` are left: clean, then Volume::room_made
 };
 
@@ -84,7 +84,7 @@ class Core final : public VolumeTable {
     std::optional<Event> next_event(int timeout_ms);
     // So many reports of damage wait at most; more are dropped: whoever reads damaged blocks again and again must not
     // fill the memory with them.
-    static constexpr std::size_t kMaxDamageEvents = 64;
+    static constexpr std::size_t kMaxBadReadEvents = 64;
     // next_event() answers at once from here on.
     void stop_events() noexcept;
     // Ends workers and timer. Volumes must be idle; pending events are dropped.
@@ -162,7 +162,7 @@ class Core final : public VolumeTable {
     std::mutex event_mutex_;  // guards events_ and events_stopped_
     std::condition_variable event_arrived_;
     std::deque<Event> events_;
-    std::size_t damage_events_ = 0;  // of them
+    std::size_t bad_read_events_ = 0;  // of them
     bool events_stopped_ = false;
 };
 

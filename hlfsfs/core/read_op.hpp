@@ -35,6 +35,7 @@ struct ReadOp {
     struct Run {
         ReadRequest request;
         std::shared_ptr<SharedFd> fd;
+        const Segment* segment = nullptr;
     };
     std::vector<Run> runs;
     std::atomic<std::uint32_t> pending{0};

@@ -310,7 +310,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void load_missing(Lock& lock, const Missing& missing, ReadOp* op) noexcept;
     void finish_read(ReadOp* op) noexcept;
     [[nodiscard]] BlockVersion version_of(std::uint64_t block) const;
-    void report_damage(Segment* segment, std::uint32_t slot) noexcept;
+    // error: what the disk said; 0: it gave something else than the map says.
+    void report_bad_read(const Segment* segment, std::uint32_t slot, int error) noexcept;
     static void node_read_done(ReadRequest* request, std::int32_t result) noexcept;
     static void data_read_done(ReadRequest* request, std::int32_t result) noexcept;
     std::shared_ptr<SharedFd> descriptor_of(Segment* segment, ReadOp* waiter);

@@ -316,6 +316,7 @@ void Volume::start_read(ReadOp* op, bool may_wait) noexcept {
             continue;
         }
         ReadOp::Run run;
+        run.segment = source.from.segment;
         run.fd = source.from.segment->fd;
         run.request.fd = run.fd->get();
         run.request.offset = std::uint64_t{source.slot} * kBlockBytes;
@@ -353,8 +354,13 @@ void Volume::start_read(ReadOp* op, bool may_wait) noexcept {
 
 void Volume::data_read_done(ReadRequest* request, std::int32_t result) noexcept {
     auto* op = static_cast<ReadOp*>(request->context);
-    if (result != static_cast<std::int32_t>(request->size_bytes))
+    if (result != static_cast<std::int32_t>(request->size_bytes)) {
         op->error = EIO;
+        const auto run = std::find_if(op->runs.begin(), op->runs.end(),
+                                      [request](const ReadOp::Run& other) { return &other.request == request; });
+        op->volume->report_bad_read(run->segment, static_cast<std::uint32_t>(request->offset / kBlockBytes),
+                                    result < 0 ? -result : EIO);
+    }
     if (op->pending.fetch_sub(1, std::memory_order_acq_rel) == 1)
         op->volume->finish_read(op);
 }
@@ -392,9 +398,10 @@ void Volume::node_read_done(ReadRequest* request, std::int32_t result) noexcept 
     auto* op = static_cast<ReadOp*>(request->context);
     const std::shared_ptr<Volume> self = op->volume;
     Volume& volume = *self;
+    // What the disk did not give says nothing of what stands there.
     const bool whole = result == static_cast<std::int32_t>(kBlockBytes);
     if (!whole || (crc32c_block(op->node_buffer) & kCheckMask) != pointer_check(op->node)) {
-        volume.report_damage(op->node_segment, pointer_slot(op->node));
+        volume.report_bad_read(op->node_segment, pointer_slot(op->node), whole ? 0 : result < 0 ? -result : EIO);
         op->error = EIO;
         volume.finish_read(op);
         return;
@@ -403,10 +410,12 @@ void Volume::node_read_done(ReadRequest* request, std::int32_t result) noexcept 
     volume.start_read(op);
 }
 
-void Volume::report_damage(Segment* segment, std::uint32_t slot) noexcept {
-    damaged_blocks_.fetch_add(1, std::memory_order_relaxed);
+void Volume::report_bad_read(const Segment* segment, std::uint32_t slot, int error) noexcept {
+    if (error == 0)
+        damaged_blocks_.fetch_add(1, std::memory_order_relaxed);
     Event event;
-    event.kind = EventKind::damage;
+    event.kind = EventKind::bad_read;
+    event.error = error;
     event.volume_id = config_.id;
     event.segno = segment->identity.segno;
     event.slot = slot;
@@ -421,7 +430,7 @@ void Volume::finish_read(ReadOp* op) noexcept {
         if (source.kind != SourceKind::stored)
             continue;
         if (((crc32c_block(op->buffer + std::size_t{i} * kBlockBytes) ^ source.crc) & source.mask) != 0) {
-            report_damage(source.from.segment, source.slot);
+            report_bad_read(source.from.segment, source.slot, 0);
             op->error = EIO;
         }
     }

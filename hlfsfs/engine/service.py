@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hlfsfs import _core
-from hlfsfs.engine.damage import DamageLog
+from hlfsfs.engine.bad_reads import BadReadLog
 from hlfsfs.engine.volume import Volume
 from hlfsfs.errors import HlfsError, to_errno
 from hlfsfs.store import Store
@@ -50,7 +50,7 @@ class Service:
         self._make_room = make_room
         self._stopping = threading.Event()
         self._due: queue.SimpleQueue[_Due | None] = queue.SimpleQueue()
-        self._damage = DamageLog()
+        self._bad_reads = BadReadLog()
         self._threads: list[threading.Thread] = []
         self._core: _core.Core | None = None
 
@@ -76,12 +76,12 @@ class Service:
             self._due.put(None)
         for thread in self._threads:
             thread.join()
-        self._damage.tell_waiting(all_of_it=True)
+        self._bad_reads.tell_waiting(all_of_it=True)
 
     def _serve(self, core: "_core.Core") -> None:
         while not self._stopping.is_set():
             event = core.next_event(POLL_MS)
-            self._damage.tell_waiting()
+            self._bad_reads.tell_waiting()
             if event is None:
                 continue
             try:
@@ -111,8 +111,8 @@ class Service:
                     event.segno,
                     os.strerror(event.error),
                 )
-            case _core.EventKind.DAMAGE:
-                self._damage.add(event.volume_id, event.segno, event.slot)
+            case _core.EventKind.BAD_READ:
+                self._bad_reads.add(event.volume_id, event.segno, event.slot, event.error)
 
     def _prepare(self, volume: Volume | None, event: "_core.Event") -> None:
         if volume is None:

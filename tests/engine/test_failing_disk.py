@@ -199,3 +199,20 @@ def test_punching_where_no_footer_is(path: Path, disk: BadDisk) -> None:
     assert engine.attach(record).read(0, 256 * 4096) == content
     engine.close()
     store.close()
+
+
+def test_a_read_that_fails_is_not_told_as_damage(path: Path, disk: BadDisk, caplog: pytest.LogCaptureFixture) -> None:
+    store, engine, record = with_a_volume(path, disk)
+    volume = engine.attach(record)
+    volume.write(0, os.urandom(64 * 4096))
+    engine.detach(record.id)
+    volume = engine.attach(record)
+    disk.unreadable = b".seg"
+    with pytest.raises(StoreFailed):
+        volume.read(0, 4096)
+    disk.unreadable = b""
+    assert volume.stats()["damaged_blocks"] == 0
+    engine.close()
+    store.close()
+    assert [message for message in caplog.messages if "could not be read" in message]
+    assert not [message for message in caplog.messages if "damaged" in message]

@@ -283,7 +283,7 @@ void Host::answer(const Event& event) {
         case EventKind::make_room:
             volume->room_made(false);
             return;
-        case EventKind::damage: {
+        case EventKind::bad_read: {
             const std::lock_guard lock(mutex_);
             damage_.push_back(event);
             return;

@@ -23,13 +23,13 @@ TEST_CASE("reports of damage that nobody takes do not pile up, and others are no
     };
     for (int round = 0; round < 2; ++round) {
         for (int i = 0; i < 100'000; ++i)
-            post(EventKind::damage);
+            post(EventKind::bad_read);
         post(EventKind::checkpoint_due);
         std::size_t damage = 0;
         std::size_t others = 0;
         while (const auto event = core.next_event(0))
-            ++(event->kind == EventKind::damage ? damage : others);
-        REQUIRE(damage == Core::kMaxDamageEvents);
+            ++(event->kind == EventKind::bad_read ? damage : others);
+        REQUIRE(damage == Core::kMaxBadReadEvents);
         REQUIRE(others == 1);
     }
 }

@@ -292,15 +292,22 @@ EXPORT int fstatvfs(int fd, struct statvfs* found) {
     return fd_fails(LOOK, "statvfs", fd) ? -1 : next(fd, found);
 }
 
-// Reads of the core are seen only where they are calls of its own, so while looks fail the kernel refuses io_uring.
-EXPORT int io_uring_queue_init(unsigned entries, void* ring, unsigned flags) {
-    static int (*next)(unsigned, void*, unsigned);
-    if (counted(LOOK))
-        return -EPERM;
-    // Python loads the library for the core alone, so it is not among those that follow this one.
+// Reads of the core are seen only where they are calls of its own, so while looks fail the kernel refuses io_setup(2).
+EXPORT long syscall(long number, ...) {
+    static long (*next)(long, ...);
+    if (number == SYS_io_setup && counted(LOOK)) {
+        errno = EPERM;
+        return -1;
+    }
     if (next == NULL)
-        *(void**)&next = dlsym(dlopen("liburing.so.2", RTLD_NOW), "io_uring_queue_init");
-    return next(entries, ring, flags);
+        *(void**)&next = dlsym(RTLD_NEXT, "syscall");
+    va_list arguments;
+    va_start(arguments, number);
+    long values[6];
+    for (int i = 0; i < 6; ++i)
+        values[i] = va_arg(arguments, long);
+    va_end(arguments);
+    return next(number, values[0], values[1], values[2], values[3], values[4], values[5]);
 }
 
 // The same calls under their other names, which is what Python and large-file builds use.

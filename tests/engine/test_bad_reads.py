@@ -1,13 +1,14 @@
-"""Reads of damaged blocks reach the log, and do not fill it."""
+"""Reads that fail reach the log, and do not fill it."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 
 import pytest
 
-from hlfsfs.engine.damage import QUIET_S, DamageLog
+from hlfsfs.engine.bad_reads import QUIET_S, BadReadLog
 
 
 @pytest.fixture
@@ -19,10 +20,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_thousand_reads_are_two_lines(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    told = DamageLog()
+    told = BadReadLog()
     with caplog.at_level(logging.ERROR):
         for slot in range(1000):
-            told.add(7, 3, slot)
+            told.add(7, 3, slot, 0)
             told.tell_waiting()
             clock[0] += QUIET_S / 2000
         assert caplog.messages == [
@@ -37,13 +38,13 @@ def test_a_thousand_reads_are_two_lines(clock: list[float], caplog: pytest.LogCa
 
 
 def test_each_volume_is_told_of_at_once(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    told = DamageLog()
+    told = BadReadLog()
     for volume_id in (7, 8, 7):
-        told.add(volume_id, 3, 4)
+        told.add(volume_id, 3, 4, 0)
     assert [message.split(":")[0][-1] for message in caplog.messages] == ["7", "8"]
     clock[0] += 2 * QUIET_S
     # Nothing was asked for meanwhile: this one tells of both.
-    told.add(7, 3, 5)
+    told.add(7, 3, 5, 0)
     assert "block 5" in caplog.messages[2]
     assert "last of 2 such reads" in caplog.messages[2]
 
@@ -51,11 +52,18 @@ def test_each_volume_is_told_of_at_once(clock: list[float], caplog: pytest.LogCa
 def test_the_end_tells_what_waits_and_nothing_is_remembered(
     clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = DamageLog()
-    told.add(7, 3, 4)
-    told.add(7, 3, 5)
+    told = BadReadLog()
+    told.add(7, 3, 4, 0)
+    told.add(7, 3, 5, 0)
     told.tell_waiting(all_of_it=True)
     assert len(caplog.messages) == 2
     clock[0] += 2 * QUIET_S
     told.tell_waiting()
     assert told._told == {}
+
+
+def test_what_the_disk_did_not_give_is_not_called_damaged(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    BadReadLog().add(7, 3, 4, errno.EIO)
+    (line,) = caplog.messages
+    assert line.startswith("volume 0000000000000007: segment 00000003, block 4 could not be read: Input/output error")
+    assert "damaged" not in line

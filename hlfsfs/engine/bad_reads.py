@@ -1,6 +1,7 @@
-"""Lines in the log about damaged blocks that somebody read: a few, however many reads there are."""
+"""Lines in the log about reads of the store that failed: a few, however many there are."""
 
 import logging
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -19,26 +20,27 @@ class _Told:
     waiting: int = 0
     segno: int = 0
     slot: int = 0
+    error: int = 0
 
 
-class DamageLog:
+class BadReadLog:
     """At most one line for each volume in QUIET_S. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._told: dict[int, _Told] = {}
 
-    def add(self, volume_id: int, segno: int, slot: int) -> None:
-        """A block of a volume's log was read and is damaged."""
+    def add(self, volume_id: int, segno: int, slot: int, error: int) -> None:
+        """A block of a volume's log could not be read (`error`, an errno), or is damaged (0)."""
         now_s = time.monotonic()
         with self._lock:
             told = self._told.get(volume_id)
             if told is not None and now_s < told.until_s:
-                told.waiting, told.segno, told.slot = told.waiting + 1, segno, slot
+                told.waiting, told.segno, told.slot, told.error = told.waiting + 1, segno, slot, error
                 return
             waiting = told.waiting if told is not None else 0
             self._told[volume_id] = _Told(now_s + QUIET_S)
-        _tell(volume_id, segno, slot, waiting + 1)
+        _tell(volume_id, segno, slot, error, waiting + 1)
 
     def tell_waiting(self, *, all_of_it: bool = False) -> None:
         """Tells what has waited long enough, or everything."""
@@ -52,15 +54,13 @@ class DamageLog:
                 elif now_s >= told.until_s:
                     del self._told[volume_id]
         for volume_id, told in due:
-            _tell(volume_id, told.segno, told.slot, told.waiting)
+            _tell(volume_id, told.segno, told.slot, told.error, told.waiting)
 
 
-def _tell(volume_id: int, segno: int, slot: int, reads: int) -> None:
+def _tell(volume_id: int, segno: int, slot: int, error: int, reads: int) -> None:
     times = "" if reads == 1 else f" (the last of {reads} such reads)"
-    log.error(
-        "volume %016x: segment %08x, block %d is damaged and reads as an I/O error%s; run hlfs check",
-        volume_id,
-        segno,
-        slot,
-        times,
-    )
+    if error:
+        what = f"could not be read: {os.strerror(error)}{times}; the disk below the store fails, see the kernel's log"
+    else:
+        what = f"is damaged and reads as an I/O error{times}; run hlfs check"
+    log.error("volume %016x: segment %08x, block %d %s", volume_id, segno, slot, what)
