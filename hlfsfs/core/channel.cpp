@@ -23,6 +23,8 @@ namespace {
 
 // A whole WRITE, the longest there is but for a batch of forgets, which takes what it finds.
 constexpr std::uint32_t kReadPages = kMaxRequestPages;
+// And what such a WRITE touches where it does not begin with a block.
+constexpr std::uint32_t kReservedPages = kReadPages + 1;
 
 std::uint32_t pages_left(const RunCursor& cursor) noexcept {
     return cursor.extent == kNoExtent ? 0 : kExtentPages - cursor.next_page;
@@ -183,12 +185,12 @@ void Channel::run_reader(Reader& reader) noexcept {
     reader.done.store(true);
 }
 
-// Memory for a whole request at the cursor, or what its extent has left and the rest in the next. False: stopping.
+// Memory for any request at the cursor, or what its extent has left and the rest in the next. False: stopping.
 bool Channel::prepare_pages(Reader& reader) noexcept {
-    if (pages_left(reader.cursor) >= kReadPages) {
+    if (pages_left(reader.cursor) >= kReservedPages) {
         return true;
     }
-    if (pages_left(reader.cursor) > 0 && ring_.reserve(reader.next, kReadPages)) {
+    if (pages_left(reader.cursor) > 0 && ring_.reserve(reader.next, kReservedPages)) {
         return true;
     }
     if (pages_left(reader.cursor) == 0 && reader.next.extent != kNoExtent) {
@@ -198,7 +200,7 @@ bool Channel::prepare_pages(Reader& reader) noexcept {
     }
     // With one extent for each reader and no more, whoever wants a second must give up its first.
     ring_.abandon(reader.next);
-    while (!ring_.reserve(reader.cursor, kReadPages)) {
+    while (!ring_.reserve(reader.cursor, kReservedPages)) {
         if (stopping_.load(std::memory_order_relaxed)) {
             return false;
         }
@@ -214,11 +216,11 @@ Slot* Channel::prepare_slot(Reader& reader) noexcept {
     }
     Slot* const slot = ring_.acquire_slot();
     std::memset(slot->header, 0, sizeof slot->header);
-    const std::uint32_t here = std::min(pages_left(reader.cursor), kReadPages);
+    const std::uint32_t here = std::min(pages_left(reader.cursor), kReservedPages);
     list_pages(*slot, 0, page_at(reader.cursor), here);
-    if (here < kReadPages) {
+    if (here < kReservedPages) {
         // Not from its start: what stands here can then be put before it.
-        list_pages(*slot, here, page_at(reader.next) + here, kReadPages - here);
+        list_pages(*slot, here, page_at(reader.next) + here, kReservedPages - here);
     }
     slot->page_count = kReadPages;
     slot->length_bytes = 0;
@@ -230,7 +232,7 @@ Slot* Channel::prepare_slot(Reader& reader) noexcept {
     return slot;
 }
 
-// The pages that hold what was read beyond the slot's header, in one run, and no longer the reader's.
+// So many pages, which hold what was read beyond the slot's header, in one run, and no longer the reader's.
 PageRun Channel::take_payload(Reader& reader, Slot& slot, std::uint32_t pages) noexcept {
     const std::uint32_t here = pages_left(reader.cursor);
     if (pages > here) {
@@ -296,7 +298,10 @@ Request& Channel::accept(Reader& reader, Slot& slot, std::size_t length_bytes) n
     request.length_bytes = static_cast<std::uint32_t>(length_bytes);
     request.sent = 0;
     request.active.store(true, std::memory_order_relaxed);
-    const std::size_t in_pages = length_bytes > kRequestHeaderBytes ? length_bytes - kRequestHeaderBytes : 0;
+    std::size_t in_pages = length_bytes > kRequestHeaderBytes ? length_bytes - kRequestHeaderBytes : 0;
+    if (header.opcode == FUSE_WRITE && in_pages > 0) {
+        in_pages += wire::arguments<fuse_write_in>(slot).offset % kBlockBytes;
+    }
     const auto pages = static_cast<std::uint32_t>((in_pages + kBlockBytes - 1) / kBlockBytes);
     request.payload = take_payload(reader, slot, pages);
     slot.page_count = pages;

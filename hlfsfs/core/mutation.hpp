@@ -60,7 +60,7 @@ struct Mutation {
     // old: the block's content, nullptr where it could not be read.
     void edge_loaded(int index, const std::byte* old, bool hole) noexcept;
     bool failed = false;
-    bool unstarted = false;  // waits for pages to lay its payload out in
+    bool unstarted = false;  // waits for pages to merge its partial blocks in
 };
 
 }  // namespace hlfs

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cassert>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -150,11 +151,11 @@ void Volume::park(Mutation* mutation) {
     wake();
 }
 
-// No memory to lay it out in: it starts again when pages come free, at the latest at the next tick.
+// No memory to merge partial blocks in: it starts again when pages come free, at the latest at the next tick.
 void Volume::wait_for_pages(Mutation* mutation) noexcept {
     const Lock lock(mutex_);
     for (Mutation::Edge& edge : mutation->edges) {
-        if (mutation->kind != Mutation::Kind::write && edge.page != kNoPage)
+        if (edge.page != kNoPage)
             core_.ring().free_page(edge.page);
         edge = {};
     }
@@ -166,7 +167,7 @@ void Volume::wait_for_pages(Mutation* mutation) noexcept {
     }
 }
 
-// Lays out which blocks are touched, gets pages where more are needed, and begins to load what partial blocks hold.
+// Lays out which blocks are touched, gets pages for partial ones that came without, and begins to load what they hold.
 void Volume::start(Mutation* mutation) noexcept {
     Mutation& m = *mutation;
     Ring& ring = core_.ring();
@@ -194,17 +195,12 @@ void Volume::start(Mutation* mutation) noexcept {
 
     if (m.kind == Mutation::Kind::write) {
         const auto blocks = static_cast<std::uint32_t>(last - first + 1);
-        if (head_from != 0) {
-            // The payload stands at the start of its pages; it has to stand where it falls in its blocks.
-            const auto run = core_.take_pages(blocks);
-            if (!run) {
-                wait_for_pages(mutation);
-                return;
-            }
-            std::memcpy(ring.page(run->first) + head_from, ring.page(m.payload.first), m.size_bytes);
-            ring.free_pages(m.payload);
-            m.payload = *run;
-        } else if (m.payload.count > blocks) {
+        assert(m.payload.count >= blocks);
+        // It has to stand where it falls in its blocks. In place: who holds memory and waits for more may wait for
+        // others that do the same.
+        if (head_from != 0)
+            std::memmove(ring.page(m.payload.first) + head_from, ring.page(m.payload.first), m.size_bytes);
+        if (m.payload.count > blocks) {
             ring.free_pages({m.payload.first + blocks, m.payload.count - blocks});
             m.payload.count = blocks;
         }
@@ -582,7 +578,7 @@ void Volume::set_owner(std::uint32_t mode, std::uint32_t uid, std::uint32_t gid,
 
 void Volume::write_copy(std::uint64_t offset, std::span<const std::byte> data, bool durable,
                         Completion& done) noexcept {
-    const auto pages = static_cast<std::uint32_t>(blocks_up(data.size()));
+    const auto pages = static_cast<std::uint32_t>(blocks_up(offset % kBlockBytes + data.size()));
     for (;;) {
         if (const auto run = core_.take_pages(std::max(pages, 1U))) {
             std::memcpy(core_.ring().page(run->first), data.data(), data.size());

@@ -258,6 +258,7 @@ class MemoryVolume final : public DataVolume {
                 data_.resize(std::max<std::size_t>(data_.size(), offset + size_bytes));
                 std::memcpy(data_.data() + offset, ring_.page(payload.first), size_bytes);
                 durable_writes += durable ? 1 : 0;
+                payload_pages = payload.count;
                 note->store(++sequence_);
             }
             ring_.free_pages(payload);
@@ -312,6 +313,7 @@ class MemoryVolume final : public DataVolume {
 
     std::vector<std::uint64_t> fallocated;
     int durable_writes = 0;
+    std::uint32_t payload_pages = 0;  // of the last write
     std::atomic<int> flushes{0};
     std::atomic<std::int64_t> flush_result{0};
     std::atomic<std::int64_t> write_result{0};

@@ -600,6 +600,24 @@ TEST_CASE("payloads stand in one run wherever an extent ends", "[channel]") {
     CHECK(mount.ring->pages_in_use() == 0);
 }
 
+TEST_CASE("a WRITE comes with a page for each block that it touches", "[channel]") {
+    Mount mount(1, {16, 4, 8, 0});
+    const auto volume = attach(mount);
+    // Every position of a request within an extent comes up.
+    for (unsigned i = 0; i < 300; ++i) {
+        const std::size_t size = i % 7 == 0 ? kMaxRequestBytes : (i * 911) % (40 * kBlockBytes) + 1;
+        const std::uint64_t offset = i % 3 == 0 ? 0 : (i * 517) % kBlockBytes;
+        mount.kernel.ask_write(kNode, offset, pattern(size, i));
+        REQUIRE(mount.kernel.reply()->error == 0);
+        REQUIRE(volume->payload_pages == (offset + size + kBlockBytes - 1) / kBlockBytes);
+        mount.kernel.ask_read(kNode, offset, static_cast<std::uint32_t>(size));
+        REQUIRE(mount.kernel.reply()->body == pattern(size, i));
+    }
+    CHECK(mount.slots_become_free());
+    CHECK(mount.ring->pages_in_use() == 0);
+    CHECK(mount.ring->extents_taken() <= 2);
+}
+
 TEST_CASE("the end of the device is the end of the channel", "[channel]") {
     Mount mount(3);
     mount.device.close_far();

@@ -1,7 +1,10 @@
 // Disks that fail and fill up, memory that runs short, damage: what a volume does then.
 #include <unistd.h>
 
+#include <algorithm>
 #include <catch2/catch.hpp>
+#include <cstring>
+#include <deque>
 #include <thread>
 
 #include "harness.hpp"
@@ -282,6 +285,42 @@ TEST_CASE("large writes through a small ring are parked and complete") {
             read(*volume, (t * 12 + i) * kMiB + odd * 333, static_cast<std::uint32_t>(kMiB - odd * 777), part);
             REQUIRE((part == pattern(kMiB - odd * 777, t * 100 + i + 1)));
         }
+    }
+    host.close(log);
+    REQUIRE(host.core().ring().pages_in_use() == 0);
+}
+
+TEST_CASE("writes within blocks need no memory beside what they came in") {
+    FaultyDisk::instance().reset();
+    HostOptions options;
+    options.geometry = {.slots = 16, .chunks = 64, .ring_extents = 4, .spill_extents = 0};
+    Log log(1, 26);
+    std::deque<Wait> writes;
+    Host host(options);
+    const auto volume = host.open(log).volume;
+    REQUIRE(write(host, *volume, 0, pattern(kBlockBytes, 1), true) > 0);
+    const std::uint32_t pages = GENERATE(2U, 17U, kMaxRequestPages + 1);
+    const std::size_t size_bytes = (pages - 1) * kBlockBytes;
+    // All there is, as the channel's threads would have it after reading as many requests.
+    std::vector<PageRun> runs;
+    while (const auto run = host.core().take_pages(pages))
+        runs.push_back(*run);
+    REQUIRE(runs.size() >= 4);
+    constexpr std::uint64_t kWithin = 333;
+    const auto at = [&](std::size_t i) { return (i + 1) * 2 * kMiB + kWithin; };
+    for (std::size_t i = 0; i < runs.size(); ++i) {
+        const Bytes data = pattern(size_bytes, i + 2);
+        std::memcpy(host.core().ring().page(runs[i].first), data.data(), data.size());
+        volume->write(at(i), static_cast<std::uint32_t>(data.size()), runs[i], false, nullptr, writes.emplace_back());
+    }
+    REQUIRE(wait_until([&] { return std::ranges::all_of(writes, [](Wait& write) { return write.ended(); }); }));
+    for (std::size_t i = 0; i < runs.size(); i += runs.size() / 4) {
+        REQUIRE(writes[i].result() == static_cast<std::int64_t>(size_bytes));
+        Bytes part;
+        read(*volume, at(i) - kWithin, static_cast<std::uint32_t>(kWithin), part);
+        REQUIRE((part == Bytes(kWithin)));
+        read(*volume, at(i), static_cast<std::uint32_t>(size_bytes), part);
+        REQUIRE((part == pattern(size_bytes, i + 2)));
     }
     host.close(log);
     REQUIRE(host.core().ring().pages_in_use() == 0);
