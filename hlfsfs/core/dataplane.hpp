@@ -61,9 +61,10 @@ class DataVolume {
     virtual void read(std::uint64_t offset, std::uint32_t size_bytes, bool may_wait, Completion& done) noexcept = 0;
 
     // Writes size_bytes that stand at the start of `payload` (page-aligned, whatever `offset` is), which has at least a
-    // page for each block that is touched. The pages belong to the volume from here on, whatever the outcome. `durable`: complete only after the data would survive power loss.
-    // `sequence_note`, if any, receives the write's sequence before it can be seen by anybody (takeover reads it).
-    // Completes with size_bytes (never fewer) or a negative errno.
+    // page for each block that is touched. The pages belong to the volume from here on, whatever the outcome.
+    // `durable`: complete only after the data would survive power loss. `sequence_note`, if any, receives the write's
+    // sequence before it can be seen by anybody (takeover reads it). Completes with size_bytes (never fewer) or a
+    // negative errno.
     virtual void write(std::uint64_t offset, std::uint32_t size_bytes, PageRun payload, bool durable,
                        std::atomic<std::uint64_t>* sequence_note, Completion& done) noexcept = 0;
 

@@ -202,6 +202,7 @@ Ring::Ring(std::unique_ptr<SharedFd> fd, const RingGeometry& geometry, const Rin
     chunks_ = reinterpret_cast<ChunkDescriptor*>(base + layout.chunks);
     pages_ = base + layout.pages;
     const std::uint32_t extents = geometry.ring_extents + geometry.spill_extents;
+    usable_extents_.store(geometry.ring_extents, std::memory_order_relaxed);
     live_ = std::make_unique<std::atomic<std::uint32_t>[]>(extents);
     for (std::uint32_t i = 0; i < extents; ++i)
         live_[i].store(0, std::memory_order_relaxed);
@@ -315,6 +316,7 @@ std::uint32_t Ring::take_extent() noexcept {
                 (extent < geometry_.ring_extents ? absent_ring_extents_ : free_spill_extents_).push_back(extent);
                 extent = kNoExtent;
             }
+            usable_extents_.store(supplied ? geometry_.ring_extents : present(), std::memory_order_relaxed);
         }
         if (extent == kNoExtent) {
             starved_.store(true, std::memory_order_relaxed);
@@ -344,10 +346,9 @@ void Ring::trim() noexcept {
     std::vector<std::uint32_t> unused;
     {
         const std::lock_guard lock(mutex_);
-        const auto present = geometry_.ring_extents - static_cast<std::uint32_t>(absent_ring_extents_.size());
         const std::uint32_t wanted = std::max(most_taken_, kKeptExtents);
         most_taken_ = extents_taken_.load(std::memory_order_relaxed);
-        for (std::uint32_t left = present; left > wanted && !free_ring_extents_.empty(); --left) {
+        for (std::uint32_t left = present(); left > wanted && !free_ring_extents_.empty(); --left) {
             unused.push_back(free_ring_extents_.front());
             free_ring_extents_.pop_front();
         }
@@ -357,11 +358,30 @@ void Ring::trim() noexcept {
         const std::lock_guard lock(mutex_);
         absent_ring_extents_.push_back(extent);
     }
+    if (usable_pages() < ring_pages())
+        supply_one();
+}
+
+void Ring::supply_one() noexcept {
+    std::unique_lock lock(mutex_);
+    if (absent_ring_extents_.empty())
+        return;
+    const std::uint32_t extent = absent_ring_extents_.back();
+    absent_ring_extents_.pop_back();
+    lock.unlock();
+    const bool supplied = supply(extent);
+    lock.lock();
+    if (supplied) {
+        free_ring_extents_.push_back(extent);
+    } else {
+        absent_ring_extents_.push_back(extent);
+    }
+    usable_extents_.store(supplied ? geometry_.ring_extents : present(), std::memory_order_relaxed);
 }
 
 std::uint32_t Ring::extents_present() noexcept {
     const std::lock_guard lock(mutex_);
-    return geometry_.ring_extents - static_cast<std::uint32_t>(absent_ring_extents_.size());
+    return present();
 }
 
 bool Ring::reserve(RunCursor& cursor, std::uint32_t pages) noexcept {

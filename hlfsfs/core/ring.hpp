@@ -139,7 +139,8 @@ class Ring {
     void free_page(std::uint32_t page) noexcept { free_pages({page, 1}); }
     void abandon(RunCursor& cursor) noexcept;
     void wait_for_pages() noexcept;  // at most 100 ms
-    // Gives the memory of extents back that nobody needed since the call before.
+    // Gives the memory of extents back that nobody needed since the call before; where more was wanted than could be
+    // had, tries again.
     void trim() noexcept;
     // Whether an extent was wanted since the last call for which there was no memory.
     bool starved() noexcept { return starved_.exchange(false, std::memory_order_relaxed); }
@@ -151,13 +152,17 @@ class Ring {
     // The file stays for the next mount as it stands now: nothing that follows in this process reaches it.
     void leave() noexcept;
 
-    // Pages handed out and not yet freed, and pages of the ring proper: the engine holds writers back by these.
+    // Pages handed out and not yet freed, and pages of the ring proper.
     [[nodiscard]] std::uint64_t pages_in_use() const noexcept { return pages_in_use_.load(std::memory_order_relaxed); }
     [[nodiscard]] std::uint64_t ring_pages() const noexcept {
         return std::uint64_t{geometry_.ring_extents} * kExtentPages;
     }
     [[nodiscard]] std::uint32_t extents_taken() const noexcept {
         return extents_taken_.load(std::memory_order_relaxed);
+    }
+    // Of the ring proper what there is, once more could not be had; all of it while nobody has tried in vain.
+    [[nodiscard]] std::uint64_t usable_pages() const noexcept {
+        return std::uint64_t{usable_extents_.load(std::memory_order_relaxed)} * kExtentPages;
     }
     // Extents of the ring proper that take memory.
     [[nodiscard]] std::uint32_t extents_present() noexcept;
@@ -170,7 +175,11 @@ class Ring {
     std::uint32_t take_extent() noexcept;
     void drop_extent(std::uint32_t extent) noexcept;
     bool supply(std::uint32_t extent) noexcept;
+    void supply_one() noexcept;
     void give_back(std::uint32_t extent) noexcept;
+    [[nodiscard]] std::uint32_t present() const noexcept {
+        return geometry_.ring_extents - static_cast<std::uint32_t>(absent_ring_extents_.size());
+    }
 
     // constant after construction
     std::unique_ptr<SharedFd> fd_;
@@ -187,6 +196,7 @@ class Ring {
     std::unique_ptr<std::atomic<std::uint32_t>[]> live_;
     std::atomic<std::uint64_t> pages_in_use_{0};
     std::atomic<std::uint32_t> extents_taken_{0};
+    std::atomic<std::uint32_t> usable_extents_{0};
     std::atomic<bool> starved_{false};
 
     std::mutex mutex_;  // guards the free lists

@@ -280,6 +280,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void write_chunk(Lock& lock, LiveChunk* chunk);
     void write_footer(Lock& lock, Segment* segment);
     void grow(Lock& lock);
+    void write_ahead(Segment* segment, const SharedFd& fd, std::uint32_t from, std::uint32_t to);
     bool should_sync() const;
     void sync(Lock& lock);
     void advance_written();

@@ -69,19 +69,6 @@ void append_pages(std::vector<iovec>& vectors, Ring& ring, const std::uint32_t* 
     }
 }
 
-// The first write to an allocated and never written extent costs a journal commit at the next fdatasync. Zeros written
-// ahead, in large pieces, pay for it once.
-void write_zeros(int fd, const std::byte* zeros, off_t offset, off_t length) noexcept {
-    while (length > 0) {
-        const auto part = std::min<off_t>(length, kMaxRequestBytes);
-        std::vector<iovec> vectors{{const_cast<std::byte*>(zeros), static_cast<std::size_t>(part)}};
-        if (write_all(fd, vectors, offset) != 0)
-            return;
-        offset += part;
-        length -= part;
-    }
-}
-
 // Data leaves so much of the file system free for map nodes and discards, without which nothing could be given back.
 std::uint64_t kept_free_bytes(const struct statvfs& space) noexcept {
     return std::min<std::uint64_t>(std::uint64_t{space.f_blocks} * space.f_frsize / 20, kMaxKeptFreeBytes);
@@ -276,6 +263,26 @@ bool Volume::plenty_of_space() const {
     return free_bytes > kept_free_bytes(space) + kPlentySegments * segment_slots_ * kBlockBytes;
 }
 
+// The first write to an allocated and never written extent costs a journal commit at the next fdatasync. Zeros written
+// ahead, in large pieces, pay for it once. Chunks may follow as far as they are.
+void Volume::write_ahead(Segment* segment, const SharedFd& fd, std::uint32_t from, std::uint32_t to) {
+    while (from < to) {
+        const std::uint32_t slots = std::min(to - from, kMaxRequestPages);
+        std::vector<iovec> vectors{{const_cast<std::byte*>(core_.zeros()), std::size_t{slots} * kBlockBytes}};
+        // What fails here is met again by the chunk that is written there, which is kept and goes to a new epoch.
+        if (write_all(fd.get(), vectors, offset_of(from)) != 0)
+            return;
+        from += slots;
+        const Lock lock(mutex_);
+        segment->allocated_slots = std::max(segment->allocated_slots, from);
+        segment->file_slots = std::max(segment->file_slots, from);
+        segment->written_slots = std::max(segment->written_slots, from);
+        changed_.notify_all();
+        if (!parked_.empty())
+            wake();
+    }
+}
+
 void Volume::grow(Lock& lock) {
     Segment* segment = current_;
     const std::uint32_t wanted = std::exchange(growth_wanted_, 0);
@@ -311,9 +318,8 @@ void Volume::grow(Lock& lock) {
         error = ours > from ? 0 : errno;
         to = ours;
     }
-    // What fails here is met again by the chunk that is written there, which is kept and goes to a new epoch.
-    if (error == 0 && written_ahead && to > written)
-        write_zeros(fd->get(), core_.zeros(), offset_of(written), offset_of(to - written));
+    if (error == 0 && written_ahead)
+        write_ahead(segment, *fd, written, to);
     lock.lock();
     growing_ = false;
     syncs_since_growth_ = 0;
@@ -337,7 +343,7 @@ bool Volume::should_sync() const {
         return false;
     if (!flush_waiters_.empty() && flush_waiters_.front().end_number <= written_number_)
         return true;
-    if (written_pages_ > core_.ring().ring_pages() / 4)
+    if (written_pages_ > core_.ring().usable_pages() / 4)
         return true;
     return sync_target_ > durable_number_ && written_number_ >= sync_target_;
 }
@@ -476,6 +482,7 @@ void Volume::start_new_epoch() {
         previous_end_ = durable_position_;
         current_->state = SegmentState::damaged;
         current_->footer_body = {};
+        current_->unwritten_chunks = 0;
         count_descriptor(current_);
         current_ = nullptr;
         if (prepared_) {
@@ -488,6 +495,7 @@ void Volume::start_new_epoch() {
         }
         for (Segment* segment : footers_due_) {
             segment->footer_body = {};
+            segment->unwritten_chunks = 0;
             count_descriptor(segment);
         }
         footers_due_.clear();

@@ -344,7 +344,7 @@ bool Volume::worth_gathering() const {
 Volume::Admission Volume::admit(std::size_t entries, std::size_t blocks, std::size_t side_bytes) {
     if (broken_ || (making_room_ && blocks != 0))
         return Admission::wait;
-    const std::uint64_t ring_pages = core_.ring().ring_pages();
+    const std::uint64_t ring_pages = core_.ring().usable_pages();
     const std::uint64_t published = core_.published_pages.load(std::memory_order_relaxed);
     if (published + blocks > ring_pages - ring_pages / 8 && live_pages_ + blocks > kFloorPages) {
         core_.relieve();

@@ -51,9 +51,10 @@ void FaultyDisk::reset() {
     files_.clear();
     write_fault_ = sync_fault_ = {};
     space_ = -1;
-    writes_held_ = syncs_held_ = false;
+    writes_held_ = syncs_held_ = space_held_ = false;
     release_error_ = 0;
     large_bytes_ = 0;
+    held_bytes_ = 0;
     syncs_ = 0;
     large_writes_failed_ = 0;
     write_time_us_ = 0;
@@ -91,9 +92,37 @@ void FaultyDisk::fail_large_writes(std::size_t least_bytes, int error) {
     large_error_ = error;
 }
 
+void FaultyDisk::hold_large_writes(std::size_t least_bytes, int skip) {
+    const std::lock_guard lock(mutex_);
+    held_bytes_ = least_bytes;
+    held_skip_ = skip;
+}
+
+void FaultyDisk::release_large_writes() {
+    const std::lock_guard lock(mutex_);
+    held_bytes_ = 0;
+    changed_.notify_all();
+}
+
 void FaultyDisk::set_space(std::int64_t bytes) {
     const std::lock_guard lock(mutex_);
     space_ = bytes;
+}
+
+void FaultyDisk::hold_space() {
+    const std::lock_guard lock(mutex_);
+    space_held_ = true;
+}
+
+void FaultyDisk::release_space() {
+    const std::lock_guard lock(mutex_);
+    space_held_ = false;
+    changed_.notify_all();
+}
+
+unsigned FaultyDisk::held_space() {
+    const std::lock_guard lock(mutex_);
+    return held_space_;
 }
 
 void FaultyDisk::hold_writes() {
@@ -130,6 +159,11 @@ unsigned FaultyDisk::held_writes() {
     return held_;
 }
 
+unsigned FaultyDisk::held_large_writes() {
+    const std::lock_guard lock(mutex_);
+    return held_large_;
+}
+
 // Returns with the lock held by nobody; 0: go on.
 int FaultyDisk::before_write(std::size_t size_bytes) {
     if (const auto time_us = write_time_us_.load(); time_us > 0)
@@ -142,6 +176,11 @@ int FaultyDisk::before_write(std::size_t size_bytes) {
         --held_;
         if (release_error_ != 0)
             return release_error_;
+    }
+    if (held_bytes_ != 0 && size_bytes >= held_bytes_ && held_skip_-- <= 0) {
+        ++held_large_;
+        changed_.wait(lock, [this] { return held_bytes_ == 0; });
+        --held_large_;
     }
     if (large_bytes_ != 0 && size_bytes >= large_bytes_) {
         ++large_writes_failed_;
@@ -214,8 +253,13 @@ void FaultyDisk::synced(int fd) {
 }
 
 bool FaultyDisk::take_space(int fd, std::int64_t bytes) {
-    const std::lock_guard lock(mutex_);
-    if (find(fd) == nullptr || space_ < 0)
+    std::unique_lock lock(mutex_);
+    if (find(fd) == nullptr)
+        return true;
+    ++held_space_;
+    changed_.wait(lock, [this] { return !space_held_; });
+    --held_space_;
+    if (space_ < 0)
         return true;
     if (space_ < bytes)
         return false;

@@ -37,9 +37,16 @@ class FaultyDisk {
     void fail_syncs(int count, int error, int skip = 0);
     // From now on every write of so many bytes or more fails; 0: none.
     void fail_large_writes(std::size_t least_bytes, int error);
+    // From now on every write of so many bytes or more waits until they are let go, after `skip` that do not.
+    void hold_large_writes(std::size_t least_bytes, int skip);
+    void release_large_writes();
     [[nodiscard]] std::uint64_t large_writes_failed() const { return large_writes_failed_; }
     // Bytes that fallocate may still take; negative: no bound.
     void set_space(std::int64_t bytes);
+    // While held, fallocate of watched files waits.
+    void hold_space();
+    void release_space();
+    [[nodiscard]] unsigned held_space();
     // While held, writes to watched files wait; when let go with an error, those that waited fail.
     void hold_writes();
     void release_writes(int error = 0);
@@ -47,6 +54,7 @@ class FaultyDisk {
     void release_syncs();
     void wait_held_writes(unsigned count);
     [[nodiscard]] unsigned held_writes();
+    [[nodiscard]] unsigned held_large_writes();
     // From now on every write takes at least so long.
     void slow_writes(std::chrono::microseconds time) { write_time_us_ = time.count(); }
 
@@ -113,6 +121,11 @@ class FaultyDisk {
     unsigned held_ = 0;
     std::size_t large_bytes_ = 0;
     int large_error_ = 0;
+    std::size_t held_bytes_ = 0;
+    int held_skip_ = 0;
+    unsigned held_large_ = 0;
+    bool space_held_ = false;
+    unsigned held_space_ = 0;
     std::atomic<std::uint64_t> syncs_{0}, large_writes_failed_{0};
     std::atomic<std::int64_t> write_time_us_{0};
 

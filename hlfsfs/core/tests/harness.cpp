@@ -195,8 +195,16 @@ HostOptions::HostOptions() {
 }
 
 Host::Host(HostOptions options) : options_(options) {
-    ring_fd_ = memfd_create("hlfs-test-ring", MFD_CLOEXEC);
+    ring_fd_ = memfd_create("hlfs-test-ring", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     core_ = std::make_unique<Core>(Ring::create(ring_fd_, options_.geometry, {}), options_.core);
+    if (options_.memory_full) {
+        RingGeometry kept = options_.geometry;
+        kept.ring_extents = std::min(kept.ring_extents, kKeptExtents);
+        kept.spill_extents = 0;
+        if (ftruncate(ring_fd_, static_cast<off_t>(Ring::file_bytes(kept))) != 0 ||
+            fcntl(ring_fd_, F_ADD_SEALS, F_SEAL_GROW) != 0)
+            throw std::system_error(errno, std::generic_category(), "taking the ring's memory away");
+    }
     for (int i = 0; i < 2; ++i)
         threads_.emplace_back([this] { serve(); });
     threads_.emplace_back([this] { serve_checkpoints(); });
@@ -281,6 +289,9 @@ void Host::answer(const Event& event) {
             ++failures_;
             return;
         case EventKind::make_room:
+            ++room_asked;
+            while (hold_room && !stopping_)
+                std::this_thread::sleep_for(std::chrono::milliseconds(1));
             volume->room_made(false);
             return;
         case EventKind::bad_read: {

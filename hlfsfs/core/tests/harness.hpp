@@ -122,6 +122,7 @@ struct HostOptions {
     CoreOptions core;
     RingGeometry geometry;
     bool answer_discards = true;
+    bool memory_full = false;  // of the ring there is what it keeps, and no more
     HostOptions();
 };
 
@@ -162,6 +163,8 @@ class Host {
     std::atomic<unsigned> prepare_asked{0};
     std::atomic<bool> refuse_checkpoints{false};  // the slot of those that a volume asks for is not written while set
     std::atomic<unsigned> checkpoints_asked{0};
+    std::atomic<bool> hold_room{false};  // make_room is not answered while set
+    std::atomic<unsigned> room_asked{0};
 
   private:
     void serve();

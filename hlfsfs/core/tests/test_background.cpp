@@ -36,6 +36,23 @@ bool everything_durable(const Volume& volume) {
     return stats.durable_sequence == stats.sequence;
 }
 
+// A log that is written ahead as it is synced often all at once, and stops there after so many large writes. No other
+// segment is there to go on in, until hold_segments is taken back.
+void write_ahead_until(Host& host, Volume& volume, int large_writes) {
+    FaultyDisk& disk = FaultyDisk::instance();
+    for (std::uint64_t at = 0; at < 20 * kMiB; at += kMiB) {
+        REQUIRE(write(host, volume, at, pattern(kMiB, at + 1)) == static_cast<std::int64_t>(kMiB));
+        host.hold_segments = true;
+    }
+    REQUIRE(flush(volume) == 0);
+    disk.hold_large_writes(kMiB, large_writes);
+    for (std::uint64_t i = 0; disk.held_large_writes() == 0; ++i) {
+        REQUIRE(i < 100);
+        put(host, volume, i, true);
+        wait_until([&] { return disk.held_large_writes() != 0; }, milliseconds(20));
+    }
+}
+
 // What the power cut leaves, opened again.
 Bytes after_power_cut(Log& log) {
     Random random(1);
@@ -227,6 +244,50 @@ TEST_CASE("a log that was allocated far ahead is written ahead once it is synced
                            [&](const auto& end) { return disk.written_end(end.first) > end.second + 2 * kMiB; });
     }));
     REQUIRE((after_power_cut(log) == content(*volume)));
+}
+
+TEST_CASE("a log that is being written ahead takes writes as far as it is") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1, 26);
+    Host host;
+    const auto volume = host.open(log).volume;
+    write_ahead_until(host, *volume, 1);
+    // Less than what is written ahead by now, far more than what such a log keeps.
+    const Bytes burst = pattern(200 * kBlockBytes, 7);
+    Wait written;
+    volume->write_copy(0, burst, true, written);
+    const bool in_time = wait_until([&] { return written.ended(); }, milliseconds(5000));
+    disk.release_large_writes();
+    host.hold_segments = false;
+    REQUIRE(written.result() == static_cast<std::int64_t>(burst.size()));
+    REQUIRE(in_time);
+    REQUIRE((after_power_cut(log) == content(*volume)));
+}
+
+TEST_CASE("a new epoch begins when what is being written ahead has ended") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1, 26);
+    Host host;
+    const auto volume = host.open(log).volume;
+    write_ahead_until(host, *volume, 0);
+    host.hold_segments = false;
+    disk.fail_writes(1, EIO);
+    Wait more;
+    REQUIRE(write(host, *volume, 0, block(500)) == static_cast<std::int64_t>(kBlockBytes));
+    REQUIRE(flush(*volume) == -EIO);
+    volume->write_copy(kBlockBytes, block(501), true, more);
+    std::this_thread::sleep_for(milliseconds(300));
+    // Its segment would be free to be cleaned.
+    CHECK(volume->stats().epoch == 1);
+    CHECK_FALSE(more.ended());
+    disk.release_large_writes();
+    REQUIRE(wait_until([&] { return volume->stats().epoch == 2; }));
+    REQUIRE(more.result() == static_cast<std::int64_t>(kBlockBytes));
+    const Bytes left = after_power_cut(log);
+    REQUIRE((left == content(*volume)));
+    REQUIRE((Bytes(left.begin(), left.begin() + kBlockBytes) == block(500)));
 }
 
 TEST_CASE("what a log took back it gets again on a full disk") {

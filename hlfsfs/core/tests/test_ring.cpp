@@ -126,6 +126,80 @@ TEST_CASE("a ring whose memory is all taken goes on with what it has") {
         ring->free_pages(runs[i]);
 }
 
+TEST_CASE("a ring counts on what it has where there is no more memory, and tries again") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    const RingFile file;
+    constexpr RingGeometry kWhole{.slots = 4, .chunks = 3, .ring_extents = kKeptExtents + 2, .spill_extents = 2};
+    const auto ring = Ring::create(file.fd, kWhole, {});
+    constexpr std::uint64_t kKeptPages = std::uint64_t{kKeptExtents} * kExtentPages;
+    disk.watch(file.fd);
+    disk.set_space(0);
+    REQUIRE(ring->usable_pages() == ring->ring_pages());
+    std::vector<PageRun> runs;
+    RunCursor cursor;
+    while (ring->reserve(cursor, kExtentPages))
+        runs.push_back(ring->take(cursor, kExtentPages));
+    REQUIRE(ring->usable_pages() == kKeptPages);
+    ring->trim();
+    REQUIRE(ring->usable_pages() == kKeptPages);
+    REQUIRE(ring->extents_present() == kKeptExtents);
+    disk.set_space(-1);
+    ring->trim();
+    REQUIRE(ring->usable_pages() == ring->ring_pages());
+    REQUIRE(ring->extents_present() == kKeptExtents + 1);
+    while (ring->reserve(cursor, kExtentPages))
+        runs.push_back(ring->take(cursor, kExtentPages));
+    REQUIRE(runs.size() == kKeptExtents + 4);
+    REQUIRE(ring->usable_pages() == ring->ring_pages());
+    for (const PageRun& run : runs)
+        ring->free_pages(run);
+    disk.reset();
+}
+
+TEST_CASE("a ring goes on while memory is made for one who needs more") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    const RingFile file;
+    const auto ring =
+        Ring::create(file.fd, {.slots = 4, .chunks = 3, .ring_extents = kKeptExtents + 1, .spill_extents = 0}, {});
+    disk.watch(file.fd);
+    std::vector<PageRun> runs;
+    RunCursor cursor;
+    for (std::uint32_t i = 0; i < kKeptExtents; ++i) {
+        REQUIRE(ring->reserve(cursor, kExtentPages));
+        runs.push_back(ring->take(cursor, kExtentPages));
+    }
+    disk.hold_space();
+    std::atomic<bool> supplied{false};
+    std::atomic<bool> went_on{false};
+    std::thread needs_more([&] {
+        RunCursor own;
+        supplied = ring->reserve(own, 1);
+        ring->abandon(own);
+    });
+    REQUIRE(wait_until([&] { return disk.held_space() == 1; }));
+    std::thread goes_on([&] {
+        ring->release_slot(ring->acquire_slot());
+        ring->release_chunk(ring->acquire_chunk());
+        ring->free_pages(runs.front());
+        RunCursor own;
+        went_on = ring->reserve(own, kExtentPages);
+        ring->abandon(own);
+    });
+    CHECK(wait_until([&] { return went_on.load(); }, std::chrono::milliseconds(5000)));
+    CHECK_FALSE(supplied);
+    disk.release_space();
+    needs_more.join();
+    goes_on.join();
+    REQUIRE(supplied);
+    ring->abandon(cursor);
+    for (std::size_t i = 1; i < runs.size(); ++i)
+        ring->free_pages(runs[i]);
+    REQUIRE(ring->extents_taken() == 0);
+    disk.reset();
+}
+
 TEST_CASE("chunk descriptors and slots run out and come back") {
     const RingFile file;
     const auto ring = Ring::create(file.fd, kGeometry, {});
