@@ -161,6 +161,37 @@ TEST_CASE("a volume may hold some pages however full another keeps the ring") {
     REQUIRE(pair.host.core().ring().pages_in_use() == 0);
 }
 
+TEST_CASE("a volume may hold some pages where shared memory is full, too") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    HostOptions options;
+    options.geometry = {.slots = 16, .chunks = 256, .ring_extents = 8 * kKeptExtents, .spill_extents = 16};
+    options.memory_full = true;
+    Pair pair(options);
+    disk.hold_syncs();
+    {
+        Writes loud(*pair.loud, kMaxRequestBytes / 2);
+        Writes quiet(*pair.quiet, std::size_t{16} << 10);
+        // Somebody wanted more than there is.
+        std::vector<PageRun> others;
+        while (const auto run = pair.host.core().take_pages(kExtentPages))
+            others.push_back(*run);
+        for (const PageRun& run : others)
+            pair.host.core().ring().free_pages(run);
+        loud.until_parked();
+        CHECK(pair.host.core().published_pages <= kKeptExtents * kExtentPages / 8 * 7);
+        CHECK(pair.host.core().published_pages > kKeptExtents * kExtentPages / 8 * 6);
+        // 256 pages.
+        const std::size_t floor = quiet.until_parked();
+        CHECK(floor >= 63);
+        CHECK(floor <= 64);
+        disk.release_syncs();
+    }
+    pair.host.close(pair.loud_log);
+    pair.host.close(pair.quiet_log);
+    REQUIRE(pair.host.core().ring().pages_in_use() == 0);
+}
+
 TEST_CASE("a volume finds descriptors of chunks however many another takes") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
