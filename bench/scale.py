@@ -165,7 +165,9 @@ def answer_s(mount: Mount) -> float:
     """From the command that mounts it until its volume answers, with nothing of the store in the kernel's caches."""
     mount.down()
     drop_caches()
-    run_command([sys.executable, "-c", "import hlfsfs.cli.mount, hlfsfs.fuse.server"], mount.directory)
+    run_command(
+        [sys.executable, "-c", "import hlfsfs.cli.mount, hlfsfs.fuse.server, hlfsfs.fuse.session"], mount.directory
+    )
     return seconds(mount.up) + seconds(partial(run_command, ["stat", mount.file], mount.file))
 
 

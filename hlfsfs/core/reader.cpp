@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cerrno>
 #include <condition_variable>
@@ -144,6 +145,7 @@ class AioReader final : public Reader {
             block.aio_offset = static_cast<std::int64_t>(requests[i]->offset);
             pointers[i] = &block;
         }
+        handed_over_.fetch_add(1, std::memory_order_release);
         for (std::size_t done = 0; done < count;) {
             const long taken = syscall(SYS_io_submit, context_, count - done, pointers.data() + done);
             if (taken > 0) {
@@ -174,6 +176,7 @@ class AioReader final : public Reader {
                 return;
             if (got <= 0)
                 continue;
+            static_cast<void>(handed_over_.load(std::memory_order_acquire));
             const auto count = static_cast<std::size_t>(got);
             bool more = false;
             {
@@ -202,6 +205,8 @@ class AioReader final : public Reader {
     }
 
     aio_context_t context_ = 0;
+    // Orders what a submitter did with a request before what the reaper does: the kernel does so, but C++ cannot know.
+    std::atomic<std::uint64_t> handed_over_{0};
     std::thread reaper_;
     // under mutex_
     WaitingReads waiting_;

@@ -1,0 +1,122 @@
+"""One mount from mount(2) to its end, once its store is open.
+
+Threads: one trio loop for the control plane, its worker threads, the channel's threads (which need no Python) and the
+engine's. The server never touches its own mount.
+"""
+
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pyfuse3
+import trio
+
+from hlfsfs.engine import Engine
+from hlfsfs.errors import HlfsError, MountBusy, MountFailed
+from hlfsfs.fuse.holders import holders
+from hlfsfs.fuse.mount import announce, mount, raise_read_ahead, unmount, withdraw
+from hlfsfs.fuse.mountinfo import find_mount
+from hlfsfs.fuse.operations import ControlOperations, DataOperations
+from hlfsfs.fuse.options import MountOptions
+from hlfsfs.fuse.plane import NativePlane
+from hlfsfs.pool.namespace import Namespace
+
+log = logging.getLogger(__name__)
+
+# pyfuse3 keeps this many tasks waiting: each that starts anew allocates a megabyte.
+MIN_TASKS = 16
+MAX_TASKS = 64
+
+
+class Session:
+    """One mount from mount(2) to its end."""
+
+    def __init__(self, engine: Engine, namespace: Namespace, mountpoint: str, options: MountOptions) -> None:
+        self._engine = engine
+        self._namespace = namespace
+        self._mountpoint = mountpoint
+        self._options = options
+        self._mounted_as: int | None = None
+        self._answers = trio.Event()
+
+    def run(self, source: str, ready: Callable[[], None]) -> None:
+        """Mounts, serves, and returns when the mount is gone. Raises HlfsError if it could not be mounted."""
+        fuse_fd = mount(source, self._mountpoint, self._options)
+        found = find_mount(self._mountpoint)
+        self._mounted_as = found.mount_id if found else None
+        with ExitStack() as stack:
+            # At its end nothing is under way any more, and no mount without a server stays.
+            plane = self._prepare(stack, fuse_fd)
+            trio.run(self._serve, plane, source, ready)
+
+    def _prepare(self, stack: ExitStack, fuse_fd: int) -> NativePlane | None:
+        """Brings pyfuse3 up, behind a channel or on the device itself."""
+        if not self._options.dataplane:
+            stack.callback(self._unmount_leftover)
+            # Told just before the INIT reply is written, in the same step of the loop.
+            operations = DataOperations(self._namespace, on_init=self._answers.set)
+            pyfuse3.init(operations, f"/dev/fd/{fuse_fd}", set())
+            stack.callback(pyfuse3.close, unmount=False)
+            return None
+        stack.callback(os.close, fuse_fd)
+        stack.callback(self._unmount_leftover)
+        plane = NativePlane(self._engine.core, fuse_fd, self._options.threads)
+        pyfuse3.init(ControlOperations(self._namespace), f"/dev/fd/{plane.control_fd}", set())
+        stack.callback(pyfuse3.close, unmount=False)
+        stack.callback(self._stop, plane)
+        return plane
+
+    def _stop(self, plane: NativePlane) -> None:
+        plane.stop()
+        log.info("statistics %s", json.dumps(plane.statistics()))
+
+    def _unmount_leftover(self) -> None:
+        found = find_mount(self._mountpoint)
+        if found is None:
+            # umount(2) and fusermount3 leave it.
+            withdraw(self._mountpoint)
+        if found is None or found.mount_id != self._mounted_as:
+            return
+        log.error("the connection ended without unmounting")
+        try:
+            unmount(self._mountpoint, lazy=True)
+        except HlfsError as exc:
+            log.error("%s", exc)
+
+    async def _serve(self, plane: NativePlane | None, source: str, ready: Callable[[], None]) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._unmount_on_signal)
+            nursery.start_soon(self._tell_ready, source, ready)
+            if plane is not None:
+                plane.start()
+                nursery.start_soon(plane.run, self._namespace, self._answers.set, pyfuse3.terminate)
+            await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+            nursery.cancel_scope.cancel()
+
+    async def _tell_ready(self, source: str, ready: Callable[[], None]) -> None:
+        await self._answers.wait()
+        await trio.to_thread.run_sync(raise_read_ahead, self._mountpoint)
+        await trio.to_thread.run_sync(announce, source, self._mountpoint, self._options)
+        log.info("mounted")
+        ready()
+
+    async def _unmount_on_signal(self) -> None:
+        """SIGTERM and SIGINT unmount as `hlfs umount` does; a mount in use stays, and the log names who uses it."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for _ in signals:
+                try:
+                    await trio.to_thread.run_sync(self._unmount)
+                except HlfsError as exc:
+                    log.error("not unmounted: %s", exc)
+
+    def _unmount(self) -> None:
+        found = find_mount(self._mountpoint)
+        if found is None or found.mount_id != self._mounted_as:
+            raise MountFailed(self._mountpoint, "something else is mounted over it")
+        try:
+            unmount(self._mountpoint)
+        except MountBusy as exc:
+            raise MountBusy(self._mountpoint, holders(found)) from exc
