@@ -35,7 +35,7 @@ Options for -o, separated by commas:
   default_permissions     the kernel checks permissions (always so)
   uid=N gid=N mode=OCTAL  owner and mode of new files, instead of their maker's
   dataplane=on|off        serve data natively (on), or all through Python (off)
-  threads=N               threads that read requests (4)
+  threads=N               threads that read requests, 3 to 64 (4)
   ring=SIZE               memory for what is not written yet (128M)
   map_cache=SIZE          memory for the maps of volumes
   read_cache=SIZE         memory for data that was read

@@ -1,6 +1,7 @@
 #include "reader.hpp"
 
 #include <linux/aio_abi.h>
+#include <linux/fs.h>
 #include <pthread.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,6 +13,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <deque>
+#include <functional>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -72,153 +74,12 @@ std::int32_t read_at_once(const ReadRequest& request) noexcept {
     return got >= 0 ? static_cast<std::int32_t>(got) : -errno;
 }
 
-// The kernel's own asynchronous reads (io_submit(2)): whoever asks submits, one thread reaps.
-class AioReader final : public Reader {
-  public:
-    static constexpr std::size_t kMaxInFlight = 1023;
-    // Told between two looks at what waits, so that the disk does not fall idle meanwhile.
-    static constexpr std::size_t kReaped = 4;
-    static constexpr std::size_t kSubmitted = 64;
-
-    static std::unique_ptr<Reader> create() {
-        auto reader = std::unique_ptr<AioReader>(new AioReader);
-        if (syscall(SYS_io_setup, kMaxInFlight, &reader->context_) != 0)
-            return nullptr;
-        reader->reaper_ = std::thread([raw = reader.get()] { raw->run(); });
-        pthread_setname_np(reader->reaper_.native_handle(), "hlfs-read");
-        return reader;
-    }
-
-    ~AioReader() override {
-        if (!reaper_.joinable())
-            return;
-        // Gets the reaper out of its wait.
-        syscall(SYS_io_destroy, context_);
-        reaper_.join();
-    }
-
-    void submit(ReadRequest* first) noexcept override {
-        {
-            const std::lock_guard lock(mutex_);
-            unfinished_ += waiting_.push(first);
-        }
-        start_waiting();
-    }
-
-    [[nodiscard]] const char* name() const noexcept override { return "aio"; }
-
-  private:
-    [[nodiscard]] bool room_for(const ReadRequest* request) const noexcept {
-        return in_flight_ == 0 ||
-               (in_flight_ < kMaxInFlight && in_flight_bytes_ + request->size_bytes <= kMaxInFlightBytes);
-    }
-
-    // Starts what there is room for.
-    void start_waiting() noexcept {
-        for (;;) {
-            std::array<ReadRequest*, kSubmitted> requests;
-            std::size_t count = 0;
-            {
-                const std::lock_guard lock(mutex_);
-                while (count < kSubmitted && !waiting_.empty() && room_for(waiting_.next())) {
-                    requests[count] = waiting_.pop();
-                    ++in_flight_;
-                    in_flight_bytes_ += requests[count++]->size_bytes;
-                }
-            }
-            if (count == 0)
-                return;
-            start(requests.data(), count);
-        }
-    }
-
-    void start(ReadRequest* const* requests, std::size_t count) noexcept {
-        std::array<iocb, kSubmitted> blocks{};
-        std::array<iocb*, kSubmitted> pointers;
-        for (std::size_t i = 0; i < count; ++i) {
-            iocb& block = blocks[i];
-            block.aio_data = reinterpret_cast<std::uintptr_t>(requests[i]);
-            block.aio_lio_opcode = IOCB_CMD_PREAD;
-            block.aio_fildes = static_cast<std::uint32_t>(requests[i]->fd);
-            block.aio_buf = reinterpret_cast<std::uintptr_t>(requests[i]->buffer);
-            block.aio_nbytes = requests[i]->size_bytes;
-            block.aio_offset = static_cast<std::int64_t>(requests[i]->offset);
-            pointers[i] = &block;
-        }
-        handed_over_.fetch_add(1, std::memory_order_release);
-        for (std::size_t done = 0; done < count;) {
-            const long taken = syscall(SYS_io_submit, context_, count - done, pointers.data() + done);
-            if (taken > 0) {
-                done += static_cast<std::size_t>(taken);
-                continue;
-            }
-            // Of the first; those behind it have not been looked at.
-            complete(requests[done], taken == 0 ? -EIO : -errno);
-            ++done;
-        }
-    }
-
-    void complete(ReadRequest* request, std::int32_t result) noexcept {
-        {
-            const std::lock_guard lock(mutex_);
-            ended(request);
-        }
-        request->done(request, result);
-        const std::lock_guard lock(mutex_);
-        finished(1);
-    }
-
-    void run() noexcept {
-        for (;;) {
-            std::array<io_event, kReaped> events;
-            const long got = syscall(SYS_io_getevents, context_, 1, events.size(), events.data(), nullptr);
-            if (got < 0 && errno != EINTR)
-                return;
-            if (got <= 0)
-                continue;
-            static_cast<void>(handed_over_.load(std::memory_order_acquire));
-            const auto count = static_cast<std::size_t>(got);
-            bool more = false;
-            {
-                const std::lock_guard lock(mutex_);
-                for (std::size_t i = 0; i < count; ++i)
-                    ended(request_of(events[i]));
-                more = !waiting_.empty();
-            }
-            if (more)
-                start_waiting();
-            for (std::size_t i = 0; i < count; ++i)
-                request_of(events[i])->done(request_of(events[i]), static_cast<std::int32_t>(events[i].res));
-            const std::lock_guard lock(mutex_);
-            finished(count);
-        }
-    }
-
-    static ReadRequest* request_of(const io_event& event) noexcept {
-        return reinterpret_cast<ReadRequest*>(static_cast<std::uintptr_t>(event.data));
-    }
-
-    // Under mutex_.
-    void ended(const ReadRequest* request) noexcept {
-        --in_flight_;
-        in_flight_bytes_ -= request->size_bytes;
-    }
-
-    aio_context_t context_ = 0;
-    // Orders what a submitter did with a request before what the reaper does: the kernel does so, but C++ cannot know.
-    std::atomic<std::uint64_t> handed_over_{0};
-    std::thread reaper_;
-    // under mutex_
-    WaitingReads waiting_;
-    std::size_t in_flight_ = 0;
-    std::size_t in_flight_bytes_ = 0;
-};
-
 class ThreadReader final : public Reader {
   public:
     static constexpr int kThreads = 32;
 
-    ThreadReader() {
+    // `told` is called after each request's `done`.
+    explicit ThreadReader(std::function<void()> told = [] {}) : told_(std::move(told)) {
         threads_.reserve(kThreads);
         for (int i = 0; i < kThreads; ++i)
             threads_.emplace_back([this] { run(); });
@@ -260,6 +121,7 @@ class ThreadReader final : public Reader {
             ReadRequest* request = waiting_.pop();
             lock.unlock();
             request->done(request, read_at_once(*request));
+            told_();
             lock.lock();
             finished(1);
         }
@@ -268,7 +130,172 @@ class ThreadReader final : public Reader {
     std::condition_variable arrived_;
     WaitingReads waiting_;
     bool stopping_ = false;
+    const std::function<void()> told_;
     std::vector<std::thread> threads_;
+};
+
+// The kernel's own asynchronous reads (io_submit(2)): whoever asks submits, one thread reaps. Neither may wait for the
+// lock of a file that is being allocated: reads that would have to go to a pool of threads.
+class AioReader final : public Reader {
+  public:
+    static constexpr std::size_t kMaxInFlight = 1023;
+    // Told between two looks at what waits, so that the disk does not fall idle meanwhile.
+    static constexpr std::size_t kReaped = 4;
+    static constexpr std::size_t kSubmitted = 64;
+
+    static std::unique_ptr<Reader> create() {
+        auto reader = std::unique_ptr<AioReader>(new AioReader);
+        if (syscall(SYS_io_setup, kMaxInFlight, &reader->context_) != 0)
+            return nullptr;
+        reader->reaper_ = std::thread([raw = reader.get()] { raw->run(); });
+        pthread_setname_np(reader->reaper_.native_handle(), "hlfs-read");
+        return reader;
+    }
+
+    ~AioReader() override {
+        if (!reaper_.joinable())
+            return;
+        // Gets the reaper out of its wait.
+        syscall(SYS_io_destroy, context_);
+        reaper_.join();
+    }
+
+    void submit(ReadRequest* first) noexcept override {
+        {
+            const std::lock_guard lock(mutex_);
+            unfinished_ += waiting_.push(first);
+        }
+        start_waiting();
+    }
+
+    [[nodiscard]] const char* name() const noexcept override { return "aio"; }
+
+  private:
+    [[nodiscard]] bool room_for(const ReadRequest* request) const noexcept {
+        return in_flight_ == 0 ||
+               (in_flight_ < kMaxInFlight && in_flight_bytes_ + request->size_bytes <= kMaxInFlightBytes);
+    }
+
+    // Starts what there is room for. One thread at a time, whoever comes meanwhile leaves it to that one: where the
+    // device takes no more, the call sleeps after all, and a device that hangs must not hold every thread.
+    void start_waiting() noexcept {
+        for (bool submitting = false;; submitting = true) {
+            std::array<ReadRequest*, kSubmitted> requests;
+            std::size_t count = 0;
+            {
+                const std::lock_guard lock(mutex_);
+                if (submitting_ && !submitting)
+                    return;
+                while (count < kSubmitted && !waiting_.empty() && room_for(waiting_.next())) {
+                    requests[count] = waiting_.pop();
+                    ++in_flight_;
+                    in_flight_bytes_ += requests[count++]->size_bytes;
+                }
+                submitting_ = count > 0;
+            }
+            if (count == 0)
+                return;
+            start(requests.data(), count);
+        }
+    }
+
+    void start(ReadRequest* const* requests, std::size_t count) noexcept {
+        std::array<iocb, kSubmitted> blocks{};
+        std::array<iocb*, kSubmitted> pointers;
+        for (std::size_t i = 0; i < count; ++i) {
+            iocb& block = blocks[i];
+            block.aio_data = reinterpret_cast<std::uintptr_t>(requests[i]);
+            block.aio_lio_opcode = IOCB_CMD_PREAD;
+            block.aio_rw_flags = RWF_NOWAIT;
+            block.aio_fildes = static_cast<std::uint32_t>(requests[i]->fd);
+            block.aio_buf = reinterpret_cast<std::uintptr_t>(requests[i]->buffer);
+            block.aio_nbytes = requests[i]->size_bytes;
+            block.aio_offset = static_cast<std::int64_t>(requests[i]->offset);
+            pointers[i] = &block;
+        }
+        handed_over_.fetch_add(1, std::memory_order_release);
+        for (std::size_t done = 0; done < count;) {
+            const long taken = syscall(SYS_io_submit, context_, count - done, pointers.data() + done);
+            if (taken > 0) {
+                done += static_cast<std::size_t>(taken);
+                continue;
+            }
+            // The first; those behind it have not been looked at. If it cannot be read at all, the pool will know.
+            {
+                const std::lock_guard lock(mutex_);
+                ended(requests[done]);
+            }
+            read_waiting(requests[done++]);
+        }
+    }
+
+    // In the pool.
+    void read_waiting(ReadRequest* request) noexcept {
+        const auto told = [this] {
+            const std::lock_guard lock(mutex_);
+            finished(1);
+        };
+        std::call_once(pool_needed_, [this, told] { pool_ = std::make_unique<ThreadReader>(told); });
+        pool_->submit(request);
+    }
+
+    void run() noexcept {
+        for (;;) {
+            std::array<io_event, kReaped> events;
+            const long got = syscall(SYS_io_getevents, context_, 1, events.size(), events.data(), nullptr);
+            if (got < 0 && errno != EINTR)
+                return;
+            if (got <= 0)
+                continue;
+            static_cast<void>(handed_over_.load(std::memory_order_acquire));
+            const auto count = static_cast<std::size_t>(got);
+            bool more = false;
+            {
+                const std::lock_guard lock(mutex_);
+                for (std::size_t i = 0; i < count; ++i)
+                    ended(request_of(events[i]));
+                more = !waiting_.empty();
+            }
+            if (more)
+                start_waiting();
+            std::size_t told = 0;
+            for (std::size_t i = 0; i < count; ++i) {
+                ReadRequest* request = request_of(events[i]);
+                const auto result = static_cast<std::int32_t>(events[i].res);
+                const bool is_part = result > 0 && static_cast<std::uint32_t>(result) < request->size_bytes;
+                if (result == -EAGAIN || result == -EOPNOTSUPP || is_part) {
+                    read_waiting(request);
+                } else {
+                    request->done(request, result);
+                    ++told;
+                }
+            }
+            const std::lock_guard lock(mutex_);
+            finished(told);
+        }
+    }
+
+    static ReadRequest* request_of(const io_event& event) noexcept {
+        return reinterpret_cast<ReadRequest*>(static_cast<std::uintptr_t>(event.data));
+    }
+
+    // Under mutex_.
+    void ended(const ReadRequest* request) noexcept {
+        --in_flight_;
+        in_flight_bytes_ -= request->size_bytes;
+    }
+
+    std::once_flag pool_needed_;
+    std::unique_ptr<ThreadReader> pool_;
+    aio_context_t context_ = 0;
+    // Orders what a submitter did with a request before what the reaper does: the kernel does so, but C++ cannot know.
+    std::atomic<std::uint64_t> handed_over_{0};
+    std::thread reaper_;
+    // under mutex_
+    WaitingReads waiting_;
+    std::size_t in_flight_ = 0;
+    std::size_t in_flight_bytes_ = 0;
+    bool submitting_ = false;
 };
 
 }  // namespace

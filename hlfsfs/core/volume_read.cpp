@@ -359,7 +359,7 @@ void Volume::data_read_done(ReadRequest* request, std::int32_t result) noexcept 
         const auto run = std::find_if(op->runs.begin(), op->runs.end(),
                                       [request](const ReadOp::Run& other) { return &other.request == request; });
         op->volume->report_bad_read(run->segment, static_cast<std::uint32_t>(request->offset / kBlockBytes),
-                                    result < 0 ? -result : EIO);
+                                    result < 0 ? -result : 0);
     }
     if (op->pending.fetch_sub(1, std::memory_order_acq_rel) == 1)
         op->volume->finish_read(op);
@@ -398,10 +398,10 @@ void Volume::node_read_done(ReadRequest* request, std::int32_t result) noexcept 
     auto* op = static_cast<ReadOp*>(request->context);
     const std::shared_ptr<Volume> self = op->volume;
     Volume& volume = *self;
-    // What the disk did not give says nothing of what stands there.
+    // What the disk did not give says nothing of what stands there; where the file ends nothing can.
     const bool whole = result == static_cast<std::int32_t>(kBlockBytes);
     if (!whole || (crc32c_block(op->node_buffer) & kCheckMask) != pointer_check(op->node)) {
-        volume.report_bad_read(op->node_segment, pointer_slot(op->node), whole ? 0 : result < 0 ? -result : EIO);
+        volume.report_bad_read(op->node_segment, pointer_slot(op->node), result < 0 ? -result : 0);
         op->error = EIO;
         volume.finish_read(op);
         return;

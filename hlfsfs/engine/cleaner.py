@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from hlfsfs import _core
 from hlfsfs.engine.space import SpaceWatch
 from hlfsfs.engine.volume import Volume
-from hlfsfs.errors import HlfsError, LogDamaged
+from hlfsfs.errors import HlfsError, LogDamaged, StoreFailed
 from hlfsfs.store import Store
 
 log = logging.getLogger(__name__)
@@ -270,11 +270,18 @@ class Cleaner:
             StoreFailed, NoSpace: what was freed before stays free.
         """
         report = CleanReport()
+        failures: list[StoreFailed] = []
         candidates = volume.native.clean_candidates()
         for done, candidate in enumerate(candidates):
             progress(done, len(candidates))
-            self._clean_one(volume, None, candidate, report, dry_run=dry_run, short=self._short())
+            try:
+                self._clean_one(volume, None, candidate, report, dry_run=dry_run, short=self._short())
+            except StoreFailed as exc:
+                # There is space to be had from the others.
+                failures.append(exc)
         progress(len(candidates), len(candidates))
+        if failures:
+            raise failures[0]
         return report
 
     def has_room(self, wanted_bytes: int) -> bool:
@@ -284,15 +291,18 @@ class Cleaner:
     def make_room(self, volume: Volume, wanted_bytes: int) -> None:
         """Punches until so much is free, or all that can be freed is, while writers wait for it.
 
-        Raises:
-            StoreFailed: what was freed before stays free.
+        What the disk does not let be cleaned is passed over.
         """
         with self._room:
             known = self._known_full.setdefault(volume.id, _Known())
             for candidate in self._wanted(volume, known, 1):
                 if self._stopping.is_set() or self.has_room(wanted_bytes):
                     return
-                self._clean_one(volume, known, candidate, CleanReport(), short=True)
+                try:
+                    self._clean_one(volume, known, candidate, CleanReport(), short=True)
+                except StoreFailed as exc:
+                    # Writers wait for what the others give.
+                    log.warning("%s: segment %08x is not cleaned: %s", volume.what, candidate.segno, exc)
 
     def _wanted(self, volume: Volume, known: _Known, min_run: int) -> list["_core.CleanCandidate"]:
         """Candidates that have changed since they were last cleaned, emptiest first."""

@@ -322,7 +322,7 @@ class Engine:
             for _ in range(MAX_CLEAN_ROUNDS):
                 written = self._checkpoint_twice(volume)
                 done = self._cleaner.clean(volume, dry_run=dry_run, progress=progress)
-                if not written and not done.freed_bytes and not report.freed_bytes:
+                if not dry_run and not written and not done.freed_bytes and not report.freed_bytes:
                     raise NoSpace(volume.what)
                 report.add(done)
                 # What was moved has an old place to go once both checkpoints know the new one, and lies behind what

@@ -28,6 +28,9 @@ IGNORED_WORDS = frozenset(
 )
 IGNORED_PREFIXES = ("x-", "X-", "comment=", "helper=", "uhelper=")
 
+# A device that hangs may hold two of them, and status must go on.
+MIN_THREADS = 3
+
 # Of these, what mount(8) keeps for others to read.
 KEPT_WORDS = frozenset({"_netdev", "user", "users", "owner", "group"})
 KEPT_PREFIXES = ("x-", "comment=")
@@ -43,7 +46,7 @@ class MountOptions:
         allow_other: others than the mounting user may use the mount; None: only root's mounts.
         uid, gid, mode: of new files, instead of their maker's.
         dataplane: serve data natively; off: everything through pyfuse3.
-        threads: native threads that read requests.
+        threads: native threads that read requests, at least MIN_THREADS.
         map_cache_bytes, read_cache_bytes, ring_bytes, segment_bytes: sizes in memory, and of new logs' segments.
         commit_s: how long acknowledged data may stay in memory only.
         discard_ring: go on without writes that were lost with the ring.
@@ -122,7 +125,7 @@ _VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "gid": ("gid", _number(0, 2**32 - 2)),
     "mode": ("mode", _number(0, 0o777, base=8)),
     "dataplane": ("dataplane", _switch),
-    "threads": ("threads", _number(1, 64)),
+    "threads": ("threads", _number(MIN_THREADS, 64)),
     "map_cache": ("map_cache_bytes", _size(1 << 20, 1 << 40)),
     "read_cache": ("read_cache_bytes", _size(0, 1 << 40)),
     "ring": ("ring_bytes", _size(16 << 20, 1 << 40)),

@@ -72,8 +72,8 @@ def find_root(path: bytes) -> bytes | None:
             if _is_directory(os.path.join(path, META)):
                 return path
         except OSError as exc:
-            # With any other error nothing is known to be there for this user.
-            if exc.errno == errno.EIO:
+            # What this user may not see, or cannot be named, is not there for him.
+            if exc.errno not in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG):
                 raise store_error(exc, "local://" + printable(path)) from exc
         if path == b"/":
             return None

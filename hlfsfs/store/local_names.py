@@ -33,11 +33,11 @@ class LocalNames(LocalPart):
         return [self._read_entry(entry) for entry in entries if entry.name not in hidden]
 
     def _read_entry(self, entry: os.DirEntry[bytes]) -> NameEntry:
-        if entry.is_dir(follow_symlinks=False):
-            return self._read_marker(entry)
-        if not entry.is_file(follow_symlinks=False):
-            return NameEntry(entry.name, "foreign", 0)
         try:
+            if entry.is_dir(follow_symlinks=False):
+                return self._read_marker(entry)
+            if not entry.is_file(follow_symlinks=False):
+                return NameEntry(entry.name, "foreign", 0)
             match = _VOLUME.fullmatch(self.disk.read_file(entry.path, _NAME_LIMIT_BYTES))
         except OSError:
             return NameEntry(entry.name, "unread", 0)

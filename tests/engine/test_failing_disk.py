@@ -13,7 +13,7 @@ import pytest
 
 from hlfsfs.engine import Engine
 from hlfsfs.engine.check import check_volume
-from hlfsfs.errors import StoreFailed
+from hlfsfs.errors import NoSpace, StoreFailed
 from hlfsfs.store.disk import Disk
 from hlfsfs.store.local import LocalStore, open_local
 from hlfsfs.store.records import VolumeRecord
@@ -86,10 +86,10 @@ def test_a_lock_record_that_may_have_been_written(path: Path, disk: BadDisk) -> 
     assert list_rings(store.uuid) == []
 
 
-def with_a_volume(path: Path, disk: BadDisk) -> tuple[LocalStore, Engine, VolumeRecord]:
+def with_a_volume(path: Path, disk: BadDisk, segment_shift: int = 26) -> tuple[LocalStore, Engine, VolumeRecord]:
     store = opened(path, disk)
     engine = Engine(store, QUIET)
-    record = record_of(0)
+    record = record_of(0, segment_shift)
     engine.create_log(record)
     store.create_volume(record)
     store.link_name(b"v0", record.id)
@@ -216,3 +216,39 @@ def test_a_read_that_fails_is_not_told_as_damage(path: Path, disk: BadDisk, capl
     store.close()
     assert [message for message in caplog.messages if "could not be read" in message]
     assert not [message for message in caplog.messages if "damaged" in message]
+
+
+def test_a_segment_that_cannot_be_cleaned_holds_no_other_up(path: Path, disk: BadDisk) -> None:
+    store, engine, record = with_a_volume(path, disk, segment_shift=22)
+    volume = engine.attach(record)
+    for _ in range(4):
+        # More than a segment each time, so that each holds something dead and the next what lives.
+        volume.write(0, os.urandom(5 << 20))
+        volume.flush()
+    engine.checkpoint(volume)
+    disk.unreadable = b"00000000.seg"
+    with pytest.raises(StoreFailed):
+        engine.clean(volume)
+    disk.unreadable = b""
+    left = store.list_segments(record.log_uuid)
+    assert 0 in left
+    assert len(left) <= 4, left
+    engine.close()
+    store.close()
+
+
+def test_a_dry_run_needs_no_space(path: Path, disk: BadDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, engine, record = with_a_volume(path, disk)
+    volume = engine.attach(record)
+    volume.write(0, os.urandom(4096))
+
+    def full(_volume: object) -> None:
+        raise NoSpace(volume.what)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "checkpoint", full)
+        assert engine.clean(volume, dry_run=True).freed_bytes == 0
+        with pytest.raises(NoSpace):
+            engine.clean(volume)
+    engine.close()
+    store.close()

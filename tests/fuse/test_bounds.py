@@ -10,10 +10,10 @@ from tests.fuse.mounts import Mounted, mounted, needs_fuse
 pytestmark = needs_fuse
 
 CHANNEL_THREADS = 3
-# By name; then relay, events, checkpoints, cleaner, the main thread with trio's
+# By name, and the pool of reads that would wait; then relay, events, checkpoints, cleaner, the main thread with trio's
 # signals, and trio's workers: 16 for requests, 4 that attach, one that waits for the channel, 2 for the mount itself.
 NAMED = {"hlfs-log": 8, "hlfs-timer": 1, "hlfs-read": 1, "hlfs-cache": 1, "hlfs-fuse": CHANNEL_THREADS}
-MOST = sum(NAMED.values()) + 2 + 4 + 2 + 1 + 2 + 16 + 4 + 1 + 2
+MOST = sum(NAMED.values()) + 32 + 2 + 4 + 2 + 1 + 2 + 16 + 4 + 1 + 2
 
 # Names that are made, looked up and listed by 40 threads at once.
 CROWD = """

@@ -283,7 +283,7 @@ def mount_hlfs() -> Iterator[None]:
 def test_mount_and_fstab(store: Path, mountpoint: Path, tmp_path: Path) -> None:
     source = f"local://{store}"
     fstab = tmp_path / "fstab"
-    fstab.write_text(f"{source} {mountpoint} hlfs nofail,_netdev,noatime,user,x-systemd.requires=/srv,threads=2 0 0\n")
+    fstab.write_text(f"{source} {mountpoint} hlfs nofail,_netdev,noatime,user,x-systemd.requires=/srv,threads=5 0 0\n")
     try:
         for command in (f"-t hlfs {source} {mountpoint} -o nofail,noatime", f"-T {fstab} {mountpoint}"):
             run("mount", *command.split())

@@ -12,7 +12,7 @@ def test_defaults() -> None:
 
 def test_every_option_is_read() -> None:
     words = (
-        "ro,allow_other,default_permissions,uid=107,gid=64055,mode=0660,dataplane=off,threads=2,map_cache=32M,"
+        "ro,allow_other,default_permissions,uid=107,gid=64055,mode=0660,dataplane=off,threads=5,map_cache=32M,"
         "read_cache=1G,ring=256M,commit=500ms,segment_size=16M,discard_ring"
     )
     assert parse_options([words]) == MountOptions(
@@ -22,7 +22,7 @@ def test_every_option_is_read() -> None:
         gid=64055,
         mode=0o660,
         dataplane=False,
-        threads=2,
+        threads=5,
         map_cache_bytes=32 << 20,
         read_cache_bytes=1 << 30,
         ring_bytes=256 << 20,
@@ -38,7 +38,7 @@ def test_words_of_fstab_are_ignored() -> None:
 
 
 def test_the_last_of_several_counts() -> None:
-    assert parse_options(["ro,threads=2", "rw,threads=8"]) == MountOptions(threads=8)
+    assert parse_options(["ro,threads=3", "rw,threads=8"]) == MountOptions(threads=8)
 
 
 def test_what_the_kernel_gets() -> None:
@@ -57,7 +57,7 @@ def test_an_unknown_option_is_named(word: str) -> None:
 @pytest.mark.parametrize(
     ("word", "why"),
     [
-        ("threads=0", "from 1 to 64"),
+        ("threads=2", "from 3 to 64"),
         ("threads=four", "number"),
         ("threads", "needs a value"),
         ("uid=-1", "number"),

@@ -1,6 +1,7 @@
-"""A disk whose writes wait in the kernel as long as a test says: ext4 on a loop device, over a file that this serves.
+"""A disk whose writes, or reads too, wait in the kernel as long as a test says.
 
-`python -m tests.system.slow_disk FILE DIRECTORY HELD` shows FILE as DIRECTORY/disk; writes wait while HELD exists.
+ext4 on a loop device, over a file that this serves: `python -m tests.system.slow_disk FILE DIRECTORY HELD` shows FILE
+as DIRECTORY/disk; writes wait while HELD exists, reads while it holds the word `reads`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +27,21 @@ DISK = pyfuse3.InodeT(2)
 
 @dataclass(frozen=True)
 class SlowDisk:
-    """A file system; `directory` is its root."""
+    """A file system; `directory` is its root, `file` what its loop device reads."""
 
     directory: Path
+    file: Path
     held: Path
 
-    def hold(self) -> None:
-        """Writes that reach the device from here on wait."""
-        self.held.touch()
+    def hold(self, what: str = "writes") -> None:
+        """Writes, or with `reads` both, that reach the device from here on wait."""
+        self.held.write_text(what)
+
+    def forget(self) -> None:
+        """The next reads reach the device, those of the file system's own structures excepted."""
+        fd = os.open(self.file, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
 
     def release(self) -> None:
         """They go on."""
@@ -51,7 +59,7 @@ def slow_disk(path: Path, size_bytes: int) -> Iterator[SlowDisk]:
     run("mkfs.ext4", "-q", image)
     command = [sys.executable, "-m", "tests.system.slow_disk", str(image), str(shown), str(held)]
     server = subprocess.Popen(command, cwd=Path(__file__).parents[2])
-    slow = SlowDisk(directory, held)
+    slow = SlowDisk(directory, shown / "disk", held)
     try:
         wait_for((shown / "disk").exists, "the file is served")
         run("mount", "-o", "loop", shown / "disk", directory)
@@ -95,12 +103,14 @@ class _OneFile(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        await self._wait("reads")
         return os.pread(self._fd, size, off)
 
-    async def _wait(self) -> None:
+    async def _wait(self, what: str = "") -> None:
         # Another process ends it.
-        while await self._held.exists():  # noqa: ASYNC110
-            await trio.sleep(0.01)
+        with suppress(FileNotFoundError):
+            while what in await self._held.read_text():  # noqa: ASYNC110
+                await trio.sleep(0.01)
 
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
         await self._wait()

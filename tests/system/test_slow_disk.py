@@ -1,4 +1,4 @@
-"""A server that is killed with writes in the kernel: nobody takes its store over before they have ended."""
+"""A disk that lets calls wait in the kernel: of a server that is killed meanwhile, and of one that goes on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.fuse.mounts import COMMAND_TIMEOUT_S, Mounted, hlfs, mounted, needs_fuse, take_away
+from tests.fuse.mounts import COMMAND_TIMEOUT_S, Mounted, hlfs, mounted, needs_fuse, run, take_away
 from tests.system.slow_disk import SlowDisk, slow_disk
 from tests.system.tools import MIB, wait_for
 
@@ -46,6 +46,28 @@ for seed in sys.argv[3:]:
 wrong = [block for block, data in model.items() if os.pread(fd, 4096, block * 4096) != data]
 assert not wrong, wrong
 """
+# Reads a block in each of many threads, none of it from the kernel's cache.
+READERS = 48
+READ_AT_ONCE = """
+import mmap, os, sys, threading
+fd, wrong = os.open(sys.argv[1] + "/disk", os.O_RDONLY | os.O_DIRECT), []
+def read(number):
+    buffer = mmap.mmap(-1, 4096)
+    if os.preadv(fd, [buffer], number * 262144) != 4096 or buffer[:] != number.to_bytes(4, "big") * 1024:
+        wrong.append(number)
+threads = [threading.Thread(target=read, args=(number,)) for number in range(int(sys.argv[2]))]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert not wrong, wrong
+"""
+WRITE_ALL = """
+import os, sys
+fd = os.open(sys.argv[1] + "/disk", os.O_RDWR | os.O_CREAT)
+for number in range(int(sys.argv[2])):
+    os.pwrite(fd, number.to_bytes(4, "big") * 65536, number * 262144)
+os.fsync(fd)
+"""
+SOON_S = 5.0
 
 
 @contextmanager
@@ -115,3 +137,33 @@ def test_writes_of_a_killed_server_end_before_the_next_one_begins(tmp_path: Path
             mount.unmount()
         done = hlfs("check", mount.source)
         assert done.returncode == 0, done.stdout
+
+
+def test_reads_that_wait_in_the_kernel_stop_nobody_else(tmp_path: Path) -> None:
+    """However many: a call that submits one sleeps where the device has no place left, and who may not, must not."""
+    path = tmp_path / "mnt"
+    path.mkdir()
+    with slow_disk(tmp_path, 192 * MIB) as slow:
+        with mounted(slow.directory / "store", path=path) as mount:
+            mount.python(WRITE_ALL, str(READERS))
+        device = Path(run("findmnt", "-no", "SOURCE", slow.directory).strip()).name
+        Path(f"/sys/block/{device}/queue/nr_requests").write_text("4")
+        with mounted(slow.directory / "store", path=path) as mount:
+            # Its map is in memory.
+            mount.python(READ_AT_ONCE, "1")
+            slow.forget()
+            slow.hold("reads")
+            command = [sys.executable, "-c", READ_AT_ONCE, str(mount.path), str(READERS)]
+            with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as readers:
+                try:
+                    wait_for(lambda: waits_in_the_kernel(mount), "a read waits for the disk")
+                    time.sleep(0.5)
+                    for _ in range(3):
+                        assert run("stat", "-c", "%s", mount.path / "disk", timeout_s=SOON_S) == f"{READERS * 262144}\n"
+                        run("ls", "-l", mount.path, timeout_s=SOON_S)
+                        assert hlfs("stat", mount.path / "disk", timeout_s=SOON_S).returncode == 0
+                    assert readers.poll() is None
+                finally:
+                    slow.release()
+                _, error = readers.communicate(timeout=COMMAND_TIMEOUT_S)
+                assert readers.returncode == 0, error
