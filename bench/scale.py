@@ -40,7 +40,7 @@ REPLAY_WRITES = {
     "replay_1m": ({"rw": "randwrite", "bs": "1m"}, 1 << 40),
 }
 # For what HLFS gives back only after a while at rest.
-REST_S = 20
+REST_S = 75
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ std::uint64_t clock_ns(clockid_t clock) noexcept {
     return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<std::uint64_t>(now.tv_nsec);
 }
 
-// How long memory is kept that nobody needs.
+// How long read buffers are kept that nobody needs.
 constexpr std::uint64_t kTrimNs = 10'000'000'000;
+// The ring's memory so many times as long: guests write in bursts, and to have it again costs milliseconds an extent.
+constexpr unsigned kRingTrims = 6;
 
 const std::byte* map_zeros() {
     void* memory = mmap(nullptr, kMaxRequestBytes + kBlockBytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -230,7 +232,9 @@ void Core::run_timer() noexcept {
 }
 
 void Core::trim() noexcept {
-    ring_->trim();
+    // A ring that counts on less than it should tries again each time.
+    if (++trims_ % kRingTrims == 0 || ring_->usable_pages() < ring_->ring_pages())
+        ring_->trim();
     // The heap keeps what was freed, and gives it back only if asked.
     if (buffers_.trim())
         malloc_trim(0);

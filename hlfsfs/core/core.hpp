@@ -126,6 +126,7 @@ class Core final : public VolumeTable {
     void run_worker() noexcept;
     void run_timer() noexcept;
     void trim() noexcept;
+    unsigned trims_ = 0;  // of the timer alone
     void run_errands() noexcept;
     [[nodiscard]] bool errands() const noexcept { return relief_wanted_ || parked_wanted_ || trim_wanted_; }
     [[nodiscard]] std::vector<std::shared_ptr<Volume>> all_volumes() const;
@@ -151,6 +152,7 @@ class Core final : public VolumeTable {
     std::atomic<bool> relief_wanted_{false};
     std::atomic<bool> parked_wanted_{false};
     std::atomic<bool> trim_wanted_{false};
+    unsigned trims_ = 0;  // of the timer alone
 
     std::mutex work_mutex_;  // guards work_ and stopping_
     std::condition_variable work_arrived_;
