@@ -126,7 +126,6 @@ class Core final : public VolumeTable {
     void run_worker() noexcept;
     void run_timer() noexcept;
     void trim() noexcept;
-    unsigned trims_ = 0;  // of the timer alone
     void run_errands() noexcept;
     [[nodiscard]] bool errands() const noexcept { return relief_wanted_ || parked_wanted_ || trim_wanted_; }
     [[nodiscard]] std::vector<std::shared_ptr<Volume>> all_volumes() const;
