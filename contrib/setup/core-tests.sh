@@ -20,7 +20,7 @@ build() {
 # Without address randomisation: g++ 12's ThreadSanitizer refuses the mappings of kernels that randomise 32 bits.
 run() {
     local output status=0
-    output=$(setarch --addr-no-randomize timeout --foreground 300 "build/core-$1/core_tests" 2>&1) || status=$?
+    output=$(setarch --addr-no-randomize timeout --foreground 360 "build/core-$1/core_tests" 2>&1) || status=$?
     printf 'core tests, %s sanitizer:\n%s\n' "$1" "$output"
     return $status
 }

@@ -18,10 +18,16 @@ constexpr std::uint64_t kNode = 0x123456789;
 
 Bytes pattern(std::size_t size, unsigned seed) {
     Bytes bytes(size);
-    for (std::size_t i = 0; i < size; ++i) {
-        bytes[i] = static_cast<std::byte>((i * 131 + i / 251 + seed) & 0xff);
+    for (std::size_t at = 0; at < size; at += sizeof(std::uint64_t)) {
+        const std::uint64_t word = (seed + 1) * 0x9E3779B97F4A7C15ULL + at;
+        std::memcpy(bytes.data() + at, &word, std::min(sizeof word, size - at));
     }
     return bytes;
+}
+
+// In one comparison: ThreadSanitizer makes one for each byte slow.
+bool same(const Bytes& a, const Bytes& b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size()) == 0);
 }
 
 std::shared_ptr<MemoryVolume> attach(Mount& mount, bool later = false) {
@@ -566,7 +572,7 @@ TEST_CASE("payloads stand in one run wherever an extent ends", "[channel]") {
     auto volume = attach(mount);
     const std::size_t pages = GENERATE(1, 3, 100, 255, 256);
     std::vector<std::uint64_t> asked;
-    const std::size_t requests = 20 * kExtentPages / std::max<std::size_t>(pages, 40);
+    const std::size_t requests = 10 * kExtentPages / std::max<std::size_t>(pages, 40);
     mount.table.remove(kNode);  // parked: the memory stays taken
     for (std::size_t i = 0; i < requests; ++i) {
         const std::size_t size = pages * kBlockBytes - i % 3;
@@ -581,9 +587,10 @@ TEST_CASE("payloads stand in one run wherever an extent ends", "[channel]") {
     for (const Slot& slot : mount.ring->slots()) {
         if (slot.state.load() == SlotState::open) {
             REQUIRE(slot.page_count == pages);
-            for (std::uint32_t i = 1; i < slot.page_count; ++i) {
-                REQUIRE(slot.pages[i] == slot.pages[0] + i);
-            }
+            bool in_one_run = true;
+            for (std::uint32_t i = 1; i < slot.page_count; ++i)
+                in_one_run = in_one_run && slot.pages[i] == slot.pages[0] + i;
+            REQUIRE(in_one_run);
         }
     }
     mount.table.add(kNode, volume);
@@ -594,7 +601,7 @@ TEST_CASE("payloads stand in one run wherever an extent ends", "[channel]") {
     for (std::size_t i = 0; i < requests; ++i) {
         const std::size_t size = pages * kBlockBytes - i % 3;
         mount.kernel.ask_read(kNode, i * kMaxRequestBytes, static_cast<std::uint32_t>(size));
-        REQUIRE(mount.kernel.reply()->body == pattern(size, static_cast<unsigned>(i)));
+        REQUIRE(same(mount.kernel.reply()->body, pattern(size, static_cast<unsigned>(i))));
     }
     CHECK(mount.slots_become_free());
     CHECK(mount.ring->pages_in_use() == 0);
@@ -604,14 +611,14 @@ TEST_CASE("a WRITE comes with a page for each block that it touches", "[channel]
     Mount mount(1, {16, 4, 8, 0});
     const auto volume = attach(mount);
     // Every position of a request within an extent comes up.
-    for (unsigned i = 0; i < 300; ++i) {
+    for (unsigned i = 0; i < 150; ++i) {
         const std::size_t size = i % 7 == 0 ? kMaxRequestBytes : (i * 911) % (40 * kBlockBytes) + 1;
         const std::uint64_t offset = i % 3 == 0 ? 0 : (i * 517) % kBlockBytes;
         mount.kernel.ask_write(kNode, offset, pattern(size, i));
         REQUIRE(mount.kernel.reply()->error == 0);
         REQUIRE(volume->payload_pages == (offset + size + kBlockBytes - 1) / kBlockBytes);
         mount.kernel.ask_read(kNode, offset, static_cast<std::uint32_t>(size));
-        REQUIRE(mount.kernel.reply()->body == pattern(size, i));
+        REQUIRE(same(mount.kernel.reply()->body, pattern(size, i)));
     }
     CHECK(mount.slots_become_free());
     CHECK(mount.ring->pages_in_use() == 0);
