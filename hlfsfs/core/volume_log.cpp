@@ -482,7 +482,6 @@ void Volume::start_new_epoch() {
         previous_end_ = durable_position_;
         current_->state = SegmentState::damaged;
         current_->footer_body = {};
-        current_->unwritten_chunks = 0;
         count_descriptor(current_);
         current_ = nullptr;
         if (prepared_) {
@@ -495,7 +494,6 @@ void Volume::start_new_epoch() {
         }
         for (Segment* segment : footers_due_) {
             segment->footer_body = {};
-            segment->unwritten_chunks = 0;
             count_descriptor(segment);
         }
         footers_due_.clear();

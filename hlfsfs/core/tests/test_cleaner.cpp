@@ -214,54 +214,6 @@ TEST_CASE("indexes of removed segments are used again, when no checkpoint knows 
     host.close(log);
 }
 
-TEST_CASE("segments of an epoch that a failed write ended are cleaned like others") {
-    FaultyDisk& disk = FaultyDisk::instance();
-    disk.reset();
-    // Only the one that was written to, or also one that was full by then, with chunks on their way to both.
-    const bool stalled = GENERATE(false, true);
-    Log log(1);
-    Host host;
-    const auto volume = host.open(log).volume;
-    Bytes model(6 * kMiB);
-    overwrite(host, log, *volume, model, 1, 1);
-    REQUIRE(flush(*volume) == 0);
-    const std::uint64_t failed = log.segnos().back();
-    if (stalled) {
-        disk.hold_writes();
-        overwrite(host, log, *volume, model, 5000, 1);
-        disk.wait_held_writes(1);
-        disk.release_writes(EIO);
-    } else {
-        disk.fail_writes(1, EIO);
-        const Change change{.offset = 0, .size_bytes = kMiB, .stamp = 9000};
-        REQUIRE(change.run(host, log, *volume) == 0);
-        change.apply(model);
-    }
-    flush(*volume);
-    REQUIRE(wait_until([&] { return flush(*volume) == 0; }));
-    REQUIRE(volume->stats().epoch == 2);
-    REQUIRE(holds(*volume, model));
-    const std::uint64_t next = log.segnos().back();
-    // What it holds is in use at first, then only in part, then not at all.
-    for (std::uint64_t round = 0; round < 3; ++round) {
-        settle(host, log, *volume);
-        host.clean(log, kPunch);
-        REQUIRE(holds(*volume, model));
-        overwrite(host, log, *volume, model, 10000 + round * 2000, round == 1 ? 2 : 1);
-    }
-    settle(host, log, *volume);
-    host.clean(log, kLook);
-    for (const std::uint64_t segno : log.segnos()) {
-        INFO("segment " << segno << ", that of the failure was " << failed << ", the new epoch's " << next);
-        CHECK(segno > failed);
-        CHECK(segno >= next);
-    }
-    REQUIRE(holds(*volume, model));
-    host.close(log);
-    Host second;
-    REQUIRE(holds(*second.open(log).volume, model));
-}
-
 TEST_CASE("moving gives up while room is made for writers") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
