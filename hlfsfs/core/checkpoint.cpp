@@ -488,7 +488,7 @@ void Volume::write_segment_table(std::uint64_t generation, const std::vector<std
                         if (from) {
                             to.segno = from->identity.segno;
                             to.log_no = from->log_no;
-                            to.state = from->state;
+                            to.state = from->distrusted ? SegmentState::damaged : from->state;
                             to.live_blocks_hint = static_cast<std::uint32_t>(hint_after(*from, live_delta));
                             to.last_time_s = from->last_time_s;
                         }
@@ -671,9 +671,13 @@ Volume::CloseResult Volume::close_log(bool only_if_idle) {
     const std::shared_ptr<SharedFd> fd = segment->fd;
     std::erase(unsynced_, segment);
     segment->unsynced = false;
+    segment->syncing = true;
     lock.unlock();
     // The data was durable before; footer and trim are only worth having.
-    static_cast<void>(fdatasync(fd->get()));
+    const bool synced = fdatasync(fd->get()) == 0;
+    lock.lock();
+    segment->syncing = false;
+    segment->distrusted = segment->distrusted || !synced;
     return result;
 }
 

@@ -109,10 +109,9 @@ std::uint64_t Volume::first_pinned_segno() const {
 }
 
 bool Volume::cleanable(const Segment& segment) const {
-    const bool ended = segment.state == SegmentState::sealed || segment.state == SegmentState::punched ||
-                       segment.state == SegmentState::damaged;
+    const bool ended = segment.state == SegmentState::sealed || segment.state == SegmentState::punched;
     return ended && segment.log_no == 0 && &segment != current_ && segment.unwritten_chunks == 0 && !segment.unsynced &&
-           segment.footer_body.empty() && segment.identity.segno < first_pinned_segno();
+           !segment.syncing && segment.footer_body.empty() && segment.identity.segno < first_pinned_segno();
 }
 
 std::vector<Volume::CleanCandidate> Volume::clean_candidates() const {
@@ -125,7 +124,6 @@ std::vector<Volume::CleanCandidate> Volume::clean_candidates() const {
             found.push_back({.index = segment->index,
                              .segno = segment->identity.segno,
                              .live_blocks_hint = segment->live_blocks_hint,
-                             .punched = segment->state == SegmentState::punched,
                              .moved = segment->moved});
         }
     }
@@ -407,7 +405,7 @@ void Volume::wait_for_readers(Lock& lock) {
         wait_change(lock);
 }
 
-void Volume::release_segment(std::uint32_t index) {
+bool Volume::release_segment(std::uint32_t index) {
     Lock lock(mutex_);
     wait_for_readers(lock);
     std::unique_ptr<Segment>& segment = table_.at(index);
@@ -415,8 +413,10 @@ void Volume::release_segment(std::uint32_t index) {
         throw std::system_error(EBUSY, std::generic_category(), "the segment is in use");
     if (segment->fd_counted)
         core_.open_descriptors.fetch_sub(1, std::memory_order_relaxed);
+    const bool reusable = !segment->distrusted;
     segment.reset();
     free_indexes_.emplace_back(index, generation_ + (checkpointing_ ? 1 : 0));
+    return reusable;
 }
 
 std::uint32_t Volume::next_index() const {

@@ -102,7 +102,9 @@ void Volume::load_segment_table(const Checkpoint& checkpoint,
             to->log_no = from.log_no;
             to->identity.segno = from.segno;
             to->identity.slots = segment_slots_;
-            to->state = from.state == SegmentState::open ? SegmentState::sealed : from.state;
+            const bool ended = from.state != SegmentState::open && from.state != SegmentState::damaged;
+            to->state = ended ? from.state : SegmentState::sealed;
+            to->distrusted = from.state == SegmentState::damaged;
             to->last_time_s = from.last_time_s;
             to->live_blocks_hint = from.live_blocks_hint;
             table_[header.first + i] = std::move(to);
@@ -316,6 +318,11 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
         }
         entry->identity = scanned.back().identity;
         entry->salt = header.salt;
+        const bool cut = std::any_of(usable.begin(), usable.end(), [&entry](const auto& other) {
+            const SegmentHeader& later = other.first;
+            return later.epoch > entry->identity.epoch && later.previous_end.segno <= entry->identity.segno;
+        });
+        entry->distrusted = entry->distrusted || cut || !scanned.back().from_footer;
         for (const ChunkSummary& chunk : scanned.back().chunks)
             replay.durable_upto = std::max(replay.durable_upto, chunk.header.durable_upto);
     }

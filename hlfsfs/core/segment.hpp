@@ -50,6 +50,10 @@ struct Segment {
     std::uint32_t tail_slot = 1;
     std::uint64_t opened_ns = 0;
     bool unsynced = false;
+    bool syncing = false;
+    // A write or fdatasync of it failed, or a recovery cannot tell: what was written may reach the disk at any time
+    // after, so its file must not serve another segment.
+    bool distrusted = false;
     std::uint32_t unwritten_chunks = 0;
     std::vector<std::byte> footer_body;  // every summary so far, without padding
     std::uint32_t chunks = 0;

@@ -136,8 +136,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         std::uint32_t index = 0;
         std::uint64_t segno = 0;
         std::uint64_t live_blocks_hint = 0;  // that the newest checkpoint maps
-        bool punched = false;
-        bool moved = false;  // what it holds has been written again; a checkpoint will tell
+        bool moved = false;                  // what it holds has been written again; a checkpoint will tell
     };
     // Segments that both kept checkpoints have behind them, so that only their maps lead there.
     [[nodiscard]] std::vector<CleanCandidate> clean_candidates() const;
@@ -159,8 +158,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     // std::system_error.
     Cleaned clean_segment(std::uint32_t index, int fd, CleanHow how, std::uint32_t min_run);
     // Waits for readers that began before, then forgets a removable segment. Its index is used again once no kept
-    // checkpoint knows the old meaning.
-    void release_segment(std::uint32_t index);
+    // checkpoint knows the old meaning. Tells whether its file may serve another segment.
+    bool release_segment(std::uint32_t index);
 
     struct CloseResult {
         std::optional<std::uint64_t> discard_segno;  // a prepared segment never used

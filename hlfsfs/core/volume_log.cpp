@@ -185,6 +185,8 @@ void Volume::write_chunk(Lock& lock, LiveChunk* chunk) {
 
     lock.lock();
     --writing_;
+    if (error != 0)
+        segment->distrusted = true;
     if (generation != log_generation_ || broken_) {
         // The log failed meanwhile: this chunk is written again in the new epoch.
         if (chunk->state == LiveChunk::State::writing)
@@ -247,6 +249,8 @@ void Volume::write_footer(Lock& lock, Segment* segment) {
     // A segment without a footer is read through its summaries: slower, never wrong. A disk that is full must not stop
     // here.
     segment->footer_body = {};
+    if (error != 0)
+        segment->distrusted = true;
     note_unsynced(segment);
     count_descriptor(segment);
     if (error != 0 && error != ENOSPC && !broken_)
@@ -270,10 +274,13 @@ void Volume::write_ahead(Segment* segment, const SharedFd& fd, std::uint32_t fro
         const std::uint32_t slots = std::min(to - from, kMaxRequestPages);
         std::vector<iovec> vectors{{const_cast<std::byte*>(core_.zeros()), std::size_t{slots} * kBlockBytes}};
         // What fails here is met again by the chunk that is written there, which is kept and goes to a new epoch.
-        if (write_all(fd.get(), vectors, offset_of(from)) != 0)
-            return;
+        const int error = write_all(fd.get(), vectors, offset_of(from));
         from += slots;
         const Lock lock(mutex_);
+        if (error != 0) {
+            segment->distrusted = true;
+            return;
+        }
         segment->allocated_slots = std::max(segment->allocated_slots, from);
         segment->file_slots = std::max(segment->file_slots, from);
         segment->written_slots = std::max(segment->written_slots, from);
@@ -356,6 +363,7 @@ void Volume::sync(Lock& lock) {
     std::vector<std::pair<Segment*, std::shared_ptr<SharedFd>>> dirty;
     for (Segment* segment : unsynced_) {
         segment->unsynced = false;
+        segment->syncing = true;
         dirty.emplace_back(segment, segment->fd);
     }
     unsynced_.clear();
@@ -367,6 +375,11 @@ void Volume::sync(Lock& lock) {
     }
     lock.lock();
     syncing_ = false;
+    for (const auto& [segment, fd] : dirty) {
+        segment->syncing = false;
+        // The kernel tells each failure to one sync only, maybe not to that of the file that it is about.
+        segment->distrusted = segment->distrusted || error != 0;
+    }
     if (generation == log_generation_ && !broken_) {
         if (error != 0) {
             log_broke(lock, error, "fdatasync");
@@ -480,8 +493,9 @@ void Volume::start_new_epoch() {
         ++log_generation_;
         ++epoch_;
         previous_end_ = durable_position_;
-        current_->state = SegmentState::damaged;
+        current_->state = SegmentState::sealed;
         current_->footer_body = {};
+        current_->unwritten_chunks = 0;
         count_descriptor(current_);
         current_ = nullptr;
         if (prepared_) {
@@ -494,6 +508,7 @@ void Volume::start_new_epoch() {
         }
         for (Segment* segment : footers_due_) {
             segment->footer_body = {};
+            segment->unwritten_chunks = 0;
             count_descriptor(segment);
         }
         footers_due_.clear();

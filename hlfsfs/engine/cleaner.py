@@ -359,8 +359,9 @@ class Cleaner:
                 report.freed_bytes += done.freed_blocks * BLOCK_BYTES
                 report.moved_bytes += done.moved_blocks * BLOCK_BYTES
                 if done.removable and not dry_run:
-                    volume.native.release_segment(candidate.index)
-                    self._store.retire_segment(volume.log_uuid, candidate.segno)
+                    reusable = volume.native.release_segment(candidate.index)
+                    remove = self._store.retire_segment if reusable else self._store.remove_segment
+                    remove(volume.log_uuid, candidate.segno)
                     report.removed_segments += 1
                     report.freed_bytes += blocks * BLOCK_BYTES
         except _core.FormatError as exc:

@@ -209,7 +209,8 @@ class Engine:
             for segno in report.unfinished_segments:
                 self._store.remove_segment(volume.log_uuid, segno)
             for segno in volume.native.orphans(self._store.list_segments(volume.log_uuid)):
-                self._store.retire_segment(volume.log_uuid, segno)
+                # Whether its file may serve another segment is not known any more.
+                self._store.remove_segment(volume.log_uuid, segno)
         if report.ring_damaged_blocks > 0:
             lost = report.ring_damaged_blocks
             log.error(

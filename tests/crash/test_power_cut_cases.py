@@ -191,3 +191,35 @@ def test_a_disk_with_more_than_losses(worker: Worker, directory: Path, once: Run
     machine = Machine(worker, directory, seed)
     machine.sweep(once, Plan(cuts=25, chances=(0.0, 0.5), again_every=15, spoil=spoil))
     assert machine.images > 20
+
+
+# --- the file of a segment in which something failed --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["write", "sync"])
+@pytest.mark.parametrize("remounted", [False, True], ids=["cleaned at once", "cleaned by the next mount"])
+def test_a_file_that_failed_is_no_segment_again(
+    worker: Worker, directory: Path, seed: int, what: str, remounted: bool
+) -> None:
+    """What failed may reach the disk at any time after: not over what a later segment has in the same file."""
+    rewritten: History = [["write", "a", at * BLOCK, 200 * BLOCK, 10 + at, True] for at in (0, 50, 100)]
+    history: History = [
+        ["create", "a"],
+        ["write", "a", 0, 300 * BLOCK, 1, True],
+        ["write", "a", 0, 256 * BLOCK, 2, False],
+        ["write_failing", "a", 0, 256 * BLOCK, 3, what],
+        *([["reopen"]] if remounted else []),
+        *rewritten,
+        ["checkpoint", "a"],
+        *rewritten,
+        ["clean", "a"],
+        *rewritten * 6,
+    ]
+    run = record(worker, directory, history)
+    (gone,) = [index for index, text in enumerate(run.trace.texts) if _takes_away(text, "00000000.seg")]
+    assert any(text.startswith("rename .hlfs/spares/") for text in run.trace.texts[gone:]), "no file was used again"
+    Machine(worker, directory, seed).sweep(run, Plan(cuts=25, chances=(0.8,)))
+
+
+def _takes_away(text: str, name: str) -> bool:
+    return (text.startswith("remove") and text.endswith(name)) or (text.startswith("rename") and f"{name} -> " in text)

@@ -380,7 +380,7 @@ Volume::Cleaned Host::clean(Log& log, Volume::CleanHow how, std::uint32_t min_ru
         }
         ::close(fd);
         if (cleaned.removable) {
-            volume->release_segment(candidate.index);
+            log.released[candidate.segno] = volume->release_segment(candidate.index);
             log.remove(candidate.segno);
         }
         sum.blocks += cleaned.blocks;

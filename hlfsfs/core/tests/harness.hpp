@@ -94,9 +94,10 @@ class Log {
     const std::uint64_t id;
     const std::uint32_t segment_shift;
     Uuid uuid{};
-    std::array<Bytes, 2> slots;   // guarded by FaultyDisk::freeze() while a core runs
-    int refuse_segments = 0;      // errno that prepare() answers
-    std::size_t spare_bytes = 0;  // prepare() begins with a file that held as much
+    std::array<Bytes, 2> slots;              // guarded by FaultyDisk::freeze() while a core runs
+    int refuse_segments = 0;                 // errno that prepare() answers
+    std::size_t spare_bytes = 0;             // prepare() begins with a file that held as much
+    std::map<std::uint64_t, bool> released;  // by the cleaner: whether the segment's file may serve another one
 
   private:
     TempDir dir_;

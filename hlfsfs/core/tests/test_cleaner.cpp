@@ -214,6 +214,84 @@ TEST_CASE("indexes of removed segments are used again, when no checkpoint knows 
     host.close(log);
 }
 
+TEST_CASE("segments of an epoch that a failure ended are cleaned like others, but their files serve no other") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    // Stalled: not only the one that was written to, but also one that was full by then, with chunks on their way to
+    // both.
+    enum class Failing { write, stalled_writes, sync };
+    const Failing failing = GENERATE(Failing::write, Failing::stalled_writes, Failing::sync);
+    // The file is remembered by the one that cleans, by the checkpoint, or by what the log says.
+    enum class Cleaned { here, after_close, after_crash };
+    const Cleaned cleaned = GENERATE(Cleaned::here, Cleaned::after_close, Cleaned::after_crash);
+    INFO("failing " << static_cast<int>(failing) << ", cleaned " << static_cast<int>(cleaned));
+    Log first(1);
+    std::unique_ptr<Log> copied;
+    auto host = std::make_unique<Host>();
+    auto volume = host->open(first).volume;
+    Bytes model(6 * kMiB);
+    overwrite(*host, first, *volume, model, 1, 1);
+    REQUIRE(flush(*volume) == 0);
+    const std::uint64_t began = first.segnos().back() - 1;
+    if (failing == Failing::stalled_writes) {
+        disk.hold_writes();
+        overwrite(*host, first, *volume, model, 5000, 1);
+        disk.wait_held_writes(1);
+        disk.release_writes(EIO);
+    } else {
+        failing == Failing::write ? disk.fail_writes(1, EIO) : disk.fail_syncs(1, EIO);
+        const Change change{.offset = 0, .size_bytes = kMiB, .stamp = 9000};
+        REQUIRE(change.run(*host, first, *volume) == 0);
+        change.apply(model);
+    }
+    flush(*volume);
+    REQUIRE(wait_until([&] { return flush(*volume) == 0; }));
+    REQUIRE(volume->stats().epoch == 2);
+    REQUIRE(holds(*volume, model));
+    const std::uint64_t next = first.segnos().back();
+    Log* log = &first;
+    if (cleaned == Cleaned::after_crash) {
+        volume.reset();
+        copied = first.copy();
+        log = copied.get();
+        host->close(first);
+        host = std::make_unique<Host>();
+        volume = host->open(*log).volume;
+    } else if (cleaned == Cleaned::after_close) {
+        settle(*host, first, *volume);
+        volume.reset();
+        host->close(first);
+        host = std::make_unique<Host>();
+        volume = host->open(first).volume;
+    }
+    // What it holds is in use at first, then only in part, then not at all.
+    for (std::uint64_t round = 0; round < 3; ++round) {
+        settle(*host, *log, *volume);
+        host->clean(*log, kPunch);
+        REQUIRE(holds(*volume, model));
+        overwrite(*host, *log, *volume, model, 10000 + round * 2000, round == 1 ? 2 : 1);
+    }
+    settle(*host, *log, *volume);
+    host->clean(*log, kLook);
+    for (const std::uint64_t segno : log->segnos()) {
+        INFO("segment " << segno << ", the new epoch began in " << next);
+        // One that a recovery finds nothing in goes at the next mount.
+        CHECK((segno >= next || cleaned == Cleaned::after_crash));
+    }
+    const auto files = [log](std::uint64_t from, std::uint64_t to, bool reusable) {
+        return std::count_if(log->released.begin(), log->released.end(), [=](const auto& found) {
+            return found.first >= from && found.first < to && found.second == reusable;
+        });
+    };
+    CHECK(files(began, next, false) > 0);
+    CHECK(files(next, UINT64_MAX, true) > 0);
+    REQUIRE(holds(*volume, model));
+    volume.reset();
+    host->close(*log);
+    Host last;
+    REQUIRE(holds(*last.open(*log).volume, model));
+}
+
 TEST_CASE("moving gives up while room is made for writers") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
