@@ -261,6 +261,8 @@ std::vector<std::byte> encode(const Checkpoint& checkpoint) {
 }
 
 std::optional<Checkpoint> decode_checkpoint(std::span<const std::byte> slot) {
+    if (slot.empty())
+        throw FormatError("it could not be read");
     if (slot.size() < sizeof(Checkpoint))
         throw FormatError("checkpoint slot cut short");
     const auto head = slot.first(sizeof(Checkpoint));

@@ -336,7 +336,8 @@ struct Checkpoint {
 static_assert(sizeof(Checkpoint) == 208);
 
 std::vector<std::byte> encode(const Checkpoint& checkpoint);
-// nullopt: the slot was never written (all zero). Throws FormatError if it is damaged or of an unknown format.
+// nullopt: the slot was never written (all zero). Throws FormatError if it is damaged or of an unknown format, or
+// empty, which says that it could not be read.
 std::optional<Checkpoint> decode_checkpoint(std::span<const std::byte> slot);
 
 }  // namespace hlfs

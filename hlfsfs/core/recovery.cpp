@@ -25,6 +25,7 @@ struct NewestCheckpoint {
     std::optional<Checkpoint> older = std::nullopt;
 };
 
+// An empty slot is one that could not be read: it counts as a destroyed one, but for what it may have been alone.
 NewestCheckpoint choose(std::span<const std::byte> slot0, std::span<const std::byte> slot1) {
     std::optional<Checkpoint> found[2];
     std::string damage[2];
@@ -42,6 +43,8 @@ NewestCheckpoint choose(std::span<const std::byte> slot0, std::span<const std::b
         return {found[0], 0, found[1]};
     if (found[1])
         return {found[1], 1, found[0]};
+    if (slot0.empty() || slot1.empty())
+        throw FormatError("no other checkpoint than one that could not be read");
     // Nothing valid and at most one slot written: the very first checkpoint was cut, so the log is whole from its
     // start.
     return {std::nullopt, damage[0].empty() ? 1 : 0};
@@ -259,6 +262,8 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
         replay.durable_upto = from.durable_sequence;
         first_slot = from.replay_start.slot;
         newest_ = from;
+        // One that is not there has all of the log as its own, until another is written.
+        older_ = KeptMap{};
         if (newest.older && newest.older->log_uuid == config_.log_uuid) {
             older_ = KeptMap{.root = newest.older->root,
                              .levels = newest.older->levels,

@@ -4,6 +4,7 @@ All methods block, may be called from any thread, and raise nothing but HlfsErro
 docs/CONCURRENCY.md.
 """
 
+import errno
 import logging
 import os
 import threading
@@ -190,11 +191,7 @@ class Engine:
 
     def _recover(self, volume: Volume) -> None:
         what = f"log {volume.log_uuid} of {volume.what}"
-        slots = self._store.read_checkpoint_slots(volume.log_uuid)
-        try:
-            first = _core.replay_start_segno(*slots)
-        except _core.FormatError as exc:
-            raise CheckpointDamaged(what, str(exc)) from exc
+        slots, first = self._checkpoints(volume.log_uuid, what)
         try:
             with self._segments(volume.log_uuid, first) as segments:
                 report = volume.native.recover(*slots, segments, self._old_ring)
@@ -219,6 +216,17 @@ class Engine:
         if report.unclean:
             counts = (report.replayed_chunks, report.replayed_bytes, report.ring_entries)
             log.info("%s: recovered: %d chunks, %d bytes read, %d entries from the ring", what, *counts)
+
+    def _checkpoints(self, log_uuid: UUID, what: str) -> tuple[tuple[bytes, bytes], int]:
+        """Both slots, and the segment where replay begins."""
+        slots = self._store.read_checkpoint_slots(log_uuid)
+        try:
+            return slots, _core.replay_start_segno(*slots)
+        except _core.FormatError as exc:
+            if b"" in slots:
+                # The disk may give it the next time.
+                raise StoreFailed(what, OSError(errno.EIO, str(exc))) from exc
+            raise CheckpointDamaged(what, str(exc)) from exc
 
     @contextmanager
     def _segments(self, log_uuid: UUID, first: int) -> Iterator[list[tuple[int, int]]]:

@@ -189,7 +189,12 @@ class Store(ABC):
 
     @abstractmethod
     def read_checkpoint_slots(self, log_uuid: UUID) -> tuple[bytes, bytes]:
-        """Both slots, 65536 bytes each, as they stand. Raises CheckpointDamaged when the file is missing or short."""
+        """Both slots, 65536 bytes each, as they stand; an empty one could not be read.
+
+        Raises:
+            CheckpointDamaged: the file is missing or short.
+            StoreFailed: neither could be read.
+        """
 
     @abstractmethod
     def write_checkpoint_slot(self, log_uuid: UUID, index: int, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from hlfsfs.store.base import CHECKPOINT_SLOT_BYTES
 from hlfsfs.store.disk import Rename
 from hlfsfs.store.local_base import reading
 from hlfsfs.store.local_spares import LocalSpares
+
+log = logging.getLogger(__name__)
 
 _SEGMENT = re.compile(rb"([0-9a-f]{8,16})\.seg")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
@@ -143,11 +146,23 @@ class LocalLogs(LocalSpares):
             self.sync_names(self.log_path(log_uuid))
 
     def read_checkpoint_slots(self, log_uuid: UUID) -> tuple[bytes, bytes]:
-        with self._checkpoint(log_uuid):
-            data = self.disk.read_file(self._checkpoint_path(log_uuid), 2 * CHECKPOINT_SLOT_BYTES)
-        if len(data) != 2 * CHECKPOINT_SLOT_BYTES:
-            raise CheckpointDamaged(f"log {log_uuid}", f"its checkpoint file is short ({len(data)} bytes)")
-        return data[:CHECKPOINT_SLOT_BYTES], data[CHECKPOINT_SLOT_BYTES:]
+        with self._checkpoint(log_uuid), self.disk.opened(self._checkpoint_path(log_uuid), os.O_RDONLY) as fd:
+            first, second = (self._read_slot(fd, index) for index in (0, 1))
+            if isinstance(first, OSError) and isinstance(second, OSError):
+                raise first
+        read = [b"" if isinstance(slot, OSError) else slot for slot in (first, second)]
+        for index, slot in enumerate((first, second)):
+            if isinstance(slot, OSError):
+                log.warning("log %s: checkpoint slot %d cannot be read: %s", log_uuid, index, slot.strerror)
+            elif len(slot) != CHECKPOINT_SLOT_BYTES:
+                raise CheckpointDamaged(f"log {log_uuid}", f"its checkpoint file is short (slot {index})")
+        return read[0], read[1]
+
+    def _read_slot(self, fd: int, index: int) -> bytes | OSError:
+        try:
+            return self.disk.read(fd, CHECKPOINT_SLOT_BYTES, index * CHECKPOINT_SLOT_BYTES)
+        except OSError as exc:
+            return exc
 
     def write_checkpoint_slot(self, log_uuid: UUID, index: int, data: bytes) -> None:
         """Overwrites one slot through an O_DSYNC descriptor: a crash tears this slot and never the other."""

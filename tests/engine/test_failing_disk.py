@@ -14,6 +14,7 @@ import pytest
 from hlfsfs.engine import Engine
 from hlfsfs.engine.check import check_volume
 from hlfsfs.errors import NoSpace, StoreFailed
+from hlfsfs.store.base import CHECKPOINT_SLOT_BYTES
 from hlfsfs.store.disk import Disk
 from hlfsfs.store.local import LocalStore, open_local
 from hlfsfs.store.records import VolumeRecord
@@ -25,13 +26,21 @@ from tests.engine.test_rings import closed, expect_data, killed, remove_rings
 
 class BadDisk(Disk):
     """Fails syncs of files or directories with `bad` in their path, removals of files with `kept` in it, looks at those
-    with `unseen` in it, reads from those with `unreadable` in it when they were opened.
+    with `unseen` in it, reads from those with `unreadable` in it when they were opened, of checkpoint slots those in
+    `lost_slots`.
     """
 
     bad = b""
     kept = b""
     unseen = b""
     unreadable = b""
+    lost_slots: tuple[int, ...] = ()
+
+    def read(self, fd: int, size_bytes: int, offset: int) -> bytes:
+        lost = self.lost_slots and offset // CHECKPOINT_SLOT_BYTES in self.lost_slots
+        if lost and os.readlink(b"/proc/self/fd/%d" % fd).endswith(b"/checkpoint"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read(fd, size_bytes, offset)
 
     def open(self, path: bytes, flags: int) -> int:
         # What reads from a directory fails.
@@ -250,5 +259,51 @@ def test_a_dry_run_needs_no_space(path: Path, disk: BadDisk, monkeypatch: pytest
         assert engine.clean(volume, dry_run=True).freed_bytes == 0
         with pytest.raises(NoSpace):
             engine.clean(volume)
+    engine.close()
+    store.close()
+
+
+def test_a_checkpoint_slot_that_cannot_be_read(path: Path, disk: BadDisk) -> None:
+    """The other one and the log after it say the same; the next checkpoint is written over it."""
+    store, engine, record = with_a_volume(path, disk)
+    contents = [b"%d" % number * 4096 for number in range(6)]
+    volume = engine.attach(record)
+    for number in (0, 1, 2):
+        volume.write(number * 4096, contents[number])
+        engine.checkpoint(volume)
+    engine.close()
+    store.close()
+    for number, lost in enumerate([(0,), (1,), ()], start=3):
+        disk.lost_slots = lost
+        store = opened(path, disk)
+        engine = Engine(store, QUIET)
+        volume = engine.attach(record)
+        assert volume.damage == ""
+        assert volume.read(0, 4096 * number) == b"".join(contents[:number])
+        volume.write(number * 4096, contents[number])
+        engine.checkpoint(volume)
+        assert volume.native.stats()["checkpoint_generation"] > number
+        engine.close()
+        store.close()
+
+
+def test_the_only_checkpoint_cannot_be_read(path: Path, disk: BadDisk) -> None:
+    """What it had behind it may be cleaned away: no volume for now, instead of an empty one."""
+    store, engine, record = with_a_volume(path, disk)
+    volume = engine.attach(record)
+    volume.write(0, b"kept")
+    volume.flush()
+    ended(engine)
+    used = [index for index, slot in enumerate(store.read_checkpoint_slots(record.log_uuid)) if any(slot)]
+    assert len(used) == 1
+    store.close()
+    store = opened(path, disk)
+    engine = Engine(store, QUIET)
+    for lost in (tuple(used), (0, 1)):
+        disk.lost_slots = lost
+        with pytest.raises(StoreFailed, match="Input/output error"):
+            engine.attach(record)
+    disk.lost_slots = ()
+    assert engine.attach(record).read(0, 4) == b"kept"
     engine.close()
     store.close()

@@ -292,6 +292,37 @@ TEST_CASE("segments of an epoch that a failure ended are cleaned like others, bu
     REQUIRE(holds(*last.open(*log).volume, model));
 }
 
+TEST_CASE("nothing is freed while one checkpoint is all there is") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Bytes model(6 * kMiB);
+    {
+        Host host;
+        const auto volume = host.open(log).volume;
+        for (std::uint64_t round = 0; round < 3; ++round)
+            overwrite(host, log, *volume, model, round * 2000 + 1, 1);
+        settle(host, log, *volume);
+        REQUIRE_FALSE(volume->clean_candidates().empty());
+        host.close(log);
+    }
+    destroy_newest_slot(log);
+    {
+        Host host;
+        const auto volume = host.open(log).volume;
+        REQUIRE(volume->clean_candidates().empty());
+        // At rest the other slot is written, though nothing has changed.
+        REQUIRE(host.repeat_checkpoint(log));
+        REQUIRE(has_two_checkpoints(log));
+        REQUIRE_FALSE(volume->clean_candidates().empty());
+        host.clean(log, kPunch);
+        REQUIRE(holds(*volume, model));
+        host.close(log);
+    }
+    destroy_newest_slot(log);
+    Host last;
+    REQUIRE(holds(*last.open(log).volume, model));
+}
+
 TEST_CASE("moving gives up while room is made for writers") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
