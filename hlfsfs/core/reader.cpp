@@ -328,7 +328,6 @@ std::unique_ptr<Reader> Reader::create(bool aio) {
 
 struct BufferPool::State {
     static constexpr std::size_t kClasses = 10;  // 4 KiB … 2 MiB; what is larger is not kept
-    static constexpr std::size_t kKeptBytes = std::size_t{32} << 20;
     std::mutex mutex;
     std::array<std::vector<std::byte*>, kClasses> free;
     std::size_t kept_bytes = 0;
@@ -372,7 +371,7 @@ void BufferPool::give(std::byte* buffer, std::size_t size_bytes) noexcept {
     const std::size_t size_class = State::class_of(size_bytes);
     const std::lock_guard lock(state_->mutex);
     const std::size_t bytes = std::size_t{4096} << size_class;
-    if (size_class >= State::kClasses || state_->kept_bytes + bytes > State::kKeptBytes) {
+    if (size_class >= State::kClasses || state_->kept_bytes + bytes > kMaxKeptBytes) {
         std::free(buffer);
         return;
     }
@@ -391,6 +390,11 @@ bool BufferPool::trim() noexcept {
     }
     state_->kept_bytes = 0;
     return true;
+}
+
+std::size_t BufferPool::kept_bytes() const noexcept {
+    const std::lock_guard lock(state_->mutex);
+    return state_->kept_bytes;
 }
 
 }  // namespace hlfs

@@ -69,6 +69,9 @@ class BufferPool {
     void give(std::byte* buffer, std::size_t size_bytes) noexcept;
     // Frees what is kept, unless a buffer was taken since the call before; tells whether there was anything.
     bool trim() noexcept;
+    [[nodiscard]] std::size_t kept_bytes() const noexcept;
+
+    static constexpr std::size_t kMaxKeptBytes = std::size_t{32} << 20;
 
   private:
     struct State;

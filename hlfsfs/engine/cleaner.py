@@ -38,7 +38,7 @@ SHORT_SHARE = 0.1
 # longer than it may be, and not at all once it is twice as long.
 BUSY_REST = 3
 # When a volume comes to rest, spare segments may take this share of what lives in all logs.
-SPARE_SHARE = 0.25
+SPARE_SHARE = 0.125
 # Nobody has written for so long: the volume is idle.
 IDLE_S = 2.0
 PERIOD_S = 0.25

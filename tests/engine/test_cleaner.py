@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hlfsfs.engine import Engine
+from hlfsfs.engine import Engine, cleaner
 from hlfsfs.engine.check import check_volume
 from hlfsfs.engine.volume import Volume
 from hlfsfs.store import open_store
@@ -24,9 +25,9 @@ BLOCK = 4096
 class World:
     """One engine with one volume of 4 MiB segments, and the bytes it should hold."""
 
-    def __init__(self, path: Path, idle_checkpoint_s: float) -> None:
+    def __init__(self, path: Path, **options: Any) -> None:
         self.path = path
-        self.options = replace(QUIET, idle_checkpoint_s=idle_checkpoint_s)
+        self.options = replace(QUIET, **options)
         self.store = open_store(f"local://{path}", create=True, read_only=False)
         self.engine = Engine(self.store, self.options)
         self.record = record_of(0, 22)
@@ -74,7 +75,7 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
     (tmp_path / "store").mkdir()
-    made = World(tmp_path / "store", getattr(request, "param", QUIET.idle_checkpoint_s))
+    made = World(tmp_path / "store", **getattr(request, "param", {}))
     yield made
     made.close()
 
@@ -89,7 +90,7 @@ def expect_sound(world: World) -> None:
     world.expect_whole()
 
 
-@pytest.mark.parametrize("world", [1.0], indirect=True)
+@pytest.mark.parametrize("world", [{"idle_checkpoint_s": 1.0}], indirect=True)
 @pytest.mark.parametrize("flush_each", [False, True])
 def test_space_comes_back_when_the_volume_rests(world: World, flush_each: bool) -> None:
     world.fill()
@@ -222,3 +223,21 @@ def test_retired_segments_serve_again(world: World) -> None:
     assert len(os.listdir(world.path / ".hlfs" / "spares")) < len(spares)
     world.reopen()
     expect_sound(world)
+
+
+@pytest.mark.parametrize("world", [{"checkpoint_log_bytes": SIZE_BYTES}], indirect=True, ids=["checkpointed often"])
+def test_the_log_of_a_busy_volume(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice what it may be is where the cleaner rests no more; what is written meanwhile comes on top."""
+    monkeypatch.setattr(cleaner, "BUSY_BYTES", 2 * SIZE_BYTES)
+    world.fill()
+    sizes = []
+    for number in range(SIZE_BYTES * 30 // (16 * BLOCK)):
+        world.write(world.random.randrange(SIZE_BYTES // BLOCK - 16), 16)
+        if number % 64 == 0:
+            sizes.append(world.log_bytes())
+    allowed_bytes = 2 * SIZE_BYTES + cleaner.BUSY_BYTES
+    print(
+        f"at most {max(sizes) / MIB:.0f} MiB, {allowed_bytes / MIB:.0f} allowed, of {30 * SIZE_BYTES / MIB:.0f} written"
+    )
+    assert max(sizes) < 3 * (allowed_bytes + world.options.checkpoint_log_bytes)
+    world.expect_whole()
