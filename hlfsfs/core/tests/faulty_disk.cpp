@@ -318,6 +318,7 @@ ssize_t pwritev(int fd, const iovec* vectors, int count, off_t offset) {
     const auto real = [&] { return syscall(SYS_pwritev, fd, vectors, count, offset, 0); };
     if (!disk.watched(fd))
         return real();
+    const FaultyDisk::Active active(disk);
     std::size_t bytes = 0;
     for (int i = 0; i < count; ++i)
         bytes += vectors[i].iov_len;
@@ -340,6 +341,7 @@ int fdatasync(int fd) {
 
 int fallocate(int fd, int mode, off_t offset, off_t length) {
     FaultyDisk& disk = FaultyDisk::instance();
+    const FaultyDisk::Active active(disk);
     if (mode == 0 && !disk.take_space(fd, length))
         return hlfs::testing::failed(ENOSPC);
     const auto real = [&] { return static_cast<int>(syscall(SYS_fallocate, fd, mode, offset, length)); };

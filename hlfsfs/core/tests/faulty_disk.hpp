@@ -67,6 +67,8 @@ class FaultyDisk {
                               Random& random);
 
     [[nodiscard]] std::uint64_t syncs() const { return syncs_; }
+    // Whether a write or fallocate of a watched file is under way.
+    [[nodiscard]] bool active() const { return under_way_ != 0; }
     // Up to where a watched file was written to.
     [[nodiscard]] std::uint64_t written_end(const std::filesystem::path& path);
 
@@ -126,11 +128,24 @@ class FaultyDisk {
     unsigned held_large_ = 0;
     bool space_held_ = false;
     unsigned held_space_ = 0;
+    std::atomic<unsigned> under_way_{0};
     std::atomic<std::uint64_t> syncs_{0}, large_writes_failed_{0};
     std::atomic<std::int64_t> write_time_us_{0};
 
   public:
     std::mutex& mutex() { return mutex_; }
+
+    // A call under way.
+    class Active {
+      public:
+        explicit Active(FaultyDisk& disk) : disk_(disk) { ++disk_.under_way_; }
+        ~Active() { --disk_.under_way_; }
+        Active(const Active&) = delete;
+        Active& operator=(const Active&) = delete;
+
+      private:
+        FaultyDisk& disk_;
+    };
 };
 
 }  // namespace hlfs::testing

@@ -41,7 +41,15 @@ class Writes {
     bool next() {
         const std::uint64_t at = all_.size() * size_bytes_;
         volume_.write_copy(at, pattern(size_bytes_, at + 1), false, all_.emplace_back());
-        return wait_until([this] { return all_.back().ended(); }, std::chrono::milliseconds(1000));
+        const FaultyDisk& disk = FaultyDisk::instance();
+        // What its log grows by may take its time.
+        for (int look = 0; look < 10; ++look) {
+            if (wait_until([this] { return all_.back().ended(); }, std::chrono::milliseconds(1000)))
+                return true;
+            if (!disk.active())
+                return false;
+        }
+        return false;
     }
     // Each alone in its chunk, as where writes come one by one.
     void until_parked_one_by_one() {
