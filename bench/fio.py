@@ -8,8 +8,9 @@ from bench.commands import TIMEOUT_S, run_command
 from bench.jobs import Job
 
 RAMP_S = 1
-# At most.
-WARM_PASSES = 12
+# At most; and so many in a row that are hardly faster than the best before: a cache may fill slowly.
+WARM_PASSES, IDLE_PASSES = 24, 3
+FASTER = 1.05
 PERCENTILES = {"p50_us": "50.000000", "p99_us": "99.000000", "p99.9_us": "99.900000"}
 
 
@@ -37,12 +38,13 @@ def fill(file: Path, size_bytes: int) -> None:
 
 def warm(file: Path, size_bytes: int) -> None:
     """Reads every byte, again and again until that gets no faster: caches may take in only some of it each time."""
-    best_bytes_per_s = 0.0
+    best_bytes_per_s, idle = 0.0, 0
     for _ in range(WARM_PASSES):
         moved = run_fio(file, size_bytes, {"rw": "read", "bs": "1m", "ioengine": "libaio", "iodepth": "4"})["read"]
-        if moved["bw_bytes"] < best_bytes_per_s * 1.1:
+        idle = idle + 1 if moved["bw_bytes"] < best_bytes_per_s * FASTER else 0
+        if idle == IDLE_PASSES:
             break
-        best_bytes_per_s = moved["bw_bytes"]
+        best_bytes_per_s = max(best_bytes_per_s, moved["bw_bytes"])
 
 
 def scatter(file: Path, size_bytes: int) -> None:

@@ -4,9 +4,10 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from hlfsfs.store import parse_size
 PATTERNS: dict[Pattern, dict[str, str]] = {"uniform": {}, "skew": {"random_distribution": "zoned:90/10:10/90"}}
 # Before the measured writes, of the volume's size: then as much is dead as ever will be.
 SETTLE_TIMES, MEASURE_TIMES = 1.5, 1.5
+# The file system's own, and what HLFS keeps free for map nodes; and what there must be besides to write in.
+KEPT_SHARE, LEAST_ROOM_BYTES = 0.09, 32 * MIB
 FIO_TIMEOUT_S = 1800.0
 OVERWRITES = 10
 IDLE_S = 10
@@ -67,12 +70,9 @@ def space(
     figures: list[Figure] = []
     values: dict[str, float] = {}
     if not parts or "amplify" in parts:
-        for size in volumes or ("1G", "8G"):
-            for percent in full or (50, 80, 90):
-                for pattern in PATTERNS:
-                    case = Amplification(size, percent, pattern)
-                    figures.append(case.figure())
-                    values[figures[-1].name] = amplification(parent, case, console)
+        for case in cases(volumes or ("1G", "8G"), full or (50, 80, 90), console):
+            figures.append(case.figure())
+            values[figures[-1].name] = amplification(parent, case, console)
     if not parts or "space" in parts:
         values |= {
             "space_times": space_times(parent, plan.space, {"iodepth": "32", "ioengine": "libaio"}, console),
@@ -85,12 +85,28 @@ def space(
     save(output, "space", content)
 
 
+def cases(volumes: Iterable[str], full: Iterable[int], console: Console) -> Iterator[Amplification]:
+    """All patterns on each volume, but for those that leave no room to write in."""
+    for size, percent in product(volumes, full):
+        room = room_bytes(parse_size(size), percent)
+        if room * (1 - KEPT_SHARE) - parse_size(size) < LEAST_ROOM_BYTES:
+            console.print(f"{size} at {percent} % full: hardly any room beside what lives; left out")
+            continue
+        for pattern in PATTERNS:
+            yield Amplification(size, percent, pattern)
+
+
+def room_bytes(size_bytes: int, percent: int) -> int:
+    """Of a file system that so much fills to `percent`."""
+    return size_bytes * 100 // percent
+
+
 @contextmanager
-def filled(parent: Path, room_bytes: int, size_bytes: int) -> Iterator[tuple[Mount, Path]]:
+def filled(parent: Path, room: int, size_bytes: int) -> Iterator[tuple[Mount, Path]]:
     """A mount whose volume was written once from beginning to end, and the file system that its store has to itself."""
     place = Path(tempfile.mkdtemp(prefix="bench-", dir=parent))
     try:
-        with loop_ext4(place, room_bytes) as disk:
+        with loop_ext4(place, room) as disk:
             mount = Mount(disk / "hlfs", directory=place / "mnt")
             mount.create()
             mount.up()
@@ -114,7 +130,7 @@ def overwrite(mount: Mount, size_bytes: int, times: float, options: dict[str, st
 def amplification(parent: Path, case: Amplification, console: Console) -> float:
     """Bytes that the loop device below the store was asked to write, for each byte written to the volume."""
     size_bytes = parse_size(case.size)
-    with filled(parent, size_bytes * 100 // case.percent, size_bytes) as (mount, disk):
+    with filled(parent, room_bytes(size_bytes, case.percent), size_bytes) as (mount, disk):
         queue = {"ioengine": "libaio", "iodepth": "32", **PATTERNS[case.pattern]}
         overwrite(mount, size_bytes, SETTLE_TIMES, {**queue, "randseed": "1"})
         before = disk_counts(disk).written_bytes
