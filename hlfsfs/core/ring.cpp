@@ -308,12 +308,15 @@ std::uint32_t Ring::take_extent() noexcept {
         if (!from.empty()) {
             extent = from.back();
             from.pop_back();
+            const bool of_ring = extent < geometry_.ring_extents;
+            in_between_ += of_ring ? 1 : 0;
             // That may take milliseconds, in which others find what they need.
             lock.unlock();
             const bool supplied = supply(extent);
             lock.lock();
+            in_between_ -= of_ring ? 1 : 0;
             if (!supplied) {
-                (extent < geometry_.ring_extents ? absent_ring_extents_ : free_spill_extents_).push_back(extent);
+                (of_ring ? absent_ring_extents_ : free_spill_extents_).push_back(extent);
                 extent = kNoExtent;
             }
             usable_extents_.store(supplied ? geometry_.ring_extents : present(), std::memory_order_relaxed);
@@ -352,11 +355,13 @@ void Ring::trim() noexcept {
             unused.push_back(free_ring_extents_.front());
             free_ring_extents_.pop_front();
         }
+        in_between_ += static_cast<std::uint32_t>(unused.size());
     }
     for (const std::uint32_t extent : unused) {
         give_back(extent);
         const std::lock_guard lock(mutex_);
         absent_ring_extents_.push_back(extent);
+        --in_between_;
     }
     if (usable_pages() < ring_pages())
         supply_one();
@@ -368,9 +373,11 @@ void Ring::supply_one() noexcept {
         return;
     const std::uint32_t extent = absent_ring_extents_.back();
     absent_ring_extents_.pop_back();
+    ++in_between_;
     lock.unlock();
     const bool supplied = supply(extent);
     lock.lock();
+    --in_between_;
     if (supplied) {
         free_ring_extents_.push_back(extent);
     } else {

@@ -178,7 +178,7 @@ class Ring {
     void supply_one() noexcept;
     void give_back(std::uint32_t extent) noexcept;
     [[nodiscard]] std::uint32_t present() const noexcept {
-        return geometry_.ring_extents - static_cast<std::uint32_t>(absent_ring_extents_.size());
+        return geometry_.ring_extents - static_cast<std::uint32_t>(absent_ring_extents_.size()) - in_between_;
     }
 
     // constant after construction
@@ -204,6 +204,7 @@ class Ring {
     std::condition_variable slot_freed_;
     std::deque<std::uint32_t> free_ring_extents_;     // with memory
     std::vector<std::uint32_t> absent_ring_extents_;  // without
+    std::uint32_t in_between_ = 0;                    // their memory is being asked for or given back
     std::uint32_t most_taken_ = 0;                    // extents of all kinds at once since the last trim
     std::vector<std::uint32_t> free_spill_extents_;
     std::vector<Slot*> free_slots_;
