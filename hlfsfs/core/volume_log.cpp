@@ -652,7 +652,7 @@ void Volume::tick(std::uint64_t now_ns) noexcept {
     // With much to gain for the cleaner, sooner.
     const bool much =
         (log_slots_ - log_slots_at_checkpoint_) * kBlockBytes > kMuchLogBytes || !overlay_.punched().empty();
-    const bool idle = last_publish_ns_ + core_.options().idle_checkpoint_ns / (much ? 20 : 1) < now_ns;
+    const bool idle = last_publish_ns_ + core_.options().idle_checkpoint_ns / (much ? 10 : 1) < now_ns;
     if (idle && !read_only_ && !checkpoint_requested_ && !checkpointing_ && publishes_ > publishes_at_checkpoint_) {
         checkpoint_requested_ = true;
         // One that fails, as on a full disk, is tried again after as long a time, not at every tick.
