@@ -153,7 +153,9 @@ class LocalLogs(LocalSpares):
         read = [b"" if isinstance(slot, OSError) else slot for slot in (first, second)]
         for index, slot in enumerate((first, second)):
             if isinstance(slot, OSError):
-                log.warning("log %s: checkpoint slot %d cannot be read: %s; the other one is used", log_uuid, index, slot.strerror)
+                log.warning(
+                    "log %s: checkpoint slot %d cannot be read, so the other counts: %s", log_uuid, index, slot.strerror
+                )
             elif len(slot) != CHECKPOINT_SLOT_BYTES:
                 raise CheckpointDamaged(f"log {log_uuid}", f"its checkpoint file is short (slot {index})")
         return read[0], read[1]
