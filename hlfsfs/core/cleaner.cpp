@@ -7,11 +7,15 @@
 // one. A moved block is an entry of the log like any other; its old place stays until both checkpoints know the new
 // one.
 #include <fcntl.h>
+#include <linux/fiemap.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 #include <system_error>
 #include <utility>
 
@@ -30,6 +34,51 @@ constexpr std::size_t kFewWindowBytes = std::size_t{16} << 10;
 
 constexpr std::uint64_t span_of(std::uint32_t level) noexcept {
     return std::uint64_t{1} << (kNodeShift * level);
+}
+
+constexpr off_t offset_of(std::uint64_t slot) noexcept {
+    return static_cast<off_t>(slot * kBlockBytes);
+}
+
+// Which of a file's slots have blocks behind them, one call for many: to ask for each run would cost as much as to
+// punch it. A file system without FIEMAP (tmpfs) is asked for its data, extent by extent.
+std::vector<bool> present_slots(int fd, std::uint32_t end_slot) {
+    constexpr std::uint32_t kExtents = 512;
+    std::vector<bool> present(end_slot);
+    const auto mark = [&present](std::uint64_t begin, std::uint64_t end) {
+        for (std::uint64_t slot = begin; slot < std::min<std::uint64_t>(end, present.size()); ++slot)
+            present[slot] = true;
+    };
+    std::vector<std::uint64_t> memory((sizeof(fiemap) + kExtents * sizeof(fiemap_extent)) / sizeof(std::uint64_t));
+    auto* request = reinterpret_cast<fiemap*>(memory.data());
+    const auto stop = static_cast<std::uint64_t>(offset_of(end_slot));
+    for (std::uint64_t offset = 0; offset < stop;) {
+        std::memset(request, 0, sizeof *request);
+        request->fm_start = offset;
+        request->fm_length = stop - offset;
+        request->fm_extent_count = kExtents;
+        if (::ioctl(fd, FS_IOC_FIEMAP, request) != 0) {
+            if (errno != EOPNOTSUPP && errno != ENOTTY)
+                throw std::system_error(errno, std::generic_category(), "looking at a segment's extents");
+            while (offset < stop) {
+                const off_t data = ::lseek(fd, static_cast<off_t>(offset), SEEK_DATA);
+                if (data < 0 || data >= static_cast<off_t>(stop))
+                    break;
+                const off_t hole = ::lseek(fd, data, SEEK_HOLE);
+                offset = hole < 0 ? stop : static_cast<std::uint64_t>(hole);
+                mark(static_cast<std::uint64_t>(data) / kBlockBytes, (offset + kBlockBytes - 1) / kBlockBytes);
+            }
+            return present;
+        }
+        if (request->fm_mapped_extents == 0)
+            break;
+        for (std::uint32_t i = 0; i < request->fm_mapped_extents; ++i) {
+            const fiemap_extent& extent = request->fm_extents[i];
+            offset = extent.fe_logical + extent.fe_length;
+            mark(extent.fe_logical / kBlockBytes, (offset + kBlockBytes - 1) / kBlockBytes);
+        }
+    }
+    return present;
 }
 
 std::uint64_t allocated_bytes(int fd) {
@@ -123,6 +172,7 @@ std::vector<Volume::CleanCandidate> Volume::clean_candidates() const {
         if (segment && cleanable(*segment)) {
             found.push_back({.index = segment->index,
                              .segno = segment->identity.segno,
+                             .slots = segment_slots_,
                              .live_blocks_hint = segment->live_blocks_hint,
                              .moved = segment->moved});
         }
@@ -236,8 +286,8 @@ Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how,
     return cleaned;
 }
 
-// Runs of unreachable blocks that are not punched yet, as offsets in the file: begin, end. With a footer, summaries go
-// too: the footer repeats them.
+// Runs of unreachable blocks of which some are not punched yet, as slots: begin, end, and how many are not. With a
+// footer, summaries go too: the footer repeats them.
 template <typename Visit>
 void Volume::each_dead_run(const Survey& survey, int fd, std::uint32_t min_run, Visit visit) {
     std::vector<bool> dead(survey.end_slot, survey.footer);
@@ -245,45 +295,32 @@ void Volume::each_dead_run(const Survey& survey, int fd, std::uint32_t min_run, 
         dead[0] = false;
     for (const Survey::Block& block : survey.blocks)
         dead[block.slot] = !block.live;
+    const std::vector<bool> present = present_slots(fd, survey.end_slot);
     for (std::uint32_t first = 0; first < dead.size();) {
         if (!dead[first]) {
             ++first;
             continue;
         }
         std::uint32_t end = first;
-        while (end < dead.size() && dead[end])
-            ++end;
-        const auto offset = static_cast<off_t>(first) * static_cast<off_t>(kBlockBytes);
-        const auto stop = static_cast<off_t>(end) * static_cast<off_t>(kBlockBytes);
-        if (end - first >= min_run) {
-            const off_t data = lseek(fd, offset, SEEK_DATA);
-            const bool hole = data < 0 ? errno == ENXIO : data >= stop;
-            if (!hole)
-                visit(offset, stop);
-        }
+        std::uint32_t blocks = 0;
+        for (; end < dead.size() && dead[end]; ++end)
+            blocks += present[end] ? 1 : 0;
+        if (blocks != 0 && end - first >= min_run)
+            visit(first, end, blocks);
         first = end;
     }
 }
 
 std::uint64_t Volume::count_dead(const Survey& survey, int fd) {
-    off_t bytes = 0;
-    each_dead_run(survey, fd, 1, [&](off_t offset, off_t stop) {
-        while (offset < stop) {
-            const off_t data = lseek(fd, offset, SEEK_DATA);
-            if (data < 0 || data >= stop)
-                break;
-            const off_t hole = lseek(fd, data, SEEK_HOLE);
-            offset = hole < 0 ? stop : std::min(hole, stop);
-            bytes += offset - data;
-        }
-    });
-    return static_cast<std::uint64_t>(bytes) / kBlockBytes;
+    std::uint64_t dead = 0;
+    each_dead_run(survey, fd, 1, [&dead](std::uint32_t, std::uint32_t, std::uint32_t blocks) { dead += blocks; });
+    return dead;
 }
 
 std::uint64_t Volume::punch_dead(const Survey& survey, int fd, std::uint32_t min_run) {
     const std::uint64_t before = allocated_bytes(fd);
-    each_dead_run(survey, fd, min_run, [fd](off_t offset, off_t stop) {
-        if (::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, stop - offset) != 0)
+    each_dead_run(survey, fd, min_run, [fd](std::uint32_t first, std::uint32_t end, std::uint32_t) {
+        if (::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset_of(first), offset_of(end - first)) != 0)
             throw std::system_error(errno, std::generic_category(), "punching a segment");
     });
     const std::uint64_t after = allocated_bytes(fd);

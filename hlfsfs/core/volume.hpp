@@ -135,6 +135,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     struct CleanCandidate {
         std::uint32_t index = 0;
         std::uint64_t segno = 0;
+        std::uint64_t slots = 0;             // of a whole segment
         std::uint64_t live_blocks_hint = 0;  // that the newest checkpoint maps
         bool moved = false;                  // what it holds has been written again; a checkpoint will tell
     };

@@ -22,7 +22,7 @@ constexpr std::size_t kMaxVectors = 1024;
 constexpr std::uint32_t kOftenSyncedSlots = 64;
 // In one go, so that growing by a whole segment does not hold up the disk.
 constexpr std::uint32_t kWrittenAheadSlots = 4096;
-constexpr std::uint64_t kPlentySegments = 8;
+constexpr std::uint64_t kPlentySegments = 2;
 constexpr std::uint64_t kMuchLogBytes = std::uint64_t{16} << 20;
 constexpr std::uint64_t kMaxKeptFreeBytes = std::uint64_t{256} << 20;
 constexpr std::uint64_t kLastStepBytes = std::uint64_t{256} << 10;  // the log of a nearly full disk grows by

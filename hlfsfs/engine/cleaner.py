@@ -34,6 +34,8 @@ DEAD_SHARE = 0.05
 BUSY_SHARE, BUSY_BYTES = 1.0, 512 << 20
 # Below this share of free space the disk counts as nearly full: everything dead is punched at once.
 SHORT_SHARE = 0.1
+# Then a segment is looked at for more than this share of dead blocks: a look costs as much as punching a hundred.
+SHORT_DEAD_SHARE = 1 / 64
 # After a segment of a busy volume the cleaner rests so many times as long as that took; less, the more the log is
 # longer than it may be, and not at all once it is twice as long.
 BUSY_REST = 3
@@ -77,9 +79,10 @@ class CleanReport:
 
 @dataclass(frozen=True)
 class _Seen:
-    """How a segment stood when it was last cleaned."""
+    """How a segment stood when it was last cleaned, in blocks."""
 
     hint: int
+    left: int  # what its file took then
     generation: int
     min_run: int
 
@@ -201,9 +204,10 @@ class Cleaner:
     def _background(self, volume: Volume, known: _Known) -> bool:
         done = CleanReport()
         in_no_need = not self._short() and not self._idle(volume, known) and self._excess(volume) <= 0
-        for candidate in self._wanted(volume, known, 0):
+        empty = [found for found in self._wanted(volume, known, 0) if found.live_blocks_hint == 0]
+        for candidate in empty:
             # While the volume is busy the dead stay, as more spares for the time when these are used up.
-            if candidate.live_blocks_hint > 0 or (in_no_need and not self._store.wants_spares()):
+            if in_no_need and not self._store.wants_spares():
                 break
             self._clean_one(volume, known, candidate, done, how=_core.CleanHow.LOOK, min_run=0, yielding=True)
         while not self._stopping.is_set() and volume.id not in self._demanded:
@@ -217,7 +221,7 @@ class Cleaner:
             excess = self._excess(volume)
             if not eager and excess <= 0:
                 return False
-            wanted = self._wanted(volume, known, 1 if eager else BUSY_RUN)
+            wanted = self._wanted(volume, known, 1 if eager else BUSY_RUN, short=short)
             if not wanted:
                 if eager and done.moved_bytes:
                     # The old places go when both checkpoints know the new ones.
@@ -288,14 +292,14 @@ class Cleaner:
         """So much is free in the store."""
         return self._store.statfs().available_bytes >= wanted_bytes
 
-    def make_room(self, volume: Volume, wanted_bytes: int) -> None:
+    def make_room(self, volume: Volume, wanted_bytes: int, freed: Callable[[], None]) -> None:
         """Punches until so much is free, or all that can be freed is, while writers wait for it.
 
-        What the disk does not let be cleaned is passed over.
+        What the disk does not let be cleaned is passed over. `freed` is called now and then on the way.
         """
         with self._room:
             known = self._known_full.setdefault(volume.id, _Known())
-            for candidate in self._wanted(volume, known, 1):
+            for candidate in self._wanted(volume, known, 1, short=True):
                 if self._stopping.is_set() or self.has_room(wanted_bytes):
                     return
                 try:
@@ -303,13 +307,23 @@ class Cleaner:
                 except StoreFailed as exc:
                     # Writers wait for what the others give.
                     log.warning("%s: segment %08x is not cleaned: %s", volume.what, candidate.segno, exc)
+                freed()
 
-    def _wanted(self, volume: Volume, known: _Known, min_run: int) -> list["_core.CleanCandidate"]:
-        """Candidates that have changed since they were last cleaned, emptiest first."""
+    def _wanted(
+        self, volume: Volume, known: _Known, min_run: int, *, short: bool = False
+    ) -> list["_core.CleanCandidate"]:
+        """Candidates that have changed since they were last cleaned, those first that give most for the effort.
+
+        Those are the emptiest where the rest may be moved, and those with most that seems dead where it is punched.
+        """
         generation = int(volume.native.stats()["checkpoint_generation"])
         candidates = volume.native.clean_candidates()
         present = {candidate.segno for candidate in candidates}
         known.seen = {segno: state for segno, state in known.seen.items() if segno in present}
+
+        def dead_blocks(candidate: "_core.CleanCandidate") -> int:
+            seen = known.seen.get(candidate.segno)
+            return (candidate.slots if seen is None else seen.left) - candidate.live_blocks_hint
 
         def wanted(candidate: "_core.CleanCandidate") -> bool:
             seen = known.seen.get(candidate.segno)
@@ -317,12 +331,16 @@ class Cleaner:
                 return not candidate.moved
             if seen.generation == generation:
                 return min_run < seen.min_run
+            if candidate.live_blocks_hint == 0:
+                return True
+            if short:
+                return dead_blocks(candidate) > candidate.slots * SHORT_DEAD_SHARE
             # What only the older checkpoint led to then is free two checkpoints later.
             fewer = seen.hint - candidate.live_blocks_hint
-            return (
-                fewer > seen.hint * DEAD_SHARE or (candidate.live_blocks_hint == 0) or generation == seen.generation + 2
-            )
+            return fewer > seen.hint * DEAD_SHARE or generation == seen.generation + 2
 
+        if short:
+            return sorted(filter(wanted, candidates), key=dead_blocks, reverse=True)
         return sorted(filter(wanted, candidates), key=lambda candidate: candidate.live_blocks_hint)
 
     def _clean_one(
@@ -339,9 +357,14 @@ class Cleaner:
         yielding: bool = False,
     ) -> None:
         """Cleans one segment. `how` None: as its hint suggests; `yielding`: unless it is being cleaned on demand."""
-        if known is not None:
-            generation = int(volume.native.stats()["checkpoint_generation"])
-            known.seen[candidate.segno] = _Seen(candidate.live_blocks_hint, generation, min_run)
+        hint = candidate.live_blocks_hint
+        generation = int(volume.native.stats()["checkpoint_generation"])
+
+        def saw(left: int) -> None:
+            if known is not None:
+                known.seen[candidate.segno] = _Seen(hint, left, generation, min_run)
+
+        saw(candidate.slots)
         try:
             fd = self._store.open_segment(volume.log_uuid, candidate.segno, writable=not dry_run)
         except LogDamaged:
@@ -352,8 +375,9 @@ class Cleaner:
                 if self._find(volume.id) is not volume or (yielding and volume.id in self._demanded):
                     return
                 blocks = os.fstat(fd).st_blocks * 512 // BLOCK_BYTES
-                how = _core.CleanHow.LOOK if dry_run else how or self._how(candidate.live_blocks_hint, blocks, short)
+                how = _core.CleanHow.LOOK if dry_run else how or self._how(hint, blocks, short)
                 done = volume.native.clean_segment(candidate.index, fd, how, min_run)
+                saw(blocks - done.freed_blocks)
                 report.segments += 1
                 report.dead_bytes += done.dead_blocks * BLOCK_BYTES if dry_run else 0
                 report.freed_bytes += done.freed_blocks * BLOCK_BYTES
@@ -375,6 +399,8 @@ class Cleaner:
 
     @staticmethod
     def _how(hint: int, blocks: int, short: bool) -> "_core.CleanHow":
+        if short:
+            return _core.CleanHow.PUNCH
         if blocks - hint < blocks * DEAD_SHARE:
             return _core.CleanHow.LOOK
-        return _core.CleanHow.MOVE if hint <= blocks * MOVE_SHARE and not short else _core.CleanHow.PUNCH
+        return _core.CleanHow.MOVE if hint <= blocks * MOVE_SHARE else _core.CleanHow.PUNCH

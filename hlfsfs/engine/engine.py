@@ -36,8 +36,10 @@ from hlfsfs.store.ring_file import boot_id, remove_ring
 
 log = logging.getLogger(__name__)
 
-# When there is no room for a write, so much more is freed at once: making room again costs another checkpoint.
+# When there is no room for a write, so much more is freed at once: making room again costs another checkpoint. Writers
+# wait for the first part of it.
 MORE_ROOM_BYTES = 256 << 20
+FIRST_ROOM_BYTES = 8 << 20
 # Cleaning on demand goes on as long as it moves something; under a guest's writes there may always be more.
 MAX_CLEAN_ROUNDS = 5
 
@@ -298,17 +300,33 @@ class Engine:
             self._store.remove_segment(volume.log_uuid, unused)
         self.repeat_checkpoint(volume)
 
-    def _make_room(self, volume: Volume, wanted_bytes: int) -> bool:
-        """Frees what dead space can be had soon, of this volume first; tells whether `wanted_bytes` are free now."""
-        self._store.drop_spares()
-        with self._lock:
-            others = [other for other in self._volumes.values() if other is not volume]
-        for found in (volume, *others):
-            if self._cleaner.has_room(wanted_bytes + MORE_ROOM_BYTES):
-                break
-            self._checkpoint_twice(found)
-            self._cleaner.make_room(found, wanted_bytes + MORE_ROOM_BYTES)
-        return self._cleaner.has_room(wanted_bytes)
+    def _make_room(self, volume: Volume, wanted_bytes: int) -> None:
+        """Frees what dead space can be had soon, of this volume first; tells it whether `wanted_bytes` are free.
+
+        Its writers go on as soon as there is some room, while more is made.
+        """
+        told = False
+
+        def tell() -> None:
+            nonlocal told
+            if not told and self._cleaner.has_room(wanted_bytes + FIRST_ROOM_BYTES):
+                told = True
+                volume.native.room_made(True)
+
+        enough = False
+        try:
+            self._store.drop_spares()
+            with self._lock:
+                others = [other for other in self._volumes.values() if other is not volume]
+            for found in (volume, *others):
+                if self._cleaner.has_room(wanted_bytes + MORE_ROOM_BYTES):
+                    break
+                self._checkpoint_twice(found)
+                self._cleaner.make_room(found, wanted_bytes + MORE_ROOM_BYTES, tell)
+            enough = self._cleaner.has_room(wanted_bytes)
+        finally:
+            if not told:
+                volume.native.room_made(enough)
 
     def clean(
         self, volume: Volume, *, dry_run: bool = False, progress: Callable[[int, int], None] = lambda done, total: None

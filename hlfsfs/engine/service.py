@@ -42,8 +42,9 @@ class Service:
         store: Store,
         find: Callable[[int], Volume | None],
         checkpoint: Callable[[Volume, bool], None],
-        make_room: Callable[[Volume, int], bool],
+        make_room: Callable[[Volume, int], None],
     ) -> None:
+        """`make_room` tells the volume whether there is room for so many bytes, whatever happens."""
         self._store = store
         self._find = find
         self._checkpoint = checkpoint
@@ -151,16 +152,12 @@ class Service:
         volume = self._find(due.volume_id)
         if volume is None:
             return
-        enough = False
         try:
             if due.room_bytes is not None:
-                enough = self._make_room(volume, due.room_bytes)
+                self._make_room(volume, due.room_bytes)
             else:
                 self._checkpoint(volume, due.idle)
         except HlfsError as exc:
             log.warning("%s: no checkpoint: %s", volume.what, exc)
         except Exception:
             log.exception("%s: checkpoint failed", volume.what)
-        finally:
-            if due.room_bytes is not None:
-                volume.native.room_made(enough)

@@ -14,6 +14,7 @@ import pytest
 
 from hlfsfs.engine import Engine, cleaner
 from hlfsfs.engine.check import check_volume
+from hlfsfs.engine.cleaner import Cleaner
 from hlfsfs.engine.volume import Volume
 from hlfsfs.store import open_store
 from tests.engine.host import MIB, QUIET, log_directory, record_of
@@ -172,6 +173,51 @@ def test_discarded_space_comes_back(world: World) -> None:
     world.model[: SIZE_BYTES // 4 * 3] = bytes(SIZE_BYTES // 4 * 3)
     world.engine.clean(world.volume)
     assert world.log_bytes() <= SIZE_BYTES // 4 * 1.1 + 8 * MIB
+    expect_sound(world)
+
+
+def test_a_nearly_full_disk_gets_back_what_is_left_elsewhere(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block in 32 of each segment."""
+    world.fill()
+    world.engine.clean(world.volume)
+    dead = range(0, SIZE_BYTES // BLOCK, 32)
+    for block in dead:
+        world.volume.punch(block * BLOCK, BLOCK)
+        world.model[block * BLOCK : (block + 1) * BLOCK] = bytes(BLOCK)
+    assert world.engine.clean(world.volume).freed_bytes < len(dead) * BLOCK // 2
+    monkeypatch.setattr(cleaner, "SHORT_SHARE", 2.0)
+    assert world.engine.clean(world.volume).freed_bytes > len(dead) * BLOCK // 2
+    expect_sound(world)
+
+
+class Told:
+    """A native volume that keeps what it is told of room, and how long the log was then."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._native = world.volume.native
+        self.answers: list[tuple[bool, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._native, name)
+
+    def room_made(self, enough: bool) -> None:
+        self.answers.append((enough, self._world.log_bytes()))
+        self._native.room_made(enough)
+
+
+def test_writers_go_on_while_more_room_is_made(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.fill()
+    world.overwrite_at_random(2)
+    before_bytes = world.log_bytes()
+    monkeypatch.setattr(Cleaner, "has_room", lambda _, wanted: before_bytes - world.log_bytes() >= wanted)
+    told = Told(world)
+    monkeypatch.setattr(world.volume, "native", told)
+    world.engine._make_room(world.volume, MIB)
+    [(enough, then_bytes)] = told.answers
+    assert enough
+    assert before_bytes - then_bytes >= MIB
+    assert world.log_bytes() < then_bytes - 8 * MIB
     expect_sound(world)
 
 
