@@ -29,7 +29,7 @@
 #include <utility>
 #include <vector>
 
-#include "format.hpp"
+#include "log/format.hpp"
 
 namespace {
 

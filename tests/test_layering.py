@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.layering import check_source, check_tree
+from tests.tools.layering import CORE_ROOMS, check_core, check_source, check_tree
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_program_keeps_the_layers() -> None:
     assert [str(violation) for violation in check_tree(ROOT)] == []
+    assert [str(violation) for violation in check_core(ROOT)] == []
+    rooms = {path.parent.name for path in (ROOT / "hlfsfs" / "core").rglob("*.[ch]pp")} - {"tests", "fuzz"}
+    assert rooms == set(CORE_ROOMS)
 
 
 @pytest.mark.parametrize(
@@ -77,3 +80,12 @@ def test_tree_is_searched_with_its_module_names(tmp_path: Path) -> None:
     (package / "__init__.py").write_text("from ..engine import volume\n")
     (tmp_path / "mountd").mkdir()
     assert [violation.module for violation in check_tree(tmp_path)] == ["hlfsfs.store"]
+
+
+def test_a_room_of_the_core_that_knows_too_much(tmp_path: Path) -> None:
+    room = tmp_path / "hlfsfs" / "core" / "channel"
+    room.mkdir(parents=True)
+    (room / "channel.cpp").write_text('#include "ring/ring.hpp"\n#include "volume/volume.hpp"\n')
+    assert [str(violation) for violation in check_core(tmp_path)] == [
+        "hlfsfs/core/channel/channel.cpp:2: channel does not know volume"
+    ]

@@ -5,7 +5,7 @@ cost: a segment that nothing leads into is retired; the rest of one with little 
 (its old place goes two checkpoints later); dead runs of the others are punched out where they stand. Punching needs no
 free space and no map change, so a full disk can always be helped.
 
-After a crash in any of it both kept checkpoints find all they need; see hlfsfs/core/cleaner.cpp.
+After a crash in any of it both kept checkpoints find all they need; see hlfsfs/core/volume/cleaner.cpp.
 """
 
 import errno

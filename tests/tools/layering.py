@@ -1,4 +1,4 @@
-"""The rules of which module may import what, and a checker of them over the syntax tree.
+"""The rules of which module may import what, and checkers of them: over the syntax tree, and over the core's includes.
 
 The layers, lowest first; a module imports only from its own layer and from those below:
 
@@ -11,6 +11,7 @@ themselves: stored bytes go through `hlfsfs.store`.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,18 @@ HOMES = {
 OUTSIDE = {"tests", "bench", "contrib"}
 
 WITHOUT_FILES = {"engine", "pool"}
+
+# What the rooms of the C++ core include from each other. Volumes and the channel know each other by base/dataplane.hpp.
+CORE_ROOMS = {
+    "base": set[str](),
+    "cache": {"base"},
+    "log": {"base", "cache"},
+    "ring": {"base", "log"},
+    "volume": {"base", "cache", "log", "ring"},
+    "channel": {"base", "ring"},
+    "bindings": {"log", "ring", "volume", "channel"},
+}
+_ROOM_INCLUDED = re.compile(r'#include "([a-z]+)/')
 
 # Opening, changing or listing files by path. `os` calls on descriptors stay allowed, as the core works on them.
 FILE_FUNCTIONS = {
@@ -107,6 +120,18 @@ def check_tree(root: Path) -> list[Violation]:
         for violation in check_source(
             module_name(path, root), path.read_text(encoding="utf-8"), is_package=path.name == "__init__.py"
         )
+    ]
+
+
+def check_core(root: Path) -> list[Violation]:
+    """Every include by which a room of the C++ core below `root` knows of one that it should not."""
+    return [
+        Violation(str(path.relative_to(root)), number, f"{room} does not know {target}")
+        for room, known in CORE_ROOMS.items()
+        for path in sorted((root / "hlfsfs" / "core" / room).glob("*.[ch]pp"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for target in _ROOM_INCLUDED.findall(line)
+        if target not in {room, *known}
     ]
 
 

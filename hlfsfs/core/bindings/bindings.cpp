@@ -1,0 +1,475 @@
+// hlfsfs._core: the engine for Python. Every call that may wait lets go of Python's lock. Types: hlfsfs/_core.pyi.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <condition_variable>
+#include <cstring>
+#include <mutex>
+#include <system_error>
+
+#include "bindings/bind_bytes.hpp"
+#include "log/format.hpp"
+#include "ring/ring.hpp"
+#include "volume/core.hpp"
+#include "volume/volume.hpp"
+
+namespace nb = nanobind;
+
+namespace hlfs {
+
+void bind_channel(nb::module_& m);
+void bind_check(nb::module_& m);
+
+namespace {
+
+// Waits, without Python's lock, for a request to end.
+class Waiter final : public Completion {
+  public:
+    void complete(std::int64_t result) noexcept override { settle(result); }
+    void complete_data(const iovec* vectors, int count, std::size_t size_bytes) noexcept override {
+        data_.reserve(size_bytes);
+        for (int i = 0; i < count; ++i) {
+            const auto* bytes = static_cast<const char*>(vectors[i].iov_base);
+            data_.insert(data_.end(), bytes, bytes + vectors[i].iov_len);
+        }
+        settle(static_cast<std::int64_t>(size_bytes));
+    }
+    std::int64_t wait() {
+        std::unique_lock lock(mutex_);
+        ended_.wait(lock, [this] { return settled_; });
+        return result_;
+    }
+    [[nodiscard]] const std::vector<char>& data() const noexcept { return data_; }
+
+  private:
+    void settle(std::int64_t result) noexcept {
+        const std::lock_guard lock(mutex_);
+        result_ = result;
+        settled_ = true;
+        ended_.notify_all();
+    }
+    std::mutex mutex_;
+    std::condition_variable ended_;
+    bool settled_ = false;
+    std::int64_t result_ = 0;
+    std::vector<char> data_;
+};
+
+[[noreturn]] void raise_errno(int error) {
+    errno = error;
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw nb::python_error();
+}
+
+// Starts a request, waits for it without Python's lock, raises OSError if it failed.
+template <typename Start>
+std::int64_t run(Start start) {
+    std::int64_t result = 0;
+    {
+        const nb::gil_scoped_release unlocked;
+        Waiter waiter;
+        start(waiter);
+        result = waiter.wait();
+    }
+    if (result < 0)
+        raise_errno(static_cast<int>(-result));
+    return result;
+}
+
+nb::bytes bytes_of(const Uuid& uuid) {
+    return nb::bytes(reinterpret_cast<const char*>(uuid.data()), uuid.size());
+}
+
+RingGeometry geometry_for(std::size_t ring_bytes, std::size_t spill_bytes) {
+    constexpr std::size_t kExtentBytes = std::size_t{kExtentPages} * kBlockBytes;
+    RingGeometry geometry;
+    geometry.ring_extents = static_cast<std::uint32_t>(std::max<std::size_t>(ring_bytes / kExtentBytes, 8));
+    geometry.spill_extents = static_cast<std::uint32_t>(spill_bytes / kExtentBytes);
+    geometry.chunks = std::clamp<std::uint32_t>(geometry.ring_extents * 10, 64, 4096);
+    return geometry;
+}
+
+Core* make_core(int ring_fd, const nb::bytes& store_uuid, std::uint64_t device, std::uint64_t inode,
+                const std::string& boot_id, std::size_t ring_bytes, std::size_t spill_bytes,
+                std::size_t read_cache_bytes, std::size_t map_cache_bytes, double commit_s, double idle_checkpoint_s,
+                std::uint64_t checkpoint_entries, std::uint64_t checkpoint_log_bytes, std::uint64_t max_overlay_entries,
+                std::uint32_t max_open_segments) {
+    RingIdentity identity;
+    identity.store_uuid = uuid_of(store_uuid);
+    identity.store_device = device;
+    identity.store_inode = inode;
+    std::memcpy(identity.boot_id.data(), boot_id.data(), std::min(boot_id.size(), identity.boot_id.size() - 1));
+    CoreOptions options;
+    options.read_cache_bytes = read_cache_bytes;
+    options.map_cache_bytes = map_cache_bytes;
+    options.commit_ns = static_cast<std::uint64_t>(commit_s * 1e9);
+    options.idle_checkpoint_ns = static_cast<std::uint64_t>(idle_checkpoint_s * 1e9);
+    options.checkpoint_entries = checkpoint_entries;
+    options.checkpoint_log_bytes = checkpoint_log_bytes;
+    options.max_overlay_entries = max_overlay_entries;
+    options.max_open_segments = max_open_segments;
+    const nb::gil_scoped_release unlocked;
+    return new Core(Ring::create(ring_fd, geometry_for(ring_bytes, spill_bytes), identity), options);
+}
+
+nb::dict attr_of(const VolumeAttr& attr) {
+    nb::dict out;
+    out["size_bytes"] = attr.size_bytes;
+    out["allocated_bytes"] = attr.allocated_bytes;
+    out["atime_ns"] = attr.atime_ns;
+    out["mtime_ns"] = attr.mtime_ns;
+    out["ctime_ns"] = attr.ctime_ns;
+    return out;
+}
+
+nb::dict stats_of(const Volume& volume) {
+    Volume::Stats stats{};
+    {
+        const nb::gil_scoped_release unlocked;
+        stats = volume.stats();
+    }
+    nb::dict out;
+#define HLFS_FIELD(name) out[#name] = stats.name
+    HLFS_FIELD(size_bytes);
+    HLFS_FIELD(mapped_bytes);
+    HLFS_FIELD(dirty_bytes);
+    HLFS_FIELD(overlay_entries);
+    HLFS_FIELD(appended_bytes);
+    HLFS_FIELD(segments);
+    HLFS_FIELD(epoch);
+    HLFS_FIELD(sequence);
+    HLFS_FIELD(durable_sequence);
+    HLFS_FIELD(checkpoint_generation);
+    HLFS_FIELD(checkpoint_time_ns);
+    HLFS_FIELD(reads);
+    HLFS_FIELD(read_bytes);
+    HLFS_FIELD(writes);
+    HLFS_FIELD(written_bytes);
+    HLFS_FIELD(flushes);
+    HLFS_FIELD(damaged_blocks);
+    HLFS_FIELD(chunks);
+    HLFS_FIELD(nodes_written);
+    HLFS_FIELD(map_levels);
+    HLFS_FIELD(parked);
+    HLFS_FIELD(live_bytes);
+    HLFS_FIELD(first_pinned_segno);
+    HLFS_FIELD(pinned_live_bytes);
+    HLFS_FIELD(cleaned_bytes);
+    HLFS_FIELD(moved_bytes);
+    HLFS_FIELD(read_only);
+#undef HLFS_FIELD
+    return out;
+}
+
+// A ring that a dead process left.
+class OldRing {
+  public:
+    explicit OldRing(int fd) : ring_(Ring::attach(fd)) {}
+
+    Ring& ring() { return *ring_; }
+    std::vector<std::uint64_t> volume_ids() {
+        std::vector<std::uint64_t> ids;
+        for (ChunkDescriptor& chunk : ring_->chunks()) {
+            if (chunk.state.load(std::memory_order_acquire) != ChunkState::free &&
+                chunk.count.load(std::memory_order_acquire) > 0) {
+                ids.push_back(chunk.volume_id);
+            }
+        }
+        std::sort(ids.begin(), ids.end());
+        ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+        return ids;
+    }
+
+  private:
+    std::unique_ptr<Ring> ring_;
+};
+
+void bind_ring(nb::module_& m) {
+    nb::class_<OldRing>(m, "OldRing")
+        .def(nb::init<int>(), nb::arg("fd"))
+        .def_prop_ro("store_uuid", [](OldRing& self) { return bytes_of(self.ring().identity().store_uuid); })
+        .def_prop_ro("store_device", [](OldRing& self) { return self.ring().identity().store_device; })
+        .def_prop_ro("store_inode", [](OldRing& self) { return self.ring().identity().store_inode; })
+        .def_prop_ro("boot_id",
+                     [](OldRing& self) {
+                         const auto& text = self.ring().identity().boot_id;
+                         return std::string(text.begin(), std::find(text.begin(), text.end(), '\0'));
+                     })
+        .def("volume_ids", &OldRing::volume_ids);
+    m.def(
+        "ring_file_bytes",
+        [](std::size_t ring_bytes, std::size_t spill_bytes) {
+            return Ring::file_bytes(geometry_for(ring_bytes, spill_bytes));
+        },
+        nb::arg("ring_bytes"), nb::arg("spill_bytes"));
+}
+
+void bind_core(nb::module_& m) {
+    nb::enum_<EventKind>(m, "EventKind")
+        .value("PREPARE_SEGMENT", EventKind::prepare_segment)
+        .value("OPEN_SEGMENT", EventKind::open_segment)
+        .value("CHECKPOINT_DUE", EventKind::checkpoint_due)
+        .value("DISCARD_SEGMENT", EventKind::discard_segment)
+        .value("LOG_FAILED", EventKind::log_failed)
+        .value("BAD_READ", EventKind::bad_read)
+        .value("MAKE_ROOM", EventKind::make_room);
+    nb::class_<Event>(m, "Event")
+        .def_ro("kind", &Event::kind)
+        .def_ro("volume_id", &Event::volume_id)
+        .def_ro("index", &Event::index)
+        .def_ro("log_no", &Event::log_no)
+        .def_ro("segno", &Event::segno)
+        .def_ro("slot", &Event::slot)
+        .def_ro("error", &Event::error)
+        .def_ro("idle", &Event::idle)
+        .def_ro("allocate_bytes", &Event::allocate_bytes)
+        .def_prop_ro("header", [](const Event& event) { return nb::bytes(event.header.data(), event.header.size()); });
+    nb::class_<Core>(m, "Core")
+        .def(nb::new_(&make_core), nb::arg("ring_fd"), nb::kw_only(), nb::arg("store_uuid"), nb::arg("store_device"),
+             nb::arg("store_inode"), nb::arg("boot_id"), nb::arg("ring_bytes"), nb::arg("spill_bytes"),
+             nb::arg("read_cache_bytes"), nb::arg("map_cache_bytes"), nb::arg("commit_s"), nb::arg("idle_checkpoint_s"),
+             nb::arg("checkpoint_entries"), nb::arg("checkpoint_log_bytes"), nb::arg("max_overlay_entries"),
+             nb::arg("max_open_segments"))
+        .def(
+            "add_volume",
+            [](Core& core, std::uint64_t id, const nb::bytes& log_uuid, std::uint32_t segment_shift, bool read_only) {
+                return core.add_volume(
+                    {.id = id, .log_uuid = uuid_of(log_uuid), .segment_shift = segment_shift, .read_only = read_only});
+            },
+            nb::arg("id"), nb::arg("log_uuid"), nb::kw_only(), nb::arg("segment_shift"), nb::arg("read_only"),
+            nb::keep_alive<0, 1>())
+        .def("publish_volume", &Core::publish_volume, nb::arg("volume"))
+        .def("remove_volume", &Core::remove_volume, nb::arg("id"), nb::call_guard<nb::gil_scoped_release>())
+        .def("next_event", &Core::next_event, nb::arg("timeout_ms"), nb::call_guard<nb::gil_scoped_release>())
+        .def("stop_events", &Core::stop_events)
+        .def("stop", &Core::stop, nb::call_guard<nb::gil_scoped_release>())
+        .def("leave_ring", &Core::leave_ring)
+        .def("statistics", [](Core& core) {
+            nb::dict out;
+            out["ring_pages"] = core.ring().ring_pages();
+            out["ring_pages_in_use"] = core.ring().pages_in_use();
+            out["published_pages"] = core.published_pages.load();
+            out["overlay_entries"] = core.overlay_entries.load();
+            out["read_cache_bytes"] = core.read_cache().size_bytes();
+            out["read_cache_hits"] = core.read_cache().hits();
+            out["read_cache_misses"] = core.read_cache().misses();
+            out["map_cache_bytes"] = core.map_cache().size_bytes();
+            out["map_cache_hits"] = core.map_cache().hits();
+            out["map_cache_misses"] = core.map_cache().misses();
+            out["reader"] = core.reader().name();
+            return out;
+        });
+}
+
+void bind_recovery(nb::class_<Volume>& volume, nb::module_& m) {
+    nb::class_<RecoveryReport>(m, "RecoveryReport")
+        .def_ro("read_only", &RecoveryReport::read_only)
+        .def_ro("damage", &RecoveryReport::damage)
+        .def_ro("unclean", &RecoveryReport::unclean)
+        .def_ro("replayed_chunks", &RecoveryReport::replayed_chunks)
+        .def_ro("replayed_bytes", &RecoveryReport::replayed_bytes)
+        .def_ro("ring_entries", &RecoveryReport::ring_entries)
+        .def_ro("ring_damaged_blocks", &RecoveryReport::ring_damaged_blocks)
+        .def_ro("unfinished_segments", &RecoveryReport::unfinished_segments);
+    m.def(
+        "replay_start_segno",
+        [](const nb::bytes& slot0, const nb::bytes& slot1) {
+            return Volume::replay_start_segno(span_of(slot0), span_of(slot1));
+        },
+        nb::arg("slot0"), nb::arg("slot1"));
+    volume.def(
+        "recover",
+        [](Volume& self, const nb::bytes& slot0, const nb::bytes& slot1,
+           std::vector<std::pair<std::uint64_t, int>> segments, OldRing* old_ring) {
+            const auto first = span_of(slot0);
+            const auto second = span_of(slot1);
+            const nb::gil_scoped_release unlocked;
+            return self.recover(first, second, std::move(segments), old_ring != nullptr ? &old_ring->ring() : nullptr);
+        },
+        nb::arg("slot0"), nb::arg("slot1"), nb::arg("segments"), nb::arg("old_ring").none());
+}
+
+// (slot number, its bytes), or None.
+nb::object slot_of(const std::optional<std::pair<int, std::vector<std::byte>>>& made) {
+    if (!made)
+        return nb::none();
+    const auto& bytes = made->second;
+    return nb::make_tuple(made->first, nb::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size()));
+}
+
+void bind_control(nb::class_<Volume>& volume) {
+    volume
+        .def("supply_segment", &Volume::supply_segment, nb::arg("segno"), nb::arg("fd"), nb::arg("allocated_bytes"),
+             nb::call_guard<nb::gil_scoped_release>())
+        .def("room_made", &Volume::room_made, nb::arg("enough"), nb::call_guard<nb::gil_scoped_release>())
+        .def("segment_failed", &Volume::segment_failed, nb::arg("segno"), nb::arg("error"),
+             nb::call_guard<nb::gil_scoped_release>())
+        .def("supply_descriptor", &Volume::supply_descriptor, nb::arg("index"), nb::arg("fd"), nb::arg("error"),
+             nb::call_guard<nb::gil_scoped_release>())
+        .def("checkpoint",
+             [](Volume& self) -> nb::object {
+                 std::optional<std::pair<int, std::vector<std::byte>>> made;
+                 {
+                     const nb::gil_scoped_release unlocked;
+                     made = self.checkpoint();
+                 }
+                 return slot_of(made);
+             })
+        .def("checkpoint_installed", &Volume::checkpoint_installed, nb::call_guard<nb::gil_scoped_release>())
+        .def("checkpoint_failed", &Volume::checkpoint_failed, nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "close_log", [](Volume& self, bool only_if_idle) { return self.close_log(only_if_idle).discard_segno; },
+            nb::kw_only(), nb::arg("only_if_idle"), nb::call_guard<nb::gil_scoped_release>())
+        .def("stats", &stats_of)
+        .def("attr",
+             [](Volume& self) {
+                 VolumeAttr attr;
+                 {
+                     const nb::gil_scoped_release unlocked;
+                     attr = self.attr();
+                 }
+                 return attr_of(attr);
+             })
+        .def("set_owner", &Volume::set_owner, nb::arg("mode"), nb::arg("uid"), nb::arg("gid"), nb::arg("nlink"),
+             nb::call_guard<nb::gil_scoped_release>());
+}
+
+void bind_cleaner(nb::class_<Volume>& volume, nb::module_& m) {
+    nb::enum_<Volume::CleanHow>(m, "CleanHow")
+        .value("LOOK", Volume::CleanHow::look)
+        .value("PUNCH", Volume::CleanHow::punch)
+        .value("MOVE", Volume::CleanHow::move);
+    nb::class_<Volume::CleanCandidate>(m, "CleanCandidate")
+        .def_ro("index", &Volume::CleanCandidate::index)
+        .def_ro("segno", &Volume::CleanCandidate::segno)
+        .def_ro("slots", &Volume::CleanCandidate::slots)
+        .def_ro("live_blocks_hint", &Volume::CleanCandidate::live_blocks_hint)
+        .def_ro("moved", &Volume::CleanCandidate::moved);
+    nb::class_<Volume::Cleaned>(m, "Cleaned")
+        .def_ro("blocks", &Volume::Cleaned::blocks)
+        .def_ro("live_blocks", &Volume::Cleaned::live_blocks)
+        .def_ro("dead_blocks", &Volume::Cleaned::dead_blocks)
+        .def_ro("freed_blocks", &Volume::Cleaned::freed_blocks)
+        .def_ro("moved_blocks", &Volume::Cleaned::moved_blocks)
+        .def_ro("removable", &Volume::Cleaned::removable);
+    volume
+        .def("repeat_checkpoint",
+             [](Volume& self) -> nb::object {
+                 std::optional<std::pair<int, std::vector<std::byte>>> made;
+                 {
+                     const nb::gil_scoped_release unlocked;
+                     made = self.repeat_checkpoint();
+                 }
+                 return slot_of(made);
+             })
+        .def("checkpoint_repeated", &Volume::checkpoint_repeated, nb::arg("written"),
+             nb::call_guard<nb::gil_scoped_release>())
+        .def("orphans", &Volume::orphans, nb::arg("segnos"), nb::call_guard<nb::gil_scoped_release>())
+        .def("clean_candidates", &Volume::clean_candidates, nb::call_guard<nb::gil_scoped_release>())
+        .def("clean_segment", &Volume::clean_segment, nb::arg("index"), nb::arg("fd"), nb::arg("how"),
+             nb::arg("min_run"), nb::call_guard<nb::gil_scoped_release>())
+        .def("release_segment", &Volume::release_segment, nb::arg("index"), nb::call_guard<nb::gil_scoped_release>());
+}
+
+void bind_io(nb::class_<Volume>& volume) {
+    volume
+        .def(
+            "read",
+            [](Volume& self, std::uint64_t offset, std::uint32_t size_bytes) {
+                Waiter waiter;
+                std::int64_t result = 0;
+                {
+                    const nb::gil_scoped_release unlocked;
+                    self.read(offset, size_bytes, true, waiter);
+                    result = waiter.wait();
+                }
+                if (result < 0)
+                    raise_errno(static_cast<int>(-result));
+                return nb::bytes(waiter.data().data(), waiter.data().size());
+            },
+            nb::arg("offset"), nb::arg("size_bytes"))
+        .def(
+            "write",
+            [](Volume& self, std::uint64_t offset, const nb::bytes& data, bool durable) {
+                return run([&](Completion& done) { self.write_copy(offset, span_of(data), durable, done); });
+            },
+            nb::arg("offset"), nb::arg("data"), nb::kw_only(), nb::arg("durable") = false)
+        .def("flush", [](Volume& self) { run([&](Completion& done) { self.flush(done); }); })
+        .def(
+            "fallocate",
+            [](Volume& self, int mode, std::uint64_t offset, std::uint64_t size_bytes) {
+                run([&](Completion& done) { self.fallocate(mode, offset, size_bytes, done); });
+            },
+            nb::arg("mode"), nb::arg("offset"), nb::arg("size_bytes"))
+        .def(
+            "resize",
+            [](Volume& self, std::uint64_t size_bytes) {
+                run([&](Completion& done) { self.resize(size_bytes, done); });
+            },
+            nb::arg("size_bytes"))
+        .def(
+            "seek",
+            [](Volume& self, std::uint64_t offset, int whence) {
+                return run([&](Completion& done) { self.seek(offset, whence, done); });
+            },
+            nb::arg("offset"), nb::arg("whence"))
+        .def(
+            "set_times",
+            [](Volume& self, std::optional<std::uint64_t> mtime_ns, std::optional<std::uint64_t> ctime_ns) {
+                run([&](Completion& done) { self.set_times(mtime_ns, ctime_ns, done); });
+            },
+            nb::arg("mtime_ns").none(), nb::arg("ctime_ns").none());
+}
+
+void bind_format(nb::module_& m) {
+    m.def(
+        "crc32c", [](std::uint32_t seed, const nb::bytes& data) { return crc32c(seed, data.c_str(), data.size()); },
+        nb::arg("seed"), nb::arg("data"));
+    m.def(
+        "first_checkpoint",
+        [](const nb::bytes& log_uuid, std::uint64_t time_ns) {
+            Checkpoint record;
+            record.log_uuid = uuid_of(log_uuid);
+            record.generation = 1;
+            record.replay_start = {.segno = 0, .slot = 1, .reserved = 0, .sequence = 1};
+            record.mtime_ns = record.ctime_ns = record.time_ns = time_ns;
+            const auto slot = encode(record);
+            return nb::bytes(reinterpret_cast<const char*>(slot.data()), slot.size());
+        },
+        nb::arg("log_uuid"), nb::arg("time_ns"));
+}
+
+}  // namespace
+
+}  // namespace hlfs
+
+NB_MODULE(_core, m) {
+    m.doc() = "The native core of HLFS.";
+    // What lives until the process ends is no leak worth a line on the user's terminal.
+    nb::set_leak_warnings(false);
+    nb::exception<hlfs::FormatError>(m, "FormatError", PyExc_ValueError);
+    nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
+        try {
+            std::rethrow_exception(pointer);
+        } catch (const std::system_error& error) {
+            PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.code().value(), error.what()).ptr());
+        }
+    });
+    hlfs::bind_format(m);
+    hlfs::bind_ring(m);
+    hlfs::bind_core(m);
+    nb::class_<hlfs::Volume> volume(m, "Volume");
+    hlfs::bind_recovery(volume, m);
+    hlfs::bind_control(volume);
+    hlfs::bind_cleaner(volume, m);
+    hlfs::bind_io(volume);
+    hlfs::bind_channel(m);
+    hlfs::bind_check(m);
+}

@@ -1,0 +1,585 @@
+#include "channel/channel.hpp"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cassert>
+#include <cerrno>
+#include <chrono>
+#include <climits>
+#include <cstring>
+#include <system_error>
+#include <utility>
+
+#include "channel/fuse_wire.hpp"
+#include "channel/handles.hpp"
+
+namespace hlfs {
+
+namespace {
+
+// A whole WRITE, the longest there is but for a batch of forgets, which takes what it finds.
+constexpr std::uint32_t kReadPages = kMaxRequestPages;
+// And what such a WRITE touches where it does not begin with a block.
+constexpr std::uint32_t kReservedPages = kReadPages + 1;
+
+std::uint32_t pages_left(const RunCursor& cursor) noexcept {
+    return cursor.extent == kNoExtent ? 0 : kExtentPages - cursor.next_page;
+}
+
+std::uint32_t page_at(const RunCursor& cursor) noexcept {
+    return cursor.extent * kExtentPages + cursor.next_page;
+}
+
+void list_pages(Slot& slot, std::uint32_t at, std::uint32_t first, std::uint32_t count) noexcept {
+    for (std::uint32_t i = 0; i < count; ++i) {
+        slot.pages[at + i] = first + i;
+    }
+}
+
+// Gets a reader out of read(2); does nothing else.
+int wake_signal() noexcept {
+    return SIGRTMIN + 6;
+}
+void ignore_signal(int) noexcept {}
+
+// Threads that are not Python's must not receive its signals.
+class SignalsBlocked {
+  public:
+    SignalsBlocked() noexcept {
+        sigset_t all;
+        sigfillset(&all);
+        sigdelset(&all, wake_signal());
+        pthread_sigmask(SIG_SETMASK, &all, &before_);
+    }
+    ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+    SignalsBlocked(const SignalsBlocked&) = delete;
+    SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+
+  private:
+    sigset_t before_;
+};
+
+// QEMU asks with it what a direct request must be aligned to, and would otherwise guess 4096 (asm/xfs_fs.h:
+// XFS_IOC_DIOINFO).
+constexpr std::uint32_t kXfsIocDioinfo = 0x800c581e;
+struct DirectIoInfo {
+    std::uint32_t memory_alignment;
+    std::uint32_t min_bytes;
+    std::uint32_t max_bytes;
+};
+
+constexpr std::uint64_t kNanos = 1'000'000'000;
+
+fuse_attr fuse_attr_of(const VolumeAttr& attr) noexcept {
+    fuse_attr out{};
+    out.ino = attr.id;
+    out.size = attr.size_bytes;
+    out.blocks = (attr.allocated_bytes + 511) / 512;
+    out.atime = attr.atime_ns / kNanos;
+    out.mtime = attr.mtime_ns / kNanos;
+    out.ctime = attr.ctime_ns / kNanos;
+    out.atimensec = static_cast<std::uint32_t>(attr.atime_ns % kNanos);
+    out.mtimensec = static_cast<std::uint32_t>(attr.mtime_ns % kNanos);
+    out.ctimensec = static_cast<std::uint32_t>(attr.ctime_ns % kNanos);
+    out.mode = attr.mode;
+    out.nlink = attr.nlink;
+    out.uid = attr.uid;
+    out.gid = attr.gid;
+    out.blksize = kBlockBytes;
+    return out;
+}
+
+}  // namespace
+
+Channel::Channel(Ring& ring, const VolumeTable& volumes, int fuse_fd, int control_fd, const ChannelOptions& options)
+    : ring_(ring),
+      volumes_(volumes),
+      fuse_fd_(fuse_fd),
+      options_(options),
+      mailbox_(ring.slots().size()),
+      device_(fuse_fd, ring, counters_, mailbox_),
+      relay_(control_fd, ring, volumes, device_, counters_, mailbox_),
+      requests_(ring.slots().size()),
+      readers_(options.threads) {
+    for (std::size_t i = 0; i < requests_.size(); ++i) {
+        requests_[i].owner = this;
+        requests_[i].slot = &ring.slots()[i];
+    }
+}
+
+Channel::~Channel() {
+    stop();
+}
+
+void Channel::start() {
+    struct sigaction action {};
+    action.sa_handler = ignore_signal;
+    if (sigaction(wake_signal(), &action, nullptr) != 0) {
+        throw std::system_error(errno, std::generic_category(), "installing the channel's signal handler");
+    }
+    const SignalsBlocked blocked;
+    started_ = true;
+    relay_.start();
+    for (Reader& reader : readers_) {
+        reader.thread = std::thread([this, &reader] { run_reader(reader); });
+        pthread_setname_np(reader.thread.native_handle(), "hlfs-fuse");
+    }
+}
+
+void Channel::stop() noexcept {
+    if (std::exchange(stopped_, true) || !started_) {
+        mailbox_.post_ended();
+        return;
+    }
+    stopping_.store(true);
+    // First what holds slots: a reader may wait for one.
+    relay_.stop();
+    fail_parked();
+    for (Reader& reader : readers_) {
+        join(reader);
+    }
+    wait_for_completions();
+    mailbox_.post_ended();
+}
+
+void Channel::join(Reader& reader) noexcept {
+    if (!reader.thread.joinable()) {
+        return;
+    }
+    // Again and again: the signal may come between the look at the flag and read(2).
+    while (!reader.done.load()) {
+        pthread_kill(reader.thread.native_handle(), wake_signal());
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+    reader.thread.join();
+    ring_.abandon(reader.cursor);
+    ring_.abandon(reader.next);
+}
+
+void Channel::wait_for_completions() noexcept {
+    const auto active = [](const Request& request) { return request.active.load(std::memory_order_acquire); };
+    while (std::any_of(requests_.begin(), requests_.end(), active)) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+}
+
+std::vector<std::uint64_t> Channel::requests_by_opcode() const {
+    std::vector<std::uint64_t> sums(kCountedOpcodes);
+    for (const Reader& reader : readers_) {
+        for (std::uint32_t i = 0; i < kCountedOpcodes; ++i) {
+            sums[i] += reader.requests.count[i].load(std::memory_order_relaxed);
+        }
+    }
+    return sums;
+}
+
+// --- reading
+
+void Channel::run_reader(Reader& reader) noexcept {
+    while (!stopping_.load(std::memory_order_relaxed) && read_one(reader)) {
+    }
+    reader.done.store(true);
+}
+
+// Memory for any request at the cursor, or what its extent has left and the rest in the next. False: stopping.
+bool Channel::prepare_pages(Reader& reader) noexcept {
+    if (pages_left(reader.cursor) >= kReservedPages) {
+        return true;
+    }
+    if (pages_left(reader.cursor) > 0 && ring_.reserve(reader.next, kReservedPages)) {
+        return true;
+    }
+    if (pages_left(reader.cursor) == 0 && reader.next.extent != kNoExtent) {
+        ring_.abandon(reader.cursor);
+        reader.cursor = std::exchange(reader.next, {});
+        return true;
+    }
+    // With one extent for each reader and no more, whoever wants a second must give up its first.
+    ring_.abandon(reader.next);
+    while (!ring_.reserve(reader.cursor, kReservedPages)) {
+        if (stopping_.load(std::memory_order_relaxed)) {
+            return false;
+        }
+        ring_.wait_for_pages();
+    }
+    return true;
+}
+
+// Where the request will be, told before it is read.
+Slot* Channel::prepare_slot(Reader& reader) noexcept {
+    if (!prepare_pages(reader)) {
+        return nullptr;
+    }
+    Slot* const slot = ring_.acquire_slot();
+    std::memset(slot->header, 0, sizeof slot->header);
+    const std::uint32_t here = std::min(pages_left(reader.cursor), kReservedPages);
+    list_pages(*slot, 0, page_at(reader.cursor), here);
+    if (here < kReservedPages) {
+        // Not from its start: what stands here can then be put before it.
+        list_pages(*slot, here, page_at(reader.next) + here, kReservedPages - here);
+    }
+    slot->page_count = kReadPages;
+    slot->length_bytes = 0;
+    slot->unique = 0;
+    slot->volume_id = 0;
+    slot->result = 0;
+    slot->sequence.store(0, std::memory_order_relaxed);
+    slot->state.store(SlotState::reading, std::memory_order_release);
+    return slot;
+}
+
+// So many pages, which hold what was read beyond the slot's header, in one run, and no longer the reader's.
+PageRun Channel::take_payload(Reader& reader, Slot& slot, std::uint32_t pages) noexcept {
+    const std::uint32_t here = pages_left(reader.cursor);
+    if (pages > here) {
+        std::memcpy(ring_.at(reader.next), ring_.at(reader.cursor), std::size_t{here} * kBlockBytes);
+        ring_.abandon(reader.cursor);
+        reader.cursor = std::exchange(reader.next, {});
+        list_pages(slot, 0, page_at(reader.cursor), pages);
+    }
+    return pages > 0 ? ring_.take(reader.cursor, pages) : PageRun{};
+}
+
+// False: there is nothing more to read, ever.
+bool Channel::read_one(Reader& reader) noexcept {
+    Slot* const slot = prepare_slot(reader);
+    if (slot == nullptr) {
+        return false;
+    }
+    const std::size_t here = std::min(pages_left(reader.cursor), kReadPages);
+    const iovec vectors[3] = {
+        {slot->header, sizeof slot->header},
+        {ring_.at(reader.cursor), here * kBlockBytes},
+        {here < kReadPages ? ring_.page(slot->pages[here]) : nullptr, (kReadPages - here) * kBlockBytes}};
+    listening_.fetch_add(1, std::memory_order_relaxed);
+    const ssize_t length = readv(fuse_fd_, vectors, here < kReadPages ? 3 : 2);
+    const int error = errno;
+    listening_.fetch_sub(1, std::memory_order_relaxed);
+    if (length >= static_cast<ssize_t>(wire::kInHeaderBytes)) {
+        dispatch(accept(reader, *slot, static_cast<std::size_t>(length)));
+        return true;
+    }
+    ring_.release_slot(slot);
+    if (length > 0) {
+        mailbox_.log("the kernel sent %zd bytes, which is no FUSE request", length);
+        return true;
+    }
+    // ENOENT: the request was given up while it was being read.
+    if (length < 0 && (error == EINTR || error == ENOENT || error == EAGAIN)) {
+        return true;
+    }
+    end(length == 0 ? ENODEV : error);
+    return false;
+}
+
+void Channel::end(int error) noexcept {
+    if (ended_.exchange(true)) {
+        return;
+    }
+    if (error == ECONNABORTED) {
+        mailbox_.log("the FUSE connection was aborted");
+    } else if (error != ENODEV) {
+        mailbox_.log("reading FUSE requests failed: %s", std::strerror(error));
+    }
+    mailbox_.post_ended();
+}
+
+// Makes what was read a request. What stands beyond the slot's header keeps its pages until the reply.
+Request& Channel::accept(Reader& reader, Slot& slot, std::size_t length_bytes) noexcept {
+    const auto header = wire::load<fuse_in_header>(slot.header);
+    Request& request = requests_[static_cast<std::size_t>(&slot - ring_.slots().data())];
+    request.opcode = header.opcode;
+    request.unique = header.unique;
+    request.node_id = header.nodeid;
+    request.length_bytes = static_cast<std::uint32_t>(length_bytes);
+    request.sent = 0;
+    request.active.store(true, std::memory_order_relaxed);
+    std::size_t in_pages = length_bytes > kRequestHeaderBytes ? length_bytes - kRequestHeaderBytes : 0;
+    if (header.opcode == FUSE_WRITE && in_pages > 0) {
+        in_pages += wire::arguments<fuse_write_in>(slot).offset % kBlockBytes;
+    }
+    const auto pages = static_cast<std::uint32_t>((in_pages + kBlockBytes - 1) / kBlockBytes);
+    request.payload = take_payload(reader, slot, pages);
+    slot.page_count = pages;
+    slot.unique = header.unique;
+    slot.volume_id = header.nodeid;
+    slot.length_bytes = request.length_bytes;
+    slot.state.store(SlotState::open, std::memory_order_release);
+    reader.requests.add(header.opcode);
+    return request;
+}
+
+// --- what is not on the data of a volume
+
+void Channel::fail(Request& request, std::int32_t error) noexcept {
+    device_.finish(request, error);
+}
+
+void Channel::dispatch(Request& request) noexcept {
+    if (wire::load<fuse_in_header>(request.slot->header).len != request.length_bytes) {
+        mailbox_.log("a FUSE request (opcode %u) has %u bytes, not what its header says", request.opcode,
+                     request.length_bytes);
+        fail(request, -EIO);
+        return;
+    }
+    switch (request.opcode) {
+        case FUSE_READ:
+        case FUSE_WRITE:
+        case FUSE_FSYNC:
+        case FUSE_FLUSH:
+        case FUSE_FALLOCATE:
+        case FUSE_LSEEK:
+            serve(request);
+            return;
+        case FUSE_GETATTR:
+            get_attributes(request);
+            return;
+        case FUSE_GETXATTR:
+            get_xattr(request);
+            return;
+        case FUSE_RELEASE:
+            release_handle(request);
+            return;
+        case FUSE_IOCTL:
+            ioctl(request);
+            return;
+        case FUSE_POLL: {
+            // ENOSYS would be latched, any other error makes poll(2) report one.
+            const fuse_poll_out ready{.revents = POLLIN | POLLOUT | POLLRDNORM | POLLWRNORM, .padding = 0};
+            device_.finish(request, &ready, sizeof ready);
+            return;
+        }
+        case FUSE_COPY_FILE_RANGE:
+        case wire::kCopyFileRange64:
+            fail(request, -EOPNOTSUPP);
+            return;
+        case FUSE_INTERRUPT:
+            // Carries the interrupted request's unique | 1. "Don't send these": nothing here can be interrupted. Only
+            // an answer given before the original's counts, so every one is answered.
+            fail(request, -ENOSYS);
+            return;
+        default:
+            relay_.forward(request);
+    }
+}
+
+// Of a volume from memory; anything else is the control plane's.
+void Channel::get_attributes(Request& request) noexcept {
+    const std::shared_ptr<DataVolume> volume = volumes_.find(request.node_id);
+    if (volume == nullptr) {
+        relay_.forward(request);
+        return;
+    }
+    fuse_attr_out out{};
+    out.attr_valid = options_.attr_timeout_s;
+    out.attr = fuse_attr_of(volume->attr());
+    device_.finish(request, &out, sizeof out);
+}
+
+void Channel::get_xattr(Request& request) noexcept {
+    // Asked before cached writes; nothing in a store has file capabilities.
+    static constexpr char kCapability[] = "security.capability";
+    constexpr std::size_t kNameAt = wire::kInHeaderBytes + sizeof(fuse_getxattr_in);
+    static_assert(kNameAt + sizeof kCapability <= kRequestHeaderBytes);
+    if (request.length_bytes == kNameAt + sizeof kCapability &&
+        std::memcmp(request.slot->header + kNameAt, kCapability, sizeof kCapability) == 0) {
+        fail(request, -ENODATA);
+        return;
+    }
+    relay_.forward(request);
+}
+
+void Channel::ioctl(Request& request) noexcept {
+    const auto in = wire::arguments<fuse_ioctl_in>(*request.slot);
+    if (in.cmd != kXfsIocDioinfo || in.out_size < sizeof(DirectIoInfo) || volumes_.find(request.node_id) == nullptr) {
+        fail(request, -ENOTTY);
+        return;
+    }
+    struct {
+        fuse_ioctl_out out;
+        DirectIoInfo info;
+    } reply{};
+    reply.info = {.memory_alignment = kBlockBytes, .min_bytes = 512, .max_bytes = INT_MAX & ~511U};
+    device_.finish(request, &reply, sizeof reply);
+}
+
+void Channel::release_handle(Request& request) noexcept {
+    const std::shared_ptr<DataVolume> volume = volumes_.find(request.node_id);
+    if (volume != nullptr) {
+        count_released(*volume, wire::arguments<fuse_release_in>(*request.slot).flags);
+    }
+    relay_.forward(request);
+}
+
+// --- what is on the data of a volume
+
+void Channel::serve(Request& request) noexcept {
+    // All of these begin with the handle, which is the volume's id like the node's: a difference is somebody's fault.
+    if (wire::arguments<std::uint64_t>(*request.slot) != request.node_id) {
+        mailbox_.log("a FUSE request (opcode %u) names node %llu and another's handle", request.opcode,
+                     static_cast<unsigned long long>(request.node_id));
+        fail(request, -EIO);
+        return;
+    }
+    std::shared_ptr<DataVolume> volume = volumes_.find(request.node_id);
+    if (volume == nullptr) {
+        park(request);
+        return;
+    }
+    request.volume = volume;
+    serve_on(request, *volume);
+}
+
+// The caller holds the volume too: the request may end, and let go of it, inside.
+void Channel::serve_on(Request& request, DataVolume& volume) noexcept {
+    const Slot& slot = *request.slot;
+    switch (request.opcode) {
+        case FUSE_READ:
+            read(request, volume);
+            return;
+        case FUSE_WRITE:
+            write(request, volume);
+            return;
+        case FUSE_FSYNC:
+        case FUSE_FLUSH:
+            volume.flush(request);
+            return;
+        case FUSE_FALLOCATE: {
+            const auto in = wire::arguments<fuse_fallocate_in>(slot);
+            volume.fallocate(static_cast<int>(in.mode), in.offset, in.length, request);
+            return;
+        }
+        default: {
+            assert(request.opcode == FUSE_LSEEK);
+            const auto in = wire::arguments<fuse_lseek_in>(slot);
+            if (in.whence != SEEK_DATA && in.whence != SEEK_HOLE) {
+                fail(request, -EINVAL);
+                return;
+            }
+            volume.seek(in.offset, static_cast<int>(in.whence), request);
+        }
+    }
+}
+
+void Channel::read(Request& request, DataVolume& volume) noexcept {
+    const auto in = wire::arguments<fuse_read_in>(*request.slot);
+    if (in.size > kMaxRequestBytes) {
+        fail(request, -EINVAL);
+        return;
+    }
+    // Another thread is there for whatever comes meanwhile.
+    volume.read(in.offset, in.size, listening_.load(std::memory_order_relaxed) > 0, request);
+}
+
+void Channel::write(Request& request, DataVolume& volume) noexcept {
+    const auto in = wire::arguments<fuse_write_in>(*request.slot);
+    if (in.size > kMaxRequestBytes || request.length_bytes != kRequestHeaderBytes + in.size) {
+        mailbox_.log("a WRITE of %u bytes came in a message of %u", in.size, request.length_bytes);
+        fail(request, -EIO);
+        return;
+    }
+    if (in.size == 0) {
+        completed(request, 0);
+        return;
+    }
+    const PageRun payload = std::exchange(request.payload, {});
+    volume.write(in.offset, in.size, payload, (in.flags & O_DSYNC) != 0, &request.slot->sequence, request);
+}
+
+void Channel::completed(Request& request, std::int64_t result) noexcept {
+    if (result < 0) {
+        fail(request, safe_error(request.opcode, static_cast<std::int32_t>(result)));
+        return;
+    }
+    switch (request.opcode) {
+        case FUSE_WRITE: {
+            const auto wanted = wire::arguments<fuse_write_in>(*request.slot).size;
+            if (result != wanted) {
+                mailbox_.log("a WRITE of %u bytes ended short, at %lld", wanted, static_cast<long long>(result));
+                fail(request, -EIO);
+                return;
+            }
+            const fuse_write_out out{.size = wanted, .padding = 0};
+            device_.finish(request, &out, sizeof out);
+            return;
+        }
+        case FUSE_LSEEK: {
+            const fuse_lseek_out out{.offset = static_cast<std::uint64_t>(result)};
+            device_.finish(request, &out, sizeof out);
+            return;
+        }
+        default:
+            device_.finish(request, 0);
+    }
+}
+
+void Channel::completed_data(Request& request, const iovec* vectors, int count, std::size_t size_bytes) noexcept {
+    device_.finish(request, vectors, count, size_bytes);
+}
+
+// --- requests of volumes that are not attached yet
+
+void Channel::park(Request& request) noexcept {
+    bool first = true;
+    {
+        const std::lock_guard lock(parked_mutex_);
+        if (!parking_ends_) {
+            for (const Request* other = parked_; other != nullptr && first; other = other->next_parked) {
+                first = other->node_id != request.node_id;
+            }
+            request.next_parked = std::exchange(parked_, &request);
+            counters_.attach_waits.fetch_add(1, std::memory_order_relaxed);
+            if (first) {
+                mailbox_.post_attach(request.node_id);
+            }
+            return;
+        }
+    }
+    fail(request, -ENOTCONN);
+}
+
+void Channel::attached(std::uint64_t node_id, int error) noexcept {
+    Request* served = nullptr;
+    {
+        const std::lock_guard lock(parked_mutex_);
+        for (Request** link = &parked_; *link != nullptr;) {
+            Request* const request = *link;
+            if (request->node_id != node_id) {
+                link = &request->next_parked;
+                continue;
+            }
+            *link = request->next_parked;
+            request->next_parked = std::exchange(served, request);
+        }
+    }
+    // The list is newest first and was turned round: oldest first again.
+    while (served != nullptr) {
+        Request& request = *std::exchange(served, served->next_parked);
+        const std::shared_ptr<DataVolume> volume = error == 0 ? volumes_.find(node_id) : nullptr;
+        if (volume == nullptr) {
+            fail(request, error == 0 ? -EIO : safe_error(request.opcode, -error));
+            continue;
+        }
+        request.volume = volume;
+        serve_on(request, *volume);
+    }
+}
+
+void Channel::fail_parked() noexcept {
+    Request* failed = nullptr;
+    {
+        const std::lock_guard lock(parked_mutex_);
+        parking_ends_ = true;
+        failed = std::exchange(parked_, nullptr);
+    }
+    while (failed != nullptr) {
+        Request& request = *std::exchange(failed, failed->next_parked);
+        fail(request, -ENOTCONN);
+    }
+}
+
+}  // namespace hlfs

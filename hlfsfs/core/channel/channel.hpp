@@ -1,0 +1,121 @@
+// The native side of a mount: reads FUSE requests, serves those on the data of volumes, hands the rest to the control
+// plane.
+//
+// Threads: N readers block in readv(2) on the one device descriptor; volumes complete requests from threads of their
+// own; the relay has two (relay.hpp). None of them takes Python's lock. A request keeps its slot from before it is read
+// until after its reply, so that a successor finds what was read and not answered.
+#pragma once
+
+#include <signal.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "base/dataplane.hpp"
+#include "channel/channel_counters.hpp"
+#include "channel/device.hpp"
+#include "channel/mailbox.hpp"
+#include "channel/relay.hpp"
+#include "channel/request.hpp"
+#include "ring/ring.hpp"
+
+namespace hlfs {
+
+struct ChannelOptions {
+    std::uint32_t threads = 4;
+    std::uint32_t attr_timeout_s = 60;  // how long the kernel may believe the attributes of a volume
+};
+
+class Channel final : private RequestOwner {
+  public:
+    // fuse_fd: the device (or a SOCK_SEQPACKET socket); control_fd: this side's end of the pair whose other end pyfuse3
+    // reads. None of the arguments is owned; all must outlive stop(). Throws std::system_error.
+    Channel(Ring& ring, const VolumeTable& volumes, int fuse_fd, int control_fd, const ChannelOptions& options);
+    ~Channel();
+    Channel(const Channel&) = delete;
+    Channel& operator=(const Channel&) = delete;
+
+    // Throws std::system_error.
+    void start();
+
+    // Joins every thread and waits until the volumes have completed what they were given; parked and forwarded requests
+    // fail. Idempotent. Call it before the volumes are closed. Without the device's end (unmount, abort) new requests
+    // then wait.
+    void stop() noexcept;
+
+    // Blocks until there is something to tell (see ChannelEventKind). One caller at a time.
+    void next_event(ChannelEvent& event) noexcept { mailbox_.wait(event); }
+
+    // Answers an attach event. error: 0 (the table has the volume now) or a positive errno for all requests that wait
+    // for it.
+    void attached(std::uint64_t node_id, int error) noexcept;
+
+    [[nodiscard]] const ChannelCounters& counters() const noexcept { return counters_; }
+    // Requests read so far, by opcode (the last one: all above).
+    [[nodiscard]] std::vector<std::uint64_t> requests_by_opcode() const;
+
+  private:
+    struct alignas(64) Reader {
+        std::thread thread;
+        RunCursor cursor;
+        RunCursor next;  // the extent after the cursor's, once that has too little left for a whole request
+        OpcodeCounters requests;
+        std::atomic<bool> done{false};
+    };
+
+    void completed(Request& request, std::int64_t result) noexcept override;
+    void completed_data(Request& request, const iovec* vectors, int count, std::size_t size_bytes) noexcept override;
+
+    void run_reader(Reader& reader) noexcept;
+    bool read_one(Reader& reader) noexcept;
+    void end(int error) noexcept;
+    void join(Reader& reader) noexcept;
+    bool prepare_pages(Reader& reader) noexcept;
+    Slot* prepare_slot(Reader& reader) noexcept;
+    PageRun take_payload(Reader& reader, Slot& slot, std::uint32_t pages) noexcept;
+    Request& accept(Reader& reader, Slot& slot, std::size_t length_bytes) noexcept;
+
+    void dispatch(Request& request) noexcept;
+    void get_attributes(Request& request) noexcept;
+    void get_xattr(Request& request) noexcept;
+    void ioctl(Request& request) noexcept;
+    void release_handle(Request& request) noexcept;
+    void fail(Request& request, std::int32_t error) noexcept;
+
+    void serve(Request& request) noexcept;
+    void serve_on(Request& request, DataVolume& volume) noexcept;
+    void read(Request& request, DataVolume& volume) noexcept;
+    void write(Request& request, DataVolume& volume) noexcept;
+    void park(Request& request) noexcept;
+    void fail_parked() noexcept;
+    void wait_for_completions() noexcept;
+
+    // constant after construction
+    Ring& ring_;
+    const VolumeTable& volumes_;
+    const int fuse_fd_;
+    const ChannelOptions options_;
+
+    ChannelCounters counters_;
+    Mailbox mailbox_;
+    Device device_;
+    Relay relay_;
+    std::vector<Request> requests_;  // by slot
+    std::vector<Reader> readers_;
+    std::atomic<int> listening_{0};  // readers that wait for a request
+    std::atomic<bool> stopping_{false};
+    std::atomic<bool> ended_{false};
+    bool started_ = false;
+    bool stopped_ = false;
+
+    std::mutex parked_mutex_;  // guards the two below
+    Request* parked_ = nullptr;
+    bool parking_ends_ = false;
+};
+
+}  // namespace hlfs

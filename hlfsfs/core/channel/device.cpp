@@ -1,0 +1,99 @@
+#include "channel/device.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include "channel/fuse_wire.hpp"
+
+namespace hlfs {
+
+namespace {
+
+// A 1 MiB read of single blocks, unaligned, with room to spare.
+constexpr int kMaxVectors = 1000;
+
+fuse_out_header header_for(const Request& request, std::int32_t error, std::size_t body_bytes) noexcept {
+    return {.len = static_cast<std::uint32_t>(wire::kOutHeaderBytes + body_bytes),
+            .error = error,
+            .unique = request.unique};
+}
+
+iovec vector_of(const void* data, std::size_t size_bytes) noexcept {
+    return {const_cast<void*>(data), size_bytes};
+}
+
+}  // namespace
+
+bool Device::write(Request& request, const iovec* vectors, int count) noexcept {
+    if (writev(fd_, vectors, count) >= 0) {
+        return true;
+    }
+    const int error = errno;
+    if (error == ENOENT || error == ENODEV || error == EPIPE || error == ECONNABORTED) {
+        counters_.replies_unwanted.fetch_add(1, std::memory_order_relaxed);
+    } else {
+        mailbox_.log("the kernel refused the reply to a FUSE request (opcode %u): %s", request.opcode,
+                     std::strerror(error));
+    }
+    return false;
+}
+
+void Device::finish(Request& request, std::int32_t error) noexcept {
+    if (error != 0) {
+        counters_.errors.add(request.opcode);
+    }
+    const fuse_out_header header = header_for(request, error, 0);
+    const iovec vector = vector_of(&header, sizeof header);
+    write(request, &vector, 1);
+    release(request);
+}
+
+void Device::finish(Request& request, const void* body, std::size_t size_bytes) noexcept {
+    const iovec vector = vector_of(body, size_bytes);
+    finish(request, &vector, 1, size_bytes);
+}
+
+void Device::finish(Request& request, const iovec* vectors, int count, std::size_t size_bytes) noexcept {
+    if (count > kMaxVectors) {
+        mailbox_.log("a read of %zu bytes came back in %d pieces; at most %d can be passed on", size_bytes, count,
+                     kMaxVectors);
+        finish(request, -EIO);
+        return;
+    }
+    const fuse_out_header header = header_for(request, 0, size_bytes);
+    std::array<iovec, kMaxVectors + 1> all;
+    all[0] = vector_of(&header, sizeof header);
+    std::copy_n(vectors, count, all.begin() + 1);
+    write(request, all.data(), count + 1);
+    release(request);
+}
+
+bool Device::pass(Request& request, const std::byte* reply, std::size_t size_bytes) noexcept {
+    if (wire::load<fuse_out_header>(reply).error != 0) {
+        counters_.errors.add(request.opcode);
+    }
+    const iovec vector = vector_of(reply, size_bytes);
+    const bool taken = write(request, &vector, 1);
+    release(request);
+    return taken;
+}
+
+void Device::release(Request& request) noexcept {
+    Slot* const slot = request.slot;
+    Ring& ring = ring_;
+    const PageRun payload = std::exchange(request.payload, {});
+    const std::shared_ptr<DataVolume> volume = std::move(request.volume);
+    request.volume.reset();
+    // The last touch of the request and of this: the channel may be gone, or the slot in use again, right after.
+    request.active.store(false, std::memory_order_release);
+    if (payload.count > 0) {
+        ring.free_pages(payload);
+    }
+    ring.release_slot(slot);
+}
+
+}  // namespace hlfs

@@ -1,0 +1,26 @@
+// What a checkpoint under way remembers between its freeze, its slot, and its installation.
+#pragma once
+
+#include "volume/volume.hpp"
+
+namespace hlfs {
+
+struct Volume::Freeze {
+    LogPosition replay_start;
+    std::uint64_t size_bytes = 0;
+    std::uint64_t mtime_ns = 0;
+    std::uint64_t ctime_ns = 0;
+    std::uint64_t boundary_chunk = 0;  // chunks from here on are not in the frozen overlay
+    std::uint64_t publishes = 0;
+    std::uint64_t log_slots = 0;
+};
+
+struct Volume::PendingCheckpoint {
+    Pointer root = kHole;
+    std::uint32_t levels = 0;
+    std::int64_t mapped = 0;
+    Checkpoint record;
+    std::vector<std::int64_t> live_delta;  // by segment index: blocks that the new map leads to and the old one did not
+};
+
+}  // namespace hlfs

@@ -1,0 +1,465 @@
+// Getting space back: which blocks of a segment no kept map leads to, and what becomes of the others.
+//
+// Only reachability decides; counts choose what to look at. Looked at are segments that both kept checkpoints have
+// behind them: what is mapped since (overlay) stands in later ones, and what neither map leads to stays unreachable, as
+// a new map leads to new blocks or to what the map before it led to. So a decision never goes stale, and a recovery
+// from either checkpoint finds all it needs whenever the power fails: a punched or removed block is asked for by no
+// one. A moved block is an entry of the log like any other; its old place stays until both checkpoints know the new
+// one.
+#include <fcntl.h>
+#include <linux/fiemap.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <system_error>
+#include <utility>
+
+#include "log/log_scan.hpp"
+#include "volume/volume.hpp"
+
+namespace hlfs {
+
+namespace {
+
+constexpr std::uint16_t kData = UINT16_MAX;
+constexpr std::uint32_t kMoveBlocks = 256;  // published at once
+// Below this share of live blocks they are read in small windows.
+constexpr std::uint64_t kFewShare = 64;
+constexpr std::size_t kFewWindowBytes = std::size_t{16} << 10;
+
+constexpr std::uint64_t span_of(std::uint32_t level) noexcept {
+    return std::uint64_t{1} << (kNodeShift * level);
+}
+
+constexpr off_t offset_of(std::uint64_t slot) noexcept {
+    return static_cast<off_t>(slot * kBlockBytes);
+}
+
+// Which of a file's slots have blocks behind them, one call for many: to ask for each run would cost as much as to
+// punch it. A file system without FIEMAP (tmpfs) is asked for its data, extent by extent.
+std::vector<bool> present_slots(int fd, std::uint32_t end_slot) {
+    constexpr std::uint32_t kExtents = 512;
+    std::vector<bool> present(end_slot);
+    const auto mark = [&present](std::uint64_t begin, std::uint64_t end) {
+        for (std::uint64_t slot = begin; slot < std::min<std::uint64_t>(end, present.size()); ++slot)
+            present[slot] = true;
+    };
+    std::vector<std::uint64_t> memory((sizeof(fiemap) + kExtents * sizeof(fiemap_extent)) / sizeof(std::uint64_t));
+    auto* request = reinterpret_cast<fiemap*>(memory.data());
+    const auto stop = static_cast<std::uint64_t>(offset_of(end_slot));
+    for (std::uint64_t offset = 0; offset < stop;) {
+        std::memset(request, 0, sizeof *request);
+        request->fm_start = offset;
+        request->fm_length = stop - offset;
+        request->fm_extent_count = kExtents;
+        if (::ioctl(fd, FS_IOC_FIEMAP, request) != 0) {
+            if (errno != EOPNOTSUPP && errno != ENOTTY)
+                throw std::system_error(errno, std::generic_category(), "looking at a segment's extents");
+            while (offset < stop) {
+                const off_t data = ::lseek(fd, static_cast<off_t>(offset), SEEK_DATA);
+                if (data < 0 || data >= static_cast<off_t>(stop))
+                    break;
+                const off_t hole = ::lseek(fd, data, SEEK_HOLE);
+                offset = hole < 0 ? stop : static_cast<std::uint64_t>(hole);
+                mark(static_cast<std::uint64_t>(data) / kBlockBytes, (offset + kBlockBytes - 1) / kBlockBytes);
+            }
+            return present;
+        }
+        if (request->fm_mapped_extents == 0)
+            break;
+        for (std::uint32_t i = 0; i < request->fm_mapped_extents; ++i) {
+            const fiemap_extent& extent = request->fm_extents[i];
+            offset = extent.fe_logical + extent.fe_length;
+            mark(extent.fe_logical / kBlockBytes, (offset + kBlockBytes - 1) / kBlockBytes);
+        }
+    }
+    return present;
+}
+
+std::uint64_t allocated_bytes(int fd) {
+    struct stat info {};
+    if (fstat(fd, &info) != 0)
+        throw std::system_error(errno, std::generic_category(), "looking at a segment");
+    return static_cast<std::uint64_t>(info.st_blocks) * 512;
+}
+
+}  // namespace
+
+// What of a segment is reachable.
+struct Volume::Survey {
+    struct Block {
+        std::uint64_t block = 0;  // the volume's block, or a node's number within its level
+        std::uint32_t slot = 0;
+        std::uint32_t crc = 0;
+        std::uint16_t level = kData;
+        bool live = false;       // a kept map leads here
+        bool in_newest = false;  // the newest one does
+    };
+    std::vector<Block> blocks;  // by slot
+    std::uint64_t base_generation = 0;
+    std::uint64_t live = 0;
+    std::uint64_t in_newest = 0;
+    std::uint64_t log_blocks = 0;
+    bool footer = false;
+    std::uint32_t end_slot = 0;  // of what may be punched
+};
+
+// Walks one map in ascending order, keeping the node of each level where it stands.
+class Volume::MapCursor {
+  public:
+    MapCursor(Volume& volume, const KeptMap& map) : volume_(volume), map_(map), at_(map.levels) {}
+
+    Pointer node_pointer(std::uint32_t level, std::uint64_t index) {
+        if (level >= map_.levels || index >= span_of(map_.levels - 1 - level))
+            return kHole;
+        if (level + 1 == map_.levels)
+            return map_.root;
+        const Node* parent = node(level + 1, index >> kNodeShift);
+        return parent == nullptr ? kHole : (*parent)[index & (kNodeEntries - 1)];
+    }
+
+    Pointer data_pointer(std::uint64_t block) {
+        const Node* leaf = node(0, block >> kNodeShift);
+        return leaf == nullptr ? kHole : (*leaf)[block & (kNodeEntries - 1)];
+    }
+
+  private:
+    const Node* node(std::uint32_t level, std::uint64_t index) {
+        const Pointer pointer = node_pointer(level, index);
+        if (pointer == kHole)
+            return nullptr;
+        Standing& standing = at_[level];
+        if (standing.pointer != pointer) {
+            standing.pointer = kHole;
+            volume_.load_node_waiting(pointer, standing.node);
+            standing.pointer = pointer;
+        }
+        return &standing.node;
+    }
+
+    struct Standing {
+        Pointer pointer = kHole;
+        Node node;
+    };
+    Volume& volume_;
+    KeptMap map_;
+    std::vector<Standing> at_;
+};
+
+// Recoveries from either kept checkpoint read all segments from here on.
+std::uint64_t Volume::first_pinned_segno() const {
+    const std::uint64_t newest = newest_.replay_start.segno;
+    return older_ ? std::min(newest, older_->replay_start.segno) : newest;
+}
+
+bool Volume::cleanable(const Segment& segment) const {
+    const bool ended = segment.state == SegmentState::sealed || segment.state == SegmentState::punched;
+    return ended && segment.log_no == 0 && &segment != current_ && segment.unwritten_chunks == 0 && !segment.unsynced &&
+           !segment.syncing && segment.footer_body.empty() && segment.identity.segno < first_pinned_segno();
+}
+
+std::vector<Volume::CleanCandidate> Volume::clean_candidates() const {
+    const Lock lock(mutex_);
+    std::vector<CleanCandidate> found;
+    if (read_only_ || !opened_)
+        return found;
+    for (const auto& segment : table_) {
+        if (segment && cleanable(*segment)) {
+            found.push_back({.index = segment->index,
+                             .segno = segment->identity.segno,
+                             .slots = segment_slots_,
+                             .live_blocks_hint = segment->live_blocks_hint,
+                             .moved = segment->moved});
+        }
+    }
+    return found;
+}
+
+std::vector<std::uint64_t> Volume::orphans(const std::vector<std::uint64_t>& segnos) const {
+    const Lock lock(mutex_);
+    std::vector<std::uint64_t> known;
+    for (const auto& segment : table_) {
+        if (segment)
+            known.push_back(segment->identity.segno);
+    }
+    std::sort(known.begin(), known.end());
+    std::vector<std::uint64_t> found;
+    for (const std::uint64_t segno : segnos) {
+        const bool behind = segno < newest_.replay_start.segno && (!older_ || segno < older_->replay_start.segno);
+        if (behind && !read_only_ && !std::binary_search(known.begin(), known.end(), segno))
+            found.push_back(segno);
+    }
+    return found;
+}
+
+Volume::Survey Volume::survey(std::uint32_t index, int fd) {
+    Survey survey;
+    KeptMap newest;
+    KeptMap older;
+    std::uint64_t segno = 0;
+    {
+        const Lock lock(mutex_);
+        if (index >= table_.size() || !table_[index] || !cleanable(*table_[index]))
+            throw std::system_error(EBUSY, std::generic_category(), "the segment is in use");
+        segno = table_[index]->identity.segno;
+        survey.base_generation = base_generation_;
+        newest = {.root = root_, .levels = levels_, .generation = generation_, .replay_start = {}};
+        older = older_.value_or(newest);
+    }
+    const SegmentHeader header = read_segment_header(fd);
+    if (header.log_uuid != config_.log_uuid || header.segno != segno || header.table_index != index)
+        throw FormatError("segment header of another log or place");
+    const ScannedSegment scanned = scan_segment(fd, header, 1);
+    const std::uint32_t shift = crc32c_block_shift(scanned.identity.seed);
+    survey.footer = scanned.from_footer;
+    for (const ChunkSummary& chunk : scanned.chunks) {
+        survey.log_blocks += chunk.header.summary_blocks + chunk.header.payload_blocks;
+        survey.end_slot = std::max(survey.end_slot, chunk.end_slot());
+        std::uint32_t at = 0;
+        for (const Entry& entry : chunk.entries) {
+            for (std::uint32_t i = 0; i < entry.stored_blocks; ++i, ++at) {
+                Survey::Block block{
+                    .block = entry.block + i, .slot = chunk.payload_slot() + at, .crc = chunk.checks[at] ^ shift};
+                if (entry.kind == EntryKind::node) {
+                    // Blocks of the chains: only a checkpoint leads to them, which has this segment behind it.
+                    if (entry.aux >= kMaxLevels)
+                        continue;
+                    block.level = entry.aux;
+                    block.block = entry.block >> (kNodeShift * (entry.aux + 1U));
+                }
+                survey.blocks.push_back(block);
+            }
+        }
+    }
+    std::sort(survey.blocks.begin(), survey.blocks.end(),
+              [](const auto& a, const auto& b) { return std::pair(a.level, a.block) < std::pair(b.level, b.block); });
+    MapCursor in_newest(*this, newest);
+    MapCursor in_older(*this, older);
+    const bool same = older.root == newest.root && older.levels == newest.levels;
+    const auto leads = [index](MapCursor& map, const Survey::Block& block) {
+        const Pointer pointer =
+            block.level == kData ? map.data_pointer(block.block) : map.node_pointer(block.level, block.block);
+        return pointer != kHole && pointer_segment(pointer) == index && pointer_slot(pointer) == block.slot;
+    };
+    for (Survey::Block& block : survey.blocks) {
+        block.in_newest = leads(in_newest, block);
+        block.live = block.in_newest || (!same && leads(in_older, block));
+        survey.live += block.live ? 1 : 0;
+        survey.in_newest += block.in_newest ? 1 : 0;
+    }
+    std::sort(survey.blocks.begin(), survey.blocks.end(), [](const auto& a, const auto& b) { return a.slot < b.slot; });
+    return survey;
+}
+
+Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how, std::uint32_t min_run) {
+    const Survey found = survey(index, fd);
+    Cleaned cleaned{.blocks = found.log_blocks, .live_blocks = found.live};
+    {
+        const Lock lock(mutex_);
+        Segment& segment = *table_[index];
+        // Without a footer, chunks that are damaged are not seen: what they hold is known by the counts alone.
+        cleaned.removable = found.live == 0 && (found.footer || segment.live_blocks_hint == 0);
+        if (base_generation_ == found.base_generation && found.footer)
+            segment.live_blocks_hint = found.in_newest;
+    }
+    if (cleaned.removable || how == CleanHow::look) {
+        cleaned.dead_blocks = cleaned.removable ? allocated_bytes(fd) / kBlockBytes : count_dead(found, fd);
+        return cleaned;
+    }
+    if (how == CleanHow::punch) {
+        cleaned.freed_blocks = punch_dead(found, fd, min_run);
+    } else {
+        cleaned.moved_blocks = move_live(found, fd);
+    }
+    const Lock lock(mutex_);
+    if (how == CleanHow::punch)
+        table_[index]->state = SegmentState::punched;
+    // Another checkpoint since: what it still maps here is seen by the next look.
+    table_[index]->moved = how == CleanHow::move && base_generation_ == found.base_generation;
+    cleaned_blocks_ += cleaned.freed_blocks;
+    moved_blocks_ += cleaned.moved_blocks;
+    return cleaned;
+}
+
+// Runs of unreachable blocks of which some are not punched yet, as slots: begin, end, and how many are not. With a
+// footer, summaries go too: the footer repeats them.
+template <typename Visit>
+void Volume::each_dead_run(const Survey& survey, int fd, std::uint32_t min_run, Visit visit) {
+    std::vector<bool> dead(survey.end_slot, survey.footer);
+    if (!dead.empty())
+        dead[0] = false;
+    for (const Survey::Block& block : survey.blocks)
+        dead[block.slot] = !block.live;
+    const std::vector<bool> present = present_slots(fd, survey.end_slot);
+    for (std::uint32_t first = 0; first < dead.size();) {
+        if (!dead[first]) {
+            ++first;
+            continue;
+        }
+        std::uint32_t end = first;
+        std::uint32_t blocks = 0;
+        for (; end < dead.size() && dead[end]; ++end)
+            blocks += present[end] ? 1 : 0;
+        if (blocks != 0 && end - first >= min_run)
+            visit(first, end, blocks);
+        first = end;
+    }
+}
+
+std::uint64_t Volume::count_dead(const Survey& survey, int fd) {
+    std::uint64_t dead = 0;
+    each_dead_run(survey, fd, 1, [&dead](std::uint32_t, std::uint32_t, std::uint32_t blocks) { dead += blocks; });
+    return dead;
+}
+
+std::uint64_t Volume::punch_dead(const Survey& survey, int fd, std::uint32_t min_run) {
+    const std::uint64_t before = allocated_bytes(fd);
+    each_dead_run(survey, fd, min_run, [fd](std::uint32_t first, std::uint32_t end, std::uint32_t) {
+        if (::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset_of(first), offset_of(end - first)) != 0)
+            throw std::system_error(errno, std::generic_category(), "punching a segment");
+    });
+    const std::uint64_t after = allocated_bytes(fd);
+    return after < before ? (before - after) / kBlockBytes : 0;
+}
+
+std::uint64_t Volume::move_live(const Survey& survey, int fd) {
+    // Of few blocks that are far apart, most of a large window would be read in vain.
+    const bool few = survey.in_newest * kFewShare < survey.log_blocks;
+    WindowReader reader(fd, few ? kFewWindowBytes : WindowReader::kWindowBytes);
+    std::uint64_t moved = 0;
+    std::vector<const Survey::Block*> batch;
+    const auto unchanged = [this, &survey](std::uint64_t block) {
+        return base_generation_ == survey.base_generation && version_of(block).kind == BlockVersion::Kind::base;
+    };
+    const auto publish_batch = [&] {
+        if (batch.empty())
+            return;
+        std::optional<PageRun> run;
+        while (!(run = core_.take_pages(static_cast<std::uint32_t>(batch.size())))) {
+            core_.ring().wait_for_pages();
+            // Who makes room waits for the cleaner to be done, and may be who has the pages.
+            const Lock lock(mutex_);
+            if (making_room_)
+                throw std::system_error(ENOSPC, std::generic_category(), "no space to move blocks to");
+        }
+        std::vector<std::uint32_t> crcs;
+        std::vector<bool> published(batch.size());
+        const auto give_back = [&] {
+            for (std::uint32_t i = 0; i < batch.size(); ++i) {
+                if (!published[i])
+                    core_.ring().free_page(run->first + i);
+            }
+        };
+        try {
+            for (std::uint32_t i = 0; i < batch.size(); ++i) {
+                const auto bytes = reader.at(batch[i]->slot, 1);
+                std::byte* page = core_.ring().page(run->first + i);
+                if (bytes.size() == kBlockBytes)
+                    std::memcpy(page, bytes.data(), kBlockBytes);
+                // All 32 bits: what is damaged stays where it is, so that it is damaged for its readers too.
+                if (bytes.size() != kBlockBytes || crc32c_block(page) != batch[i]->crc)
+                    throw FormatError("a block to be moved is damaged");
+                crcs.push_back(batch[i]->crc);
+            }
+            Lock lock(mutex_);
+            for (;;) {
+                std::vector<PublishItem> items;
+                std::fill(published.begin(), published.end(), false);
+                std::size_t blocks = 0;
+                for (std::uint32_t i = 0; i < batch.size(); ++i) {
+                    if (!unchanged(batch[i]->block))
+                        continue;
+                    published[i] = true;
+                    ++blocks;
+                    const bool follows =
+                        !items.empty() && i > 0 && published[i - 1] && batch[i - 1]->block + 1 == batch[i]->block;
+                    if (follows) {
+                        ++items.back().count;
+                        continue;
+                    }
+                    PublishItem item{};
+                    item.kind = EntryKind::relocate;
+                    item.block = batch[i]->block;
+                    item.count = 1;
+                    item.first_page = run->first + i;
+                    item.crcs = crcs.data() + i;
+                    items.push_back(item);
+                }
+                if (items.empty())
+                    break;
+                const Admission admission = admit(items.size(), blocks, 0);
+                if (admission == Admission::ok) {
+                    publish(items, nullptr);
+                    moved += blocks;
+                    break;
+                }
+                std::fill(published.begin(), published.end(), false);
+                if (admission == Admission::refused)
+                    throw std::system_error(space_refused_, std::generic_category(), "no space to move blocks to");
+                // Who makes room waits for the cleaner to be done.
+                if (making_room_)
+                    throw std::system_error(ENOSPC, std::generic_category(), "no space to move blocks to");
+                wake();
+                wait_change(lock);
+            }
+        } catch (...) {
+            give_back();
+            throw;
+        }
+        give_back();
+        batch.clear();
+    };
+    for (const Survey::Block& block : survey.blocks) {
+        if (!block.in_newest)
+            continue;
+        if (block.level != kData) {
+            const Lock lock(mutex_);
+            if (base_generation_ == survey.base_generation) {
+                overlay_.touch(block.block << (kNodeShift * block.level));
+                ++publishes_;
+                ++moved;
+            }
+            continue;
+        }
+        batch.push_back(&block);
+        if (batch.size() == kMoveBlocks)
+            publish_batch();
+    }
+    publish_batch();
+    return moved;
+}
+
+// Those that began before may hold addresses which no map has any more.
+void Volume::wait_for_readers(Lock& lock) {
+    const std::size_t parity = reader_epoch_ & 1;
+    ++reader_epoch_;
+    while (readers_[parity].load(std::memory_order_acquire) != 0)
+        wait_change(lock);
+}
+
+bool Volume::release_segment(std::uint32_t index) {
+    Lock lock(mutex_);
+    wait_for_readers(lock);
+    std::unique_ptr<Segment>& segment = table_.at(index);
+    if (!segment || !cleanable(*segment))
+        throw std::system_error(EBUSY, std::generic_category(), "the segment is in use");
+    if (segment->fd_counted)
+        core_.open_descriptors.fetch_sub(1, std::memory_order_relaxed);
+    const bool reusable = !segment->distrusted;
+    segment.reset();
+    free_indexes_.emplace_back(index, generation_ + (checkpointing_ ? 1 : 0));
+    return reusable;
+}
+
+std::uint32_t Volume::next_index() const {
+    if (!free_indexes_.empty() && older_ && older_->generation > free_indexes_.front().second)
+        return free_indexes_.front().first;
+    return static_cast<std::uint32_t>(table_.size());
+}
+
+}  // namespace hlfs

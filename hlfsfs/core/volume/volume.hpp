@@ -1,0 +1,492 @@
+// One volume: its map, its log, and the requests under way.
+//
+// Copy first, publish second: a request's payload stands in ring pages before publish() assigns its sequence, enters it
+// in the open chunk and in the overlay, and release-stores the chunk's count, all under one short lock. Log order =
+// sequence order = publish order. What is published is acknowledged, read by everyone, and survives the process in the
+// ring; it survives power loss once flush() says so. Threads and locks: docs/CONCURRENCY.md.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/dataplane.hpp"
+#include "log/format.hpp"
+#include "log/segment.hpp"
+#include "ring/ring.hpp"
+#include "volume/core.hpp"
+#include "volume/overlay.hpp"
+
+namespace hlfs {
+
+inline constexpr std::uint64_t kMaxVolumeBytes = std::uint64_t{16} << 40;
+
+struct VolumeConfig {
+    std::uint64_t id = 0;
+    Uuid log_uuid{};
+    std::uint32_t segment_shift = 26;
+    bool read_only = false;
+};
+
+struct Mutation;
+struct ReadOp;
+
+// A chunk not yet retired. Guarded by the volume's mutex, except pins.
+struct LiveChunk {
+    enum class State { open, sealed, writing, written };
+
+    std::uint64_t number = 0;
+    ChunkDescriptor* descriptor = nullptr;  // nullptr: a node chunk, with the five members below
+    std::vector<std::array<std::byte, kEntryBytes>> entries;
+    std::vector<std::uint32_t> checks;
+    std::byte* payload = nullptr;
+    std::size_t payload_bytes = 0;
+
+    std::uint64_t first_sequence = 0;
+    std::uint64_t end_sequence = 0;
+    std::uint32_t payload_blocks = 0;
+    std::uint32_t segment_index = 0;  // this and the two below: valid once sealed
+    std::uint32_t slot = 0;
+    std::uint32_t summary_blocks = 0;
+    std::size_t footer_offset = 0;
+    std::uint64_t opened_ns = 0;
+    State state = State::open;
+
+    // Readers that copy from its pages, plus one until it retires; the last to let go frees the pages.
+    std::atomic<std::uint32_t> pins{1};
+};
+
+// How a block is mapped right now, to see later whether it still is.
+struct BlockVersion {
+    enum class Kind : std::uint8_t { base, overlay } kind = Kind::base;
+    BlockRef ref;
+    std::uint64_t base_generation = 0;
+    bool operator==(const BlockVersion&) const = default;
+};
+
+struct RecoveryReport {
+    bool read_only = false;  // damage at or below the durable point
+    std::string damage;      // names the place
+    bool unclean = false;    // something was found after the checkpoint's last chunk, or in the ring
+    std::uint64_t replayed_chunks = 0;
+    std::uint64_t replayed_bytes = 0;
+    std::uint64_t ring_entries = 0;
+    std::uint64_t ring_damaged_blocks = 0;           // no longer what was acknowledged: they read as EIO
+    std::vector<std::uint64_t> unfinished_segments;  // prepared and never used: their files may go
+};
+
+class Volume final : public DataVolume, public std::enable_shared_from_this<Volume> {
+  public:
+    Volume(Core& core, const VolumeConfig& config);
+    ~Volume() override;
+    Volume(const Volume&) = delete;
+    Volume& operator=(const Volume&) = delete;
+
+    // --- DataVolume
+    void read(std::uint64_t offset, std::uint32_t size_bytes, bool may_wait, Completion& done) noexcept override;
+    void write(std::uint64_t offset, std::uint32_t size_bytes, PageRun payload, bool durable,
+               std::atomic<std::uint64_t>* sequence_note, Completion& done) noexcept override;
+    void flush(Completion& done) noexcept override;
+    void fallocate(int mode, std::uint64_t offset, std::uint64_t size_bytes, Completion& done) noexcept override;
+    void resize(std::uint64_t size_bytes, Completion& done) noexcept override;
+    void seek(std::uint64_t offset, int whence, Completion& done) noexcept override;
+    [[nodiscard]] VolumeAttr attr() const noexcept override;
+
+    // --- control, from Python; those that may wait say so
+    void set_times(std::optional<std::uint64_t> mtime_ns, std::optional<std::uint64_t> ctime_ns,
+                   Completion& done) noexcept;
+    void set_owner(std::uint32_t mode, std::uint32_t uid, std::uint32_t gid, std::uint32_t nlink) noexcept;
+    // Copies size_bytes into ring pages and writes them (waits for pages). For writers that bring their own memory.
+    void write_copy(std::uint64_t offset, std::span<const std::byte> data, bool durable, Completion& done) noexcept;
+
+    // Opens the log: newest valid checkpoint, then replay, then the ring's chunks. Throws FormatError when no
+    // checkpoint is valid, std::system_error when a descriptor cannot be read. Waits.
+    RecoveryReport recover(std::span<const std::byte> slot0, std::span<const std::byte> slot1,
+                           std::vector<std::pair<std::uint64_t, int>> segments, Ring* old_ring);
+    // The segnos recover() wants descriptors for: from the newest valid checkpoint's replay start on.
+    static std::uint64_t replay_start_segno(std::span<const std::byte> slot0, std::span<const std::byte> slot1);
+
+    void supply_segment(std::uint64_t segno, int fd, std::uint64_t allocated_bytes);
+    void segment_failed(std::uint64_t segno, int error);
+    // Answer to make_room. Writers that waited for it go on, or get ENOSPC.
+    void room_made(bool enough);
+    void supply_descriptor(std::uint32_t index, int fd, int error);
+
+    // Merges what is frozen and returns the slot's bytes and number to write; nullopt when nothing changed. Waits for
+    // I/O. Throws std::system_error (ENOSPC: the old checkpoint stays valid and nothing is lost).
+    std::optional<std::pair<int, std::vector<std::byte>>> checkpoint();
+    // The slot is durable: the merged map takes over.
+    void checkpoint_installed();
+    void checkpoint_failed() noexcept;
+
+    // The newest checkpoint once more, for the slot of the older one: what only the older one keeps from the cleaner is
+    // free then. nullopt where that would free nothing. Once it is written, or could not be: checkpoint_repeated().
+    std::optional<std::pair<int, std::vector<std::byte>>> repeat_checkpoint();
+    void checkpoint_repeated(bool written) noexcept;
+
+    // --- cleaning (cleaner.cpp), by one thread at a time; waits for I/O
+    struct CleanCandidate {
+        std::uint32_t index = 0;
+        std::uint64_t segno = 0;
+        std::uint64_t slots = 0;             // of a whole segment
+        std::uint64_t live_blocks_hint = 0;  // that the newest checkpoint maps
+        bool moved = false;                  // what it holds has been written again; a checkpoint will tell
+    };
+    // Segments that both kept checkpoints have behind them, so that only their maps lead there.
+    [[nodiscard]] std::vector<CleanCandidate> clean_candidates() const;
+    // Of these segments of the log, those that were released and still have a file: behind both kept checkpoints, and
+    // not in the table. A crash between the two leaves them.
+    [[nodiscard]] std::vector<std::uint64_t> orphans(const std::vector<std::uint64_t>& segnos) const;
+    struct Cleaned {
+        std::uint64_t blocks = 0;        // payload and summaries
+        std::uint64_t live_blocks = 0;   // that a map leads to
+        std::uint64_t dead_blocks = 0;   // look: what punching would free now
+        std::uint64_t freed_blocks = 0;  // punched now
+        std::uint64_t moved_blocks = 0;  // written again at the log's end
+        bool removable = false;          // no map leads into it: release_segment(), then the file may go
+    };
+    enum class CleanHow { look, punch, move };
+    // Looks up every block of a candidate in both kept maps. punch: gives the space of runs of at least `min_run`
+    // unreachable blocks back through `fd`, which is open for writing. move: what the newest map holds is published
+    // again where nobody has changed it meanwhile. Throws FormatError (damage on the way: the segment is left alone),
+    // std::system_error.
+    Cleaned clean_segment(std::uint32_t index, int fd, CleanHow how, std::uint32_t min_run);
+    // Waits for readers that began before, then forgets a removable segment. Its index is used again once no kept
+    // checkpoint knows the old meaning. Tells whether its file may serve another segment.
+    bool release_segment(std::uint32_t index);
+
+    struct CloseResult {
+        std::optional<std::uint64_t> discard_segno;  // a prepared segment never used
+    };
+    // Footer and trim of the open segment: it takes what it holds and no more. The next write opens another. Waits;
+    // with `only_if_idle` does nothing if there is anything to wait for. Throws std::system_error (EIO: the disk takes
+    // no writes).
+    CloseResult close_log(bool only_if_idle);
+
+    struct Stats {
+        std::uint64_t size_bytes, mapped_bytes, dirty_bytes, overlay_entries, segments, epoch, sequence,
+            durable_sequence;
+        std::uint64_t appended_bytes;  // to the log since it was opened, with what recovery replayed
+        std::uint64_t checkpoint_generation, checkpoint_time_ns, reads, read_bytes, writes, written_bytes, flushes,
+            damaged_blocks;
+        std::uint64_t chunks, nodes_written, map_levels, parked;
+        std::uint64_t live_bytes;  // of the log that the newest checkpoint's map holds, its nodes included
+        // From this segment on the cleaner may touch none yet; and what of live_bytes is there.
+        std::uint64_t first_pinned_segno, pinned_live_bytes;
+        std::uint64_t cleaned_bytes, moved_bytes;
+        bool read_only;
+    };
+    [[nodiscard]] Stats stats() const;
+
+    // --- for the core's threads
+    void work() noexcept;
+    void tick(std::uint64_t now_ns) noexcept;
+    void want_sync() noexcept;
+    void wake_if_parked() noexcept;
+    // Closes descriptors of sealed segments, all but the `keep` used last.
+    void trim_descriptors(std::size_t keep) noexcept;
+    // Nobody answers its events any more: what still waits for one ends with ESHUTDOWN.
+    void shut_down() noexcept;
+    [[nodiscard]] std::uint64_t id() const noexcept { return config_.id; }
+
+  private:
+    friend struct ReadOp;
+    friend struct Mutation;
+
+    struct ChunkPlace {
+        std::uint32_t segment_index = 0;
+        std::uint32_t payload_slot = 0;
+        LiveChunk* live = nullptr;
+    };
+
+    struct FlushWaiter {
+        std::uint64_t end_number;  // chunks below it must be durable
+        Completion* done;
+        std::int64_t result;
+    };
+
+    // One entry to publish; the blocks of a data entry stand in consecutive ring pages. Without initialisers, as
+    // BlockSource below: whole arrays of these stand on the stack of each request.
+    struct PublishItem {
+        EntryKind kind;
+        std::uint64_t block;
+        std::uint64_t count;
+        std::uint32_t first_page;
+        const std::uint32_t* crcs;
+        std::uint64_t size_bytes;  // resize
+        std::uint64_t mtime_ns;    // ext times
+        std::uint64_t ctime_ns;
+    };
+
+    enum class Admission { ok, wait, refused };
+    // What space is for. Upkeep may take what data leaves free: map nodes, discards, what was acknowledged before.
+    enum class Purpose { data, upkeep };
+
+    enum class SourceKind : std::uint8_t { hole, memory, cached, stored };
+    struct BlockSource {
+        SourceKind kind;
+        std::uint32_t slot;
+        const std::byte* data;
+        union {
+            LiveChunk* live;
+            BlockCache::Frame* frame;
+            Segment* segment;
+        } from;
+        std::uint32_t crc;
+        std::uint32_t mask;
+    };
+    // What resolve() could not go on without.
+    struct Missing {
+        Pointer node = 0;
+        Segment* segment = nullptr;
+    };
+
+    using Lock = std::unique_lock<std::mutex>;
+
+    // publish (volume_publish.cpp), all under the lock
+    Admission admit(std::size_t entries, std::size_t blocks, std::size_t side_bytes);
+    void publish(std::span<const PublishItem> items, std::atomic<std::uint64_t>* note);
+    bool open_chunk();
+    bool seal_open();
+    bool place(LiveChunk& chunk, std::size_t used_bytes);
+    void roll_segment();
+    void take_back_unwritten();
+    // Nothing of the log is being written, zeros included: a segment may leave.
+    [[nodiscard]] bool idle_disk() const noexcept { return writing_ == 0 && !syncing_ && !growing_; }
+    [[nodiscard]] bool filling_fast() const;
+    [[nodiscard]] bool plenty_of_space() const;
+    void refuse_space(int error, Purpose purpose) noexcept;
+    void want_segment();
+    void want_growth(std::uint32_t needed_slots, Purpose purpose);
+    bool ask_for_room(std::uint64_t wanted_bytes);
+    [[nodiscard]] bool fits_current(std::uint32_t total, std::size_t used_bytes) const;
+    [[nodiscard]] bool backed(std::uint32_t total, std::size_t used_bytes) const;
+    [[nodiscard]] bool eligible_to_seal() const;
+    [[nodiscard]] bool worth_gathering() const;
+    void wake();
+    void touch(std::uint64_t now_ns) noexcept;
+    [[nodiscard]] std::uint64_t mapped_estimate() const;
+    void maybe_checkpoint();
+
+    // log (volume_log.cpp)
+    LiveChunk* next_to_write();
+    void write_chunk(Lock& lock, LiveChunk* chunk);
+    void write_footer(Lock& lock, Segment* segment);
+    void grow(Lock& lock);
+    void write_ahead(Segment* segment, const SharedFd& fd, std::uint32_t from, std::uint32_t to);
+    bool should_sync() const;
+    void sync(Lock& lock);
+    void advance_written();
+    void retire();
+    void note_unsynced(Segment* segment);
+    void log_broke(Lock& lock, int error, const char* what);
+    void start_new_epoch();
+    void want_room_for_open();
+    void replace_chunks();
+    void drain_parked(Lock& lock);
+    void gather(Lock& lock);
+    void complete_flushes(Lock& lock, int error);
+    static void unpin(Core& core, LiveChunk* chunk) noexcept;
+    void publish_waiting(std::span<const PublishItem> items, std::size_t data_blocks, std::size_t side_bytes);
+    [[nodiscard]] std::uint64_t next_number() const noexcept { return first_place_ + places_.size(); }
+    void wait_durable(Lock& lock, std::uint64_t end_number);
+    // A moment, or until something changes. Throws std::system_error once the volume is shut down.
+    void wait_change(Lock& lock);
+    // The same for who needs the disk: throws EIO once a new epoch was refused several times since `refusals`.
+    void wait_disk(Lock& lock, std::uint64_t refusals);
+
+    // reads (volume_read.cpp)
+    bool resolve(std::uint64_t first_block, std::uint32_t blocks, BlockSource* sources, Missing& missing);
+    void release(BlockSource* sources, std::uint32_t blocks) noexcept;
+    std::optional<Pointer> base_pointer(std::uint64_t block, Missing& missing);
+    const Node* leaf_node(std::uint64_t leaf_no, Missing& missing, BlockCache::Frame*& pinned, bool& hole);
+    void start_read(ReadOp* op, bool may_wait = false) noexcept;
+    void load_missing(Lock& lock, const Missing& missing, ReadOp* op) noexcept;
+    void finish_read(ReadOp* op) noexcept;
+    [[nodiscard]] BlockVersion version_of(std::uint64_t block) const;
+    // error: what the disk said; 0: it gave something else than the map says.
+    void report_bad_read(const Segment* segment, std::uint32_t slot, int error) noexcept;
+    static void node_read_done(ReadRequest* request, std::int32_t result) noexcept;
+    static void data_read_done(ReadRequest* request, std::int32_t result) noexcept;
+    std::shared_ptr<SharedFd> descriptor_of(Segment* segment, ReadOp* waiter);
+    void request_descriptor(Segment* segment);
+    void count_descriptor(Segment* segment) noexcept;
+
+    // mutations (volume_write.cpp)
+    void start(Mutation* mutation) noexcept;
+    void advance(Mutation* mutation) noexcept;
+    bool try_publish(Lock& lock, Mutation* mutation, std::int64_t& result, bool& parked);
+    void park(Mutation* mutation);
+    void wait_for_pages(Mutation* mutation) noexcept;
+    void finish(Mutation* mutation, std::int64_t result) noexcept;
+    void seek_step(ReadOp* op) noexcept;
+
+    // cleaning (cleaner.cpp)
+    struct Survey;
+    struct KeptMap {
+        Pointer root = kHole;
+        std::uint32_t levels = 0;
+        std::uint64_t generation = 0;
+        LogPosition replay_start;
+    };
+    class MapCursor;
+    [[nodiscard]] std::uint64_t first_pinned_segno() const;
+    [[nodiscard]] bool cleanable(const Segment& segment) const;
+    Survey survey(std::uint32_t index, int fd);
+    template <typename Visit>
+    static void each_dead_run(const Survey& survey, int fd, std::uint32_t min_run, Visit visit);
+    std::uint64_t punch_dead(const Survey& survey, int fd, std::uint32_t min_run);
+    static std::uint64_t count_dead(const Survey& survey, int fd);
+    std::uint64_t move_live(const Survey& survey, int fd);
+    void wait_for_readers(Lock& lock);
+    [[nodiscard]] std::uint32_t next_index() const;
+
+    // checkpoint (checkpoint.cpp)
+    struct Merge;
+    struct Freeze;
+    struct PendingCheckpoint;
+    void freeze(Lock& lock);
+    void load_node_waiting(Pointer pointer, Node& out);
+    // Gives a chunk of nodes its sequences and its place, then lets `fill` complete the payload under the lock, and
+    // queues it. Waits for space. Throws std::system_error.
+    template <typename Fill>
+    void place_node_chunk(std::vector<std::array<std::byte, kEntryBytes>> entries, std::byte* payload,
+                          std::size_t payload_bytes, std::uint64_t generation, Fill fill);
+    void write_segment_table(std::uint64_t generation, const std::vector<std::int64_t>& live_delta, Checkpoint& record);
+
+    // recovery (recovery.cpp)
+    struct Replay;
+    void load_segment_table(const Checkpoint& checkpoint, const std::vector<std::pair<std::uint64_t, int>>& segments);
+    void replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryReport& report);
+
+    // constant after construction
+    Core& core_;
+    const VolumeConfig config_;
+    const std::uint32_t segment_slots_;
+
+    // Set once the log has been read: before, timer and errands leave the volume alone.
+    std::atomic<bool> opened_{false};
+
+    mutable std::mutex mutex_;  // guards all below
+    std::condition_variable changed_;
+    bool read_only_;
+    bool shut_down_ = false;
+
+    // attributes
+    std::uint64_t size_bytes_ = 0;
+    std::uint64_t mtime_ns_ = 0;
+    std::uint64_t ctime_ns_ = 0;
+    std::uint32_t mode_ = 0100600;
+    std::uint32_t uid_ = 0;
+    std::uint32_t gid_ = 0;
+    std::uint32_t nlink_ = 1;
+
+    // map
+    Overlay overlay_;
+    std::unique_ptr<Overlay> frozen_;
+    Pointer root_ = kHole;
+    std::uint32_t levels_ = 0;
+    std::uint64_t base_generation_ = 0;
+    std::int64_t mapped_blocks_ = 0;  // exact after a merge, an estimate between
+
+    // chunks
+    std::deque<ChunkPlace> places_;
+    std::uint64_t first_place_ = 0;
+    std::deque<LiveChunk*> live_;
+    std::deque<LiveChunk*> to_write_;
+    LiveChunk* open_ = nullptr;
+    std::uint32_t writing_ = 0;
+    std::uint64_t live_pages_ = 0;
+    std::uint64_t written_pages_ = 0;  // written, not yet durable
+    std::uint64_t next_sequence_ = 1;
+    // All chunks below these numbers are written, durable; and the sequences that these reach.
+    std::uint64_t written_number_ = 0;
+    std::uint64_t durable_number_ = 0;
+    std::uint64_t written_end_ = 1;
+    std::uint64_t durable_end_ = 1;
+    LogPosition durable_position_;
+    std::uint64_t last_publish_ns_ = 0;
+    std::uint64_t publishes_since_flush_ = 0;
+    bool gathering_ = false;  // a worker lets the open chunk grow for a moment
+
+    // flushing
+    std::deque<FlushWaiter> flush_waiters_;
+    bool syncing_ = false;
+    std::uint64_t sync_target_ = 0;  // chunks below it are wanted durable although no flush waits for them
+    bool wake_pending_ = false;
+
+    // segments
+    std::vector<std::unique_ptr<Segment>> table_;
+    Segment* current_ = nullptr;
+    std::unique_ptr<Segment> prepared_;
+    std::unique_ptr<Segment> requested_;
+    std::deque<Segment*> footers_due_;
+    std::vector<Segment*> unsynced_;  // written to since their last fdatasync
+    std::uint64_t epoch_ = 0;
+    LogPosition previous_end_;
+    std::uint64_t next_segno_ = 0;
+    std::uint32_t growth_wanted_ = 0;
+    std::uint32_t upkeep_wanted_ = 0;  // of these, for upkeep
+    bool growing_ = false;
+    std::uint32_t syncs_since_growth_ = 0;
+    static constexpr std::uint32_t kCloseSyncs = 8;
+    std::uint32_t close_syncs_ = 0;  // so many in a row had little log between them
+    std::uint64_t log_slots_at_sync_ = 0;
+    int space_refused_ = 0;  // errno of the last growth or preparation that failed, for a short time
+    std::uint64_t space_refused_ns_ = 0;
+    bool upkeep_refused_ = false;      // by that failure
+    bool making_room_ = false;         // asked for and not answered yet
+    std::uint64_t room_tried_ns_ = 0;  // when there was not enough to be had
+    std::uint64_t log_slots_ = 0;      // written since creation of this object, plus what recovery found
+    std::uint64_t log_slots_at_checkpoint_ = 0;
+    std::uint64_t read_clock_ = 0;
+    // Indexes that are free in the table, and the generation of the last checkpoint that may know them otherwise.
+    std::deque<std::pair<std::uint32_t, std::uint64_t>> free_indexes_;
+    // Who reads, by the parity of the epoch in which the read began.
+    std::array<std::atomic<std::uint32_t>, 2> readers_{};
+    std::uint32_t reader_epoch_ = 0;
+
+    // failure of the log
+    bool broken_ = false;                       // until everything unretired has its place in a new epoch
+    bool epoch_ended_ = false;                  // broken, and the new epoch not begun
+    std::uint64_t log_generation_ = 0;          // grows with each new epoch begun while running
+    std::vector<ChunkDescriptor*> recovering_;  // chunks of a dead process's ring that are being written again
+    std::uint64_t retry_segment_ns_ = 0;
+
+    // parked requests
+    std::deque<Mutation*> parked_;
+    bool counted_parked_ = false;
+
+    // checkpoint
+    std::unique_ptr<Freeze> freeze_;
+    std::unique_ptr<PendingCheckpoint> pending_;
+    bool checkpointing_ = false;
+    bool checkpoint_requested_ = false;
+    std::uint64_t publishes_ = 0;  // requests published, replayed ones included
+    std::uint64_t publishes_at_checkpoint_ = 0;
+    std::uint64_t refusals_ = 0;  // how often space could not be had
+    std::uint64_t upkeep_refusals_ = 0;
+    std::uint64_t replay_time_ns_ = 0;  // while recovering: the time the replayed requests were made
+    std::uint64_t generation_ = 0;
+    int newest_slot_ = 1;
+    Checkpoint newest_;             // as it stands in its slot
+    std::optional<KeptMap> older_;  // what the other slot holds
+    std::uint64_t checkpoint_time_ns_ = 0;
+
+    // counters
+    std::atomic<std::uint64_t> reads_{0}, read_bytes_{0}, writes_{0}, written_bytes_{0}, flushes_{0},
+        damaged_blocks_{0};
+    std::uint64_t chunks_count_ = 0;
+    std::uint64_t nodes_written_ = 0;
+    std::uint64_t cleaned_blocks_ = 0;
+    std::uint64_t moved_blocks_ = 0;
+};
+
+}  // namespace hlfs
