@@ -290,7 +290,7 @@ class Engine:
             volume.native.checkpoint_repeated(written)
         self._cleaner.wake(volume.id)
 
-    def _checkpoint_due(self, volume: Volume, idle: bool) -> None:
+    def _checkpoint_due(self, volume: Volume, *, idle: bool) -> None:
         self.checkpoint(volume)
         if not idle:
             return
@@ -300,7 +300,7 @@ class Engine:
             self._store.remove_segment(volume.log_uuid, unused)
         self.repeat_checkpoint(volume)
 
-    def _make_room(self, volume: Volume, wanted_bytes: int) -> None:
+    def _make_room(self, volume: Volume, *, wanted_bytes: int) -> None:
         """Frees what dead space can be had soon, of this volume first; tells it whether `wanted_bytes` are free.
 
         Its writers go on as soon as there is some room, while more is made.
@@ -309,7 +309,8 @@ class Engine:
 
         def tell() -> None:
             nonlocal told
-            if not told and self._cleaner.has_room(wanted_bytes + FIRST_ROOM_BYTES):
+            # More than once: those who went on may have asked again.
+            if self._cleaner.has_room(wanted_bytes + FIRST_ROOM_BYTES):
                 told = True
                 volume.native.room_made(True)
 

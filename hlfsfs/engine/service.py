@@ -1,7 +1,7 @@
 """Answers what the native core asks for: segments to write, descriptors to read, checkpoints; and logs what went wrong.
 
 Four threads take events as they come; checkpoints, which may themselves wait for segments, have two threads of their
-own.
+own, and making room for writers has one.
 """
 
 import errno
@@ -11,6 +11,8 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 from hlfsfs import _core
 from hlfsfs.engine.bad_reads import BadReadLog
@@ -25,13 +27,32 @@ CHECKPOINT_THREADS = 2
 POLL_MS = 500
 
 
+class Checkpoint(Protocol):
+    """Makes a volume's newest state its checkpoint; one that is `idle` also lets go of what it need not hold."""
+
+    def __call__(self, volume: Volume, *, idle: bool) -> None: ...
+
+
+class MakeRoom(Protocol):
+    """Tells the volume whether so much is free, whatever happens."""
+
+    def __call__(self, volume: Volume, *, wanted_bytes: int) -> None: ...
+
+
 @dataclass(frozen=True)
 class _Due:
-    """A checkpoint of a volume, or `room_bytes` to be made for it."""
+    """A checkpoint of a volume."""
 
     volume_id: int
     idle: bool = False
-    room_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Space to be made for a volume whose writers wait."""
+
+    volume_id: int
+    size_bytes: int
 
 
 class Service:
@@ -41,16 +62,16 @@ class Service:
         self,
         store: Store,
         find: Callable[[int], Volume | None],
-        checkpoint: Callable[[Volume, bool], None],
-        make_room: Callable[[Volume, int], None],
+        checkpoint: Checkpoint,
+        make_room: MakeRoom,
     ) -> None:
-        """`make_room` tells the volume whether there is room for so many bytes, whatever happens."""
         self._store = store
         self._find = find
         self._checkpoint = checkpoint
         self._make_room = make_room
         self._stopping = threading.Event()
         self._due: queue.SimpleQueue[_Due | None] = queue.SimpleQueue()
+        self._rooms: queue.SimpleQueue[_Room | None] = queue.SimpleQueue()
         self._bad_reads = BadReadLog()
         self._threads: list[threading.Thread] = []
         self._core: _core.Core | None = None
@@ -61,6 +82,8 @@ class Service:
             self._threads.append(threading.Thread(target=self._serve, args=(core,), name=f"hlfs-event-{number}"))
         for number in range(CHECKPOINT_THREADS):
             self._threads.append(threading.Thread(target=self._run_checkpoints, name=f"hlfs-checkpoint-{number}"))
+        # One, and apart: while it goes on punching, checkpoints are made.
+        self._threads.append(threading.Thread(target=self._make_rooms, name="hlfs-room"))
         for thread in self._threads:
             thread.start()
 
@@ -75,6 +98,7 @@ class Service:
             self._core.stop_events()
         for _ in range(CHECKPOINT_THREADS):
             self._due.put(None)
+        self._rooms.put(None)
         for thread in self._threads:
             thread.join()
         self._bad_reads.tell_waiting(all_of_it=True)
@@ -100,7 +124,7 @@ class Service:
             case _core.EventKind.CHECKPOINT_DUE:
                 self._due.put(_Due(event.volume_id, idle=event.idle))
             case _core.EventKind.MAKE_ROOM:
-                self._due.put(_Due(event.volume_id, room_bytes=event.allocate_bytes))
+                self._rooms.put(_Room(event.volume_id, event.allocate_bytes))
             case _core.EventKind.DISCARD_SEGMENT:
                 if volume is not None:
                     self._store.remove_segment(volume.log_uuid, event.segno)
@@ -145,19 +169,20 @@ class Service:
 
     def _run_checkpoints(self) -> None:
         while (due := self._due.get()) is not None:
-            self._run_checkpoint(due)
+            self._for_volume(due.volume_id, "checkpoint", partial(self._checkpoint, idle=due.idle))
+
+    def _make_rooms(self) -> None:
+        while (room := self._rooms.get()) is not None:
+            self._for_volume(room.volume_id, "space", partial(self._make_room, wanted_bytes=room.size_bytes))
 
     # Apart, so that a thread that waits for the next one keeps no volume, and no space of a deleted one, alive.
-    def _run_checkpoint(self, due: _Due) -> None:
-        volume = self._find(due.volume_id)
+    def _for_volume(self, volume_id: int, what: str, act: Callable[[Volume], None]) -> None:
+        volume = self._find(volume_id)
         if volume is None:
             return
         try:
-            if due.room_bytes is not None:
-                self._make_room(volume, due.room_bytes)
-            else:
-                self._checkpoint(volume, due.idle)
+            act(volume)
         except HlfsError as exc:
-            log.warning("%s: no checkpoint: %s", volume.what, exc)
+            log.warning("%s: no %s: %s", volume.what, what, exc)
         except Exception:
-            log.exception("%s: checkpoint failed", volume.what)
+            log.exception("%s: no %s", volume.what, what)

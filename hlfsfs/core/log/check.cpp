@@ -365,7 +365,7 @@ bool LogCheck::read_block(std::uint64_t segno, std::uint32_t slot, std::byte* ou
     auto& fd = descriptors_[segno];
     if (!fd)
         fd = std::make_unique<SharedFd>(open_(segno));
-    const ssize_t got = pread(fd->get(), out, kBlockBytes, static_cast<off_t>(slot) * static_cast<off_t>(kBlockBytes));
+    const ssize_t got = pread(fd->get(), out, kBlockBytes, offset_of(slot));
     if (got < 0)
         throw std::system_error(errno, std::generic_category(), "reading a map node");
     counts_.bytes_read += static_cast<std::uint64_t>(got);

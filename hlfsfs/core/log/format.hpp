@@ -3,6 +3,8 @@
 // Little-endian throughout. Every structure carries magic, version, length and a CRC32C. Reserved bytes are zero.
 #pragma once
 
+#include <sys/types.h>
+
 #include <array>
 #include <bit>
 #include <cstddef>
@@ -30,6 +32,11 @@ class FormatError : public std::runtime_error {
 };
 
 inline constexpr std::uint16_t kFormatVersion = 1;
+
+// Where a slot begins in its segment's file, or how long so many slots are.
+constexpr off_t offset_of(std::uint64_t slot) noexcept {
+    return static_cast<off_t>(slot * kBlockBytes);
+}
 
 // --- positions -------------------------------------------------------------------------------------------------------
 

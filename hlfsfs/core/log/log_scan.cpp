@@ -36,9 +36,8 @@ std::span<const std::byte> WindowReader::at(std::uint32_t slot, std::uint32_t co
         window_blocks_ = 0;
         std::size_t done = 0;
         while (done < std::size_t{want} * kBlockBytes) {
-            const ssize_t got =
-                pread(fd_, window_ + done, std::size_t{want} * kBlockBytes - done,
-                      static_cast<off_t>(slot) * static_cast<off_t>(kBlockBytes) + static_cast<off_t>(done));
+            const ssize_t got = pread(fd_, window_ + done, std::size_t{want} * kBlockBytes - done,
+                                      offset_of(slot) + static_cast<off_t>(done));
             if (got < 0 && errno == EINTR)
                 continue;
             if (got < 0)

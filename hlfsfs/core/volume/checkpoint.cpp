@@ -72,7 +72,7 @@ void Volume::load_node_waiting(Pointer pointer, Node& out) {
         fd = segment->fd;
     }
     std::byte* buffer = core_.buffers().take(kBlockBytes);
-    const off_t at = static_cast<off_t>(pointer_slot(pointer)) * static_cast<off_t>(kBlockBytes);
+    const off_t at = offset_of(pointer_slot(pointer));
     std::size_t done = 0;
     while (done < kBlockBytes) {
         const ssize_t got = pread(fd->get(), buffer + done, kBlockBytes - done, at + static_cast<off_t>(done));

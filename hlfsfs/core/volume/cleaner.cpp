@@ -36,10 +36,6 @@ constexpr std::uint64_t span_of(std::uint32_t level) noexcept {
     return std::uint64_t{1} << (kNodeShift * level);
 }
 
-constexpr off_t offset_of(std::uint64_t slot) noexcept {
-    return static_cast<off_t>(slot * kBlockBytes);
-}
-
 // Which of a file's slots have blocks behind them, one call for many: to ask for each run would cost as much as to
 // punch it. A file system without FIEMAP (tmpfs) is asked for its data, extent by extent.
 std::vector<bool> present_slots(int fd, std::uint32_t end_slot) {

@@ -28,10 +28,6 @@ constexpr std::uint64_t kMaxKeptFreeBytes = std::uint64_t{256} << 20;
 constexpr std::uint64_t kLastStepBytes = std::uint64_t{256} << 10;  // the log of a nearly full disk grows by
 constexpr std::uint32_t kRegrowSlots = 2048;                        // a chunk and its footer fit in any case
 
-off_t offset_of(std::uint32_t slot) noexcept {
-    return static_cast<off_t>(slot) * static_cast<off_t>(kBlockBytes);
-}
-
 // Writes every byte or returns an errno.
 int write_all(int fd, std::vector<iovec>& vectors, off_t offset) noexcept {
     std::size_t first = 0;
@@ -180,7 +176,7 @@ void Volume::write_chunk(Lock& lock, LiveChunk* chunk) {
         vectors.push_back({chunk->payload, std::size_t{chunk->payload_blocks} * kBlockBytes});
     }
     Failpoint::pass("chunk-write");
-    const int error = write_all(fd->get(), vectors, static_cast<off_t>(chunk->slot) * static_cast<off_t>(kBlockBytes));
+    const int error = write_all(fd->get(), vectors, offset_of(chunk->slot));
     Failpoint::pass("chunk-written");
 
     lock.lock();
@@ -239,7 +235,7 @@ void Volume::write_footer(Lock& lock, Segment* segment) {
     std::byte* aligned = core_.buffers().take(footer.size());
     std::memcpy(aligned, footer.data(), footer.size());
     std::vector<iovec> vectors{{aligned, footer.size()}};
-    const auto offset = static_cast<off_t>(at) * static_cast<off_t>(kBlockBytes);
+    const auto offset = offset_of(at);
     int error = write_all(fd->get(), vectors, offset);
     core_.buffers().give(aligned, footer.size());
     if (error == 0 && ftruncate(fd->get(), offset + static_cast<off_t>(footer.size())) != 0)
@@ -549,9 +545,8 @@ void Volume::replace_chunks() {
             roll_segment();
         if (current_ != nullptr && fits_current(total, used) &&
             current_->tail_slot + total > current_->allocated_slots) {
-            const auto from = static_cast<off_t>(current_->allocated_slots) * static_cast<off_t>(kBlockBytes);
-            if (::fallocate(current_->fd->get(), 0, from,
-                            static_cast<off_t>(kRegrowSlots) * static_cast<off_t>(kBlockBytes)) == 0) {
+            const off_t from = offset_of(current_->allocated_slots);
+            if (::fallocate(current_->fd->get(), 0, from, offset_of(kRegrowSlots)) == 0) {
                 current_->allocated_slots = std::min(segment_slots_, current_->allocated_slots + kRegrowSlots);
                 current_->file_slots = std::max(current_->file_slots, current_->allocated_slots);
             }
