@@ -9,7 +9,8 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -72,6 +73,8 @@ class Service:
         self._stopping = threading.Event()
         self._due: queue.SimpleQueue[_Due | None] = queue.SimpleQueue()
         self._rooms: queue.SimpleQueue[_Room | None] = queue.SimpleQueue()
+        self._preparing = threading.Lock()  # guards _preparing_bytes
+        self._preparing_bytes = 0
         self._bad_reads = BadReadLog()
         self._threads: list[threading.Thread] = []
         self._core: _core.Core | None = None
@@ -143,7 +146,8 @@ class Service:
         if volume is None:
             return
         try:
-            fd = self._store.prepare_segment(volume.log_uuid, event.segno, event.header, event.allocate_bytes)
+            with self._space_for(event) as size_bytes:
+                fd = self._store.prepare_segment(volume.log_uuid, event.segno, event.header, size_bytes)
             try:
                 size_bytes = self._store.segment_stat(volume.log_uuid, event.segno)[0]
             except HlfsError:
@@ -155,6 +159,22 @@ class Service:
             volume.native.segment_failed(event.segno, to_errno(exc))
             return
         volume.native.supply_segment(event.segno, fd, size_bytes)
+
+    @contextmanager
+    def _space_for(self, event: "_core.Event") -> Iterator[int]:
+        """How much to allocate for a segment. What others allocate meanwhile counts as taken."""
+        with self._preparing:
+            space = self._store.statfs()
+            left_bytes = space.available_bytes - self._preparing_bytes - event.kept_bytes
+            # A file system without bounds says 0.
+            roomy = left_bytes >= event.better_bytes or space.total_bytes == 0
+            size_bytes = event.better_bytes if event.better_bytes and roomy else event.allocate_bytes
+            self._preparing_bytes += size_bytes
+        try:
+            yield size_bytes
+        finally:
+            with self._preparing:
+                self._preparing_bytes -= size_bytes
 
     def _open(self, volume: Volume | None, event: "_core.Event") -> None:
         if volume is None:

@@ -7,13 +7,17 @@ import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
+from uuid import UUID
 
 import pytest
 
 from hlfsfs import _core
 from hlfsfs.engine.service import Service
 from hlfsfs.engine.volume import Volume
+from hlfsfs.errors import NoSpace
 from hlfsfs.store import Store
+from hlfsfs.store.base import StoreSpace
+from tests.engine.host import MIB
 
 TIMEOUT_S = 10
 
@@ -34,6 +38,11 @@ class FakeCore:
         self.events.put(None)
 
 
+def fake_volume(volume_id: int) -> Volume:
+    native = SimpleNamespace(segment_failed=lambda _segno, _error: None)
+    return cast(Volume, SimpleNamespace(id=volume_id, what=f"volume {volume_id}", log_uuid=UUID(int=1), native=native))
+
+
 class World:
     """A service whose making of room takes until it is let go."""
 
@@ -42,9 +51,11 @@ class World:
         self.let_go = threading.Event()
         self.asked: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.checkpointed: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.space = StoreSpace(1 << 30, 0, 100 * MIB, 0, 0)
+        self.prepared: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.service = Service(
-            cast(Store, None),
-            lambda volume_id: cast(Volume, SimpleNamespace(id=volume_id, what=f"volume {volume_id}")),
+            cast(Store, SimpleNamespace(statfs=lambda: self.space, prepare_segment=self._prepare_segment)),
+            fake_volume,
             lambda volume, *, idle: self.checkpointed.put(volume.id),
             self._make_room,
         )
@@ -53,8 +64,14 @@ class World:
         self.asked.put(volume.id)
         assert self.let_go.wait(TIMEOUT_S)
 
-    def ask(self, kind: _core.EventKind, volume_id: int) -> None:
-        self.core.events.put(SimpleNamespace(kind=kind, volume_id=volume_id, idle=False, allocate_bytes=4096))
+    def _prepare_segment(self, _log_uuid: UUID, _segno: int, _header: bytes, allocate_bytes: int) -> int:
+        self.prepared.put(allocate_bytes)
+        assert self.let_go.wait(TIMEOUT_S)
+        raise NoSpace("the disk")
+
+    def ask(self, kind: _core.EventKind, volume_id: int, **more: int) -> None:
+        event = {"idle": False, "allocate_bytes": MIB, "segno": 0, "header": b""} | more
+        self.core.events.put(SimpleNamespace(kind=kind, volume_id=volume_id, **event))
 
 
 @pytest.fixture
@@ -75,3 +92,12 @@ def test_volumes_are_checkpointed_while_room_is_made(world: World) -> None:
     world.let_go.set()
     for _ in range(3):
         world.asked.get(timeout=TIMEOUT_S)
+
+
+def test_segments_that_are_made_together_leave_what_is_to_be_kept(world: World) -> None:
+    """100 MiB are free; each of three volumes would like 32, and 20 are to stay free beside it."""
+    for volume_id in range(3):
+        world.ask(_core.EventKind.PREPARE_SEGMENT, volume_id, better_bytes=32 * MIB, kept_bytes=20 * MIB)
+    sizes = [world.prepared.get(timeout=TIMEOUT_S) for _ in range(3)]
+    assert sizes == [32 * MIB, 32 * MIB, MIB]
+    world.let_go.set()

@@ -230,6 +230,8 @@ void bind_core(nb::module_& m) {
         .def_ro("error", &Event::error)
         .def_ro("idle", &Event::idle)
         .def_ro("allocate_bytes", &Event::allocate_bytes)
+        .def_ro("better_bytes", &Event::better_bytes)
+        .def_ro("kept_bytes", &Event::kept_bytes)
         .def_prop_ro("header", [](const Event& event) { return nb::bytes(event.header.data(), event.header.size()); });
     nb::class_<Core>(m, "Core")
         .def(nb::new_(&make_core), nb::arg("ring_fd"), nb::kw_only(), nb::arg("store_uuid"), nb::arg("store_device"),

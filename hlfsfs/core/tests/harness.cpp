@@ -252,7 +252,7 @@ void Host::answer(const Event& event) {
                 std::this_thread::sleep_for(std::chrono::milliseconds(1));
             if (stopping_)
                 return;
-            const int fd = log->prepare(event.segno, event.header, event.allocate_bytes);
+            const int fd = log->prepare(event.segno, event.header, std::max(event.allocate_bytes, event.better_bytes));
             if (fd < 0) {
                 volume->segment_failed(event.segno, -fd);
                 return;

@@ -58,6 +58,9 @@ struct Event {
     int error = 0;
     bool idle = false;  // checkpoint_due: nobody has written for a while
     std::uint64_t allocate_bytes = 0;
+    // prepare_segment: so much rather, where `kept_bytes` of the file system stay free beside it; 0: no more than that
+    std::uint64_t better_bytes = 0;
+    std::uint64_t kept_bytes = 0;
     std::string header;
 };
 

@@ -22,7 +22,6 @@ constexpr std::size_t kMaxVectors = 1024;
 constexpr std::uint32_t kOftenSyncedSlots = 64;
 // In one go, so that growing by a whole segment does not hold up the disk.
 constexpr std::uint32_t kWrittenAheadSlots = 4096;
-constexpr std::uint64_t kPlentySegments = 2;
 constexpr std::uint64_t kMuchLogBytes = std::uint64_t{16} << 20;
 constexpr std::uint64_t kMaxKeptFreeBytes = std::uint64_t{256} << 20;
 constexpr std::uint64_t kLastStepBytes = std::uint64_t{256} << 10;  // the log of a nearly full disk grows by
@@ -254,13 +253,12 @@ void Volume::write_footer(Lock& lock, Segment* segment) {
     changed_.notify_all();
 }
 
-// For some segments more than what data leaves free.
-bool Volume::plenty_of_space() const {
+// What stays free where a segment is allocated whole: what data leaves, and as much again as a segment takes.
+std::uint64_t Volume::kept_for_others() const {
     struct statvfs space {};
     if (fstatvfs(current_->fd->get(), &space) != 0)
-        return false;
-    const std::uint64_t free_bytes = std::uint64_t{space.f_bavail} * space.f_frsize;
-    return free_bytes > kept_free_bytes(space) + kPlentySegments * segment_slots_ * kBlockBytes;
+        return UINT64_MAX;
+    return kept_free_bytes(space) + segment_slots_ * kBlockBytes;
 }
 
 // The first write to an allocated and never written extent costs a journal commit at the next fdatasync. Zeros written

@@ -82,10 +82,10 @@ bool Volume::backed(std::uint32_t total, std::size_t used_bytes) const {
 }
 
 // Whether the open segment fills so fast that to allocate in small steps, or to make the next one late, would have
-// writers wait; and there is space for such haste.
+// writers wait.
 bool Volume::filling_fast() const {
     return current_ != nullptr && current_->tail_slot > kFastSlots &&
-           monotonic_ns() - current_->opened_ns < current_->tail_slot * kFastNsPerSlot && plenty_of_space();
+           monotonic_ns() - current_->opened_ns < current_->tail_slot * kFastNsPerSlot;
 }
 
 void Volume::want_segment() {
@@ -113,8 +113,11 @@ void Volume::want_segment() {
     event.volume_id = config_.id;
     event.segno = segment->identity.segno;
     const bool small = current_ == nullptr && live_.empty();
-    const std::uint32_t slots = small ? kFirstSegmentSlots : filling_fast() ? segment_slots_ : kGrowthSlots;
-    event.allocate_bytes = std::uint64_t{std::min(segment_slots_, slots)} * kBlockBytes;
+    event.allocate_bytes = std::min(segment_slots_, small ? kFirstSegmentSlots : kGrowthSlots) * kBlockBytes;
+    if (filling_fast()) {
+        event.better_bytes = segment_slots_ * kBlockBytes;
+        event.kept_bytes = kept_for_others();
+    }
     event.header.assign(reinterpret_cast<const char*>(block.data()), block.size());
     requested_ = std::move(segment);
     core_.post(std::move(event));
