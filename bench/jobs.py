@@ -247,17 +247,19 @@ class Amplification:
     percent: int
     pattern: Pattern
 
-    def figure(self) -> Figure:
-        """Bytes written below for each byte written to the volume; promised at 80 % full."""
+    def figures(self) -> tuple[Figure, Figure]:
+        """Bytes written below for each byte written to the volume, promised at 80 % full; how fast, by a raw file."""
         promised = {"uniform": 2.0, "skew": 1.5}
         spread = {"uniform": "uniform", "skew": "90 % on a tenth"}
-        return Figure(
-            f"amplify_{self.size}_{self.percent}_{self.pattern}",
+        name = f"{self.size}_{self.percent}_{self.pattern}"
+        written = Figure(
+            f"amplify_{name}",
             "amplify",
             f"write amplification, {self.size} at {self.percent} % full, 4k random writes, {spread[self.pattern]}",
             "times",
             at_most=promised[self.pattern] if self.percent == 80 else None,
         )
+        return written, Figure(f"full_{name}", "amplify", "rate of these writes by a raw file's there", "times")
 
 
 # What `space` tells besides.

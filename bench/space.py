@@ -25,6 +25,8 @@ from hlfsfs.store import parse_size
 PATTERNS: dict[Pattern, dict[str, str]] = {"uniform": {}, "skew": {"random_distribution": "zoned:90/10:10/90"}}
 # Before the measured writes, of the volume's size: then as much is dead as ever will be.
 SETTLE_TIMES, MEASURE_TIMES = 1.5, 1.5
+# The raw file beside them is the same from its first write on.
+RAW_TIMES = 0.25
 # The file system's own, and what HLFS keeps free for map nodes; and what there must be besides to write in.
 KEPT_SHARE, LEAST_ROOM_BYTES = 0.09, 32 * MIB
 FIO_TIMEOUT_S = 1800.0
@@ -71,8 +73,9 @@ def space(
     values: dict[str, float] = {}
     if not parts or "amplify" in parts:
         for case in cases(volumes or ("1G", "8G"), full or (50, 80, 90), console):
-            figures.append(case.figure())
-            values[figures[-1].name] = amplification(parent, case, console)
+            written, speed = case.figures()
+            figures += [written, speed]
+            values[written.name], values[speed.name] = amplification(parent, case, console)
     if not parts or "space" in parts:
         values |= {
             "space_times": space_times(parent, plan.space, {"iodepth": "32", "ioengine": "libaio"}, console),
@@ -97,8 +100,8 @@ def cases(volumes: Iterable[str], full: Iterable[int], console: Console) -> Iter
 
 
 def room_bytes(size_bytes: int, percent: int) -> int:
-    """Of a file system that so much fills to `percent`."""
-    return size_bytes * 100 // percent
+    """Of a file system that so much fills to `percent`; whole MiB, as a loop device wants whole sectors."""
+    return size_bytes * 100 // percent // MIB * MIB
 
 
 @contextmanager
@@ -111,8 +114,7 @@ def filled(parent: Path, room: int, size_bytes: int) -> Iterator[tuple[Mount, Pa
             mount.create()
             mount.up()
             try:
-                written = {"rw": "write", "bs": "1m", "ioengine": "libaio", "iodepth": "4", "end_fsync": "1"}
-                run_fio(mount.file, size_bytes, {**written, "refill_buffers": "1"}, FIO_TIMEOUT_S)
+                fill(mount.file, size_bytes)
                 yield mount, disk
             finally:
                 mount.down()
@@ -120,33 +122,46 @@ def filled(parent: Path, room: int, size_bytes: int) -> Iterator[tuple[Mount, Pa
         shutil.rmtree(place, ignore_errors=True)
 
 
-def overwrite(mount: Mount, size_bytes: int, times: float, options: dict[str, str]) -> dict[str, Any]:
-    """Single blocks at random; returns fio's figures."""
+def fill(file: Path, size_bytes: int) -> None:
+    """Once, from beginning to end."""
+    written = {"rw": "write", "bs": "1m", "ioengine": "libaio", "iodepth": "4", "end_fsync": "1"}
+    run_fio(file, size_bytes, {**written, "refill_buffers": "1"}, FIO_TIMEOUT_S)
+
+
+def overwrite(file: Path, size_bytes: int, times: float, options: dict[str, str]) -> dict[str, Any]:
+    """Single blocks at random; returns fio's figures, and with them the rate in bytes a second, flush included."""
     amount = str(int(size_bytes * times) // 4096 * 4096)
     common = {"rw": "randwrite", "bs": "4k", "norandommap": "1", "io_size": amount, "end_fsync": "1"}
-    return run_fio(mount.file, size_bytes, {**common, **options}, FIO_TIMEOUT_S)
+    start_s = time.monotonic()
+    done = run_fio(file, size_bytes, {**common, **options}, FIO_TIMEOUT_S)
+    return {**done, "rate": done["write"]["io_bytes"] / (time.monotonic() - start_s)}
 
 
-def amplification(parent: Path, case: Amplification, console: Console) -> float:
-    """Bytes that the loop device below the store was asked to write, for each byte written to the volume."""
+def amplification(parent: Path, case: Amplification, console: Console) -> tuple[float, float]:
+    """Bytes that the loop device below the store was asked to write, for each byte written to the volume.
+
+    The second is the rate of these writes by that of a raw file's on the same file system, which is empty otherwise.
+    """
     size_bytes = parse_size(case.size)
     with filled(parent, room_bytes(size_bytes, case.percent), size_bytes) as (mount, disk):
         queue = {"ioengine": "libaio", "iodepth": "32", **PATTERNS[case.pattern]}
-        overwrite(mount, size_bytes, SETTLE_TIMES, {**queue, "randseed": "1"})
+        overwrite(mount.file, size_bytes, SETTLE_TIMES, {**queue, "randseed": "1"})
         before = disk_counts(disk).written_bytes
-        start_s = time.monotonic()
-        done = overwrite(mount, size_bytes, MEASURE_TIMES, {**queue, "randseed": "2"})
-        took_s = time.monotonic() - start_s
+        done = overwrite(mount.file, size_bytes, MEASURE_TIMES, {**queue, "randseed": "2"})
         times = float((disk_counts(disk).written_bytes - before) / done["write"]["io_bytes"])
-    rate = done["write"]["io_bytes"] / took_s
-    console.print(f"{case.figure().title}: {times:.2f}, at {rate / 1e6:.0f} MB/s of guest writes")
-    return times
+        mount.down()
+        shutil.rmtree(mount.store)
+        fill(disk / "raw", size_bytes)
+        raw = overwrite(disk / "raw", size_bytes, RAW_TIMES, {**queue, "randseed": "3"})
+    rates = f"{done['rate'] / 1e6:.0f} MB/s of guest writes, {raw['rate'] / 1e6:.0f} to a raw file"
+    console.print(f"{case.figures()[0].title}: {times:.2f}, at {rates}")
+    return times, done["rate"] / raw["rate"]
 
 
 def space_times(parent: Path, size_bytes: int, options: dict[str, str], console: Console) -> float:
     """What the store's files take after overwriting and idling, for each byte that lives in them."""
     with filled(parent, size_bytes * 12, size_bytes) as (mount, disk):
-        overwrite(mount, size_bytes, OVERWRITES, options)
+        overwrite(mount.file, size_bytes, OVERWRITES, options)
         before = store_bytes(disk)
         time.sleep(IDLE_S)
         times = store_bytes(disk) / size_bytes
@@ -164,7 +179,7 @@ def reclaim(parent: Path, size_bytes: int, console: Console) -> dict[str, float]
     with filled(parent, size_bytes * 6, size_bytes) as (mount, disk):
         console.print("writes while nothing is reclaimed")
         alone = latency_p99_s(mount, size_bytes)
-        overwrite(mount, size_bytes, 1.2, {"iodepth": "32", "ioengine": "libaio"})
+        overwrite(mount.file, size_bytes, 1.2, {"iodepth": "32", "ioengine": "libaio"})
         samples: list[tuple[float, int]] = []
         ended = threading.Event()
         watcher = threading.Thread(target=watch, args=(disk, samples, ended))
@@ -174,7 +189,7 @@ def reclaim(parent: Path, size_bytes: int, console: Console) -> dict[str, float]
         watcher.join()
         rate = reclaim_rate(samples)
         console.print(f"idle: from {samples[0][1] // MIB} MiB to {samples[-1][1] // MIB} MiB")
-        overwrite(mount, size_bytes, 3, {"iodepth": "32", "ioengine": "libaio"})
+        overwrite(mount.file, size_bytes, 3, {"iodepth": "32", "ioengine": "libaio"})
         console.print("writes while the cleaner works")
         beside = latency_p99_s(mount, size_bytes)
     return {

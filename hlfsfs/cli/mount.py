@@ -40,7 +40,8 @@ Options for -o, separated by commas:
   map_cache=SIZE          memory for the maps of volumes
   read_cache=SIZE         memory for data that was read
   commit=TIME             acknowledged data is durable after this long (5s)
-  segment_size=SIZE       of the files that new volumes' logs consist of (64M)
+  segment_size=SIZE       of the files that new volumes' logs consist of (64M,
+                          less on a disk below 1 GiB)
   discard_ring            go on without writes that were lost with the ring
 The words of mount(8) and fstab (nofail, _netdev, noatime, user, x-… and so on) are accepted.
 

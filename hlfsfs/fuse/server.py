@@ -84,7 +84,5 @@ def engine_options(options: MountOptions) -> EngineOptions:
 
 def new_file_defaults(options: MountOptions) -> Defaults:
     """What the mount options say of new files."""
-    said: dict[str, Any] = {}
-    if options.segment_bytes is not None:
-        said["segment_shift"] = options.segment_bytes.bit_length() - 1
-    return Defaults(uid=options.uid, gid=options.gid, mode=options.mode, **said)
+    shift = None if options.segment_bytes is None else options.segment_bytes.bit_length() - 1
+    return Defaults(uid=options.uid, gid=options.gid, mode=options.mode, segment_shift=shift)

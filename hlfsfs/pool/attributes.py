@@ -69,17 +69,31 @@ class Ownership:
     gid: int
 
 
+# Segments of new volumes, unless told otherwise: 64 MiB, less where so many would not fit on the disk, at least 4 MiB.
+LARGEST_SHIFT, SMALLEST_SHIFT, LEAST_SEGMENTS = 26, 22, 16
+
+
 @dataclass(frozen=True)
 class Defaults:
     """Mount options about new files: `uid`, `gid` and `mode` (as for a volume) override what their maker asked for.
 
-    `segment_shift` is the binary logarithm of the size of the segments of new volumes' logs.
+    `segment_shift` is the binary logarithm of the size of the segments of new volumes' logs; None: what suits the disk.
     """
 
     uid: int | None = None
     gid: int | None = None
     mode: int | None = None
-    segment_shift: int = 26
+    segment_shift: int | None = None
+
+    def segment_shift_on(self, disk_bytes: int) -> int:
+        """For a volume on a file system of this size, 0: without bounds.
+
+        What is dead in the segment being written cannot be given back, so that should be a small part of the disk.
+        """
+        if self.segment_shift is not None:
+            return self.segment_shift
+        fitting = (disk_bytes // LEAST_SEGMENTS).bit_length() - 1 if disk_bytes else LARGEST_SHIFT
+        return min(max(fitting, SMALLEST_SHIFT), LARGEST_SHIFT)
 
     def for_new(self, kind: Kind, asked: Ownership, parent: Ownership) -> Ownership:
         """Mode and owner of a new volume or pool.

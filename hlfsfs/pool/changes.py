@@ -94,7 +94,7 @@ class Changes:
                 gid=owner.gid,
                 state="unlinked-open",
                 logs=[LogRef(no=0, uuid=uuid4())],
-                segment_shift=self._defaults.segment_shift,
+                segment_shift=self._defaults.segment_shift_on(self._shared.store.statfs().total_bytes),
             )
             with unseen():
                 self._shared.store.create_volume(record)

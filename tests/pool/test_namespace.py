@@ -8,6 +8,7 @@ import pytest
 
 from hlfsfs import errors
 from hlfsfs.pool import AttributeChanges, Defaults
+from hlfsfs.store.base import StoreSpace
 from tests.pool.conftest import World
 from tests.pool.fake_engine import FakeVolume
 
@@ -399,6 +400,25 @@ def test_defaults_override_the_maker(world: World) -> None:
     assert (volume.mode, volume.uid, volume.gid) == (0o640, 10, 20)
     assert (pool.mode, pool.uid, pool.gid) == (0o750, 10, 20)
     assert world.store.read_volume(volume.id).segment_shift == 22
+
+
+@pytest.mark.parametrize(
+    ("disk_bytes", "segment_bytes"),
+    [
+        (0, 64 << 20),
+        (1 << 40, 64 << 20),
+        (1 << 30, 64 << 20),
+        ((1 << 30) - 1, 32 << 20),
+        (235 << 20, 8 << 20),
+        (1, 4 << 20),
+    ],
+)
+def test_segments_are_a_small_part_of_the_disk(
+    world: World, monkeypatch: pytest.MonkeyPatch, disk_bytes: int, segment_bytes: int
+) -> None:
+    monkeypatch.setattr(world.store, "statfs", lambda: StoreSpace(disk_bytes, 0, 0, 0, 0))
+    volume = world.names.create(1, b"v", 0o600, 1, 2)
+    assert 1 << world.store.read_volume(volume.id).segment_shift == segment_bytes
 
 
 def test_group_is_inherited_from_a_setgid_pool(world: World) -> None:

@@ -6,8 +6,8 @@
 #include <map>
 #include <span>
 
-#include "../format.hpp"
 #include "fuzz.hpp"
+#include "log/format.hpp"
 
 namespace hlfs::fuzz {
 

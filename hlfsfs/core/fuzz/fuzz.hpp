@@ -17,7 +17,7 @@
 #include <span>
 #include <vector>
 
-#include "../dataplane.hpp"
+#include "base/dataplane.hpp"
 
 namespace hlfs::fuzz {
 

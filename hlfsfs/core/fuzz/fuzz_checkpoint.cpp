@@ -1,8 +1,8 @@
 // The two checkpoint slots of a log: the input is what each holds of use, one after the other.
-#include "../check.hpp"
-#include "../volume.hpp"
 #include "fixup.hpp"
+#include "log/check.hpp"
 #include "samples.hpp"
+#include "volume/volume.hpp"
 
 namespace hlfs::fuzz {
 

@@ -9,9 +9,9 @@
 #include <set>
 #include <thread>
 
-#include "../channel.hpp"
-#include "../fuse_wire.hpp"
 #include "../tests/harness.hpp"
+#include "channel/channel.hpp"
+#include "channel/fuse_wire.hpp"
 #include "fuzz.hpp"
 
 namespace hlfs::fuzz {

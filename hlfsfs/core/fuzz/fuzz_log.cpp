@@ -3,7 +3,7 @@
 // With the checksums as the damage leaves them, the volume must read as some state that was acknowledged, but for
 // blocks that answer EIO, and verification must have found something wherever reading did. With checksums put right
 // the damage is a forgery, and all that is asked is that nothing crashes or hangs.
-#include "../check.hpp"
+#include "log/check.hpp"
 #include "real_log.hpp"
 
 namespace hlfs::fuzz {

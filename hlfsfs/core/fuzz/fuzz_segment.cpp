@@ -1,8 +1,8 @@
 // A whole segment file: header, scan by footer or by summaries, and verification of a log that has no checkpoint.
 // The input is one byte of modes, then the file.
-#include "../check.hpp"
-#include "../log_scan.hpp"
 #include "fixup.hpp"
+#include "log/check.hpp"
+#include "log/log_scan.hpp"
 #include "samples.hpp"
 
 namespace hlfs::fuzz {

@@ -2,8 +2,8 @@
 // each a header, how many entries follow, and those.
 //
 // All pointers and checksums are right, so that what a block says of itself is all there is to turn it down.
-#include "../check.hpp"
 #include "fixup.hpp"
+#include "log/check.hpp"
 #include "real_log.hpp"
 #include "samples.hpp"
 

@@ -1,8 +1,8 @@
 // Structures as the encoders write them, for seeds.
 #pragma once
 
-#include "../format.hpp"
 #include "fuzz.hpp"
+#include "log/format.hpp"
 
 namespace hlfs::fuzz {
 

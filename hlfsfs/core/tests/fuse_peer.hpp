@@ -23,8 +23,8 @@
 #include <thread>
 #include <vector>
 
-#include "../channel.hpp"
-#include "../fuse_wire.hpp"
+#include "channel/channel.hpp"
+#include "channel/fuse_wire.hpp"
 
 namespace hlfs::testing {
 

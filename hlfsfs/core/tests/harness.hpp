@@ -19,11 +19,11 @@
 #include <thread>
 #include <vector>
 
-#include "../core.hpp"
-#include "../format.hpp"
-#include "../log_scan.hpp"
-#include "../volume.hpp"
 #include "faulty_disk.hpp"
+#include "log/format.hpp"
+#include "log/log_scan.hpp"
+#include "volume/core.hpp"
+#include "volume/volume.hpp"
 
 namespace hlfs::testing {
 

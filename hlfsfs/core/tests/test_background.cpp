@@ -9,8 +9,8 @@
 #include <thread>
 #include <utility>
 
-#include "../log_scan.hpp"
 #include "harness.hpp"
+#include "log/log_scan.hpp"
 
 using namespace hlfs;
 using namespace hlfs::testing;

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <thread>
 
-#include "../block_cache.hpp"
+#include "cache/block_cache.hpp"
 #include "harness.hpp"
 
 using namespace hlfs;

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <thread>
 
-#include "../mailbox.hpp"
+#include "channel/mailbox.hpp"
 #include "harness.hpp"
 
 using namespace hlfs;

@@ -6,7 +6,7 @@
 #include <chrono>
 #include <thread>
 
-#include "../handles.hpp"
+#include "channel/handles.hpp"
 #include "fuse_peer.hpp"
 
 using namespace hlfs;

@@ -1,7 +1,7 @@
 // CRC32C against its known values and the definition.
 #include <catch2/catch.hpp>
 
-#include "../crc32c.hpp"
+#include "base/crc32c.hpp"
 #include "harness.hpp"
 
 using namespace hlfs;

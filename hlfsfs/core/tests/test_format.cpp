@@ -1,9 +1,9 @@
 // Every structure read back as written, and refused once any byte of it has changed.
 #include <catch2/catch.hpp>
 
-#include "../format.hpp"
-#include "../ring.hpp"
 #include "harness.hpp"
+#include "log/format.hpp"
+#include "ring/ring.hpp"
 
 using namespace hlfs;
 using namespace hlfs::testing;

@@ -4,8 +4,8 @@
 #include <catch2/catch.hpp>
 #include <cstring>
 
-#include "../log_scan.hpp"
 #include "harness.hpp"
+#include "log/log_scan.hpp"
 
 using namespace hlfs;
 using namespace hlfs::testing;

@@ -2,8 +2,8 @@
 #include <catch2/catch.hpp>
 #include <map>
 
-#include "../overlay.hpp"
 #include "harness.hpp"
+#include "volume/overlay.hpp"
 
 using namespace hlfs;
 using namespace hlfs::testing;

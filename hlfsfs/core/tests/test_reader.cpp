@@ -10,8 +10,8 @@
 #include <string>
 #include <thread>
 
-#include "../reader.hpp"
 #include "harness.hpp"
+#include "log/reader.hpp"
 
 using namespace hlfs;
 using namespace hlfs::testing;

@@ -14,9 +14,9 @@
 #include <thread>
 #include <vector>
 
-#include "../format.hpp"
-#include "../ring.hpp"
 #include "harness.hpp"
+#include "log/format.hpp"
+#include "ring/ring.hpp"
 
 using namespace hlfs;
 using namespace hlfs::testing;

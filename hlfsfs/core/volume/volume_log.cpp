@@ -261,6 +261,15 @@ std::uint64_t Volume::kept_for_others() const {
     return kept_free_bytes(space) + segment_slots_ * kBlockBytes;
 }
 
+// For a whole segment more than that.
+bool Volume::plenty_of_space() const {
+    struct statvfs space {};
+    if (fstatvfs(current_->fd->get(), &space) != 0)
+        return false;
+    const std::uint64_t free_bytes = std::uint64_t{space.f_bavail} * space.f_frsize;
+    return free_bytes > kept_free_bytes(space) + 2 * segment_slots_ * kBlockBytes;
+}
+
 // The first write to an allocated and never written extent costs a journal commit at the next fdatasync. Zeros written
 // ahead, in large pieces, pay for it once. Chunks may follow as far as they are.
 void Volume::write_ahead(Segment* segment, const SharedFd& fd, std::uint32_t from, std::uint32_t to) {

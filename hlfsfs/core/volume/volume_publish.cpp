@@ -82,10 +82,10 @@ bool Volume::backed(std::uint32_t total, std::size_t used_bytes) const {
 }
 
 // Whether the open segment fills so fast that to allocate in small steps, or to make the next one late, would have
-// writers wait.
+// writers wait; and there is space for such haste.
 bool Volume::filling_fast() const {
     return current_ != nullptr && current_->tail_slot > kFastSlots &&
-           monotonic_ns() - current_->opened_ns < current_->tail_slot * kFastNsPerSlot;
+           monotonic_ns() - current_->opened_ns < current_->tail_slot * kFastNsPerSlot && plenty_of_space();
 }
 
 void Volume::want_segment() {
