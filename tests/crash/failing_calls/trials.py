@@ -200,7 +200,7 @@ class Trial:
             case "checkpoint":
                 world.engine.checkpoint(volume)
             case "idle":
-                world.engine._checkpoint_due(volume, True)
+                world.engine._checkpoint_due(volume, idle=True)
             case "clean":
                 world.engine.clean(volume)
 

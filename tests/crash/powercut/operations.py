@@ -159,7 +159,7 @@ class Player:
 
     def idle(self, path: str) -> None:
         """What follows when nobody writes to the volume for a while."""
-        self.world.engine._checkpoint_due(self.volume(path), True)
+        self.world.engine._checkpoint_due(self.volume(path), idle=True)
 
     def clean(self, path: str) -> None:
         """Gets back what space can be had."""
