@@ -30,10 +30,10 @@ def run_fio(file: Path, size_bytes: int, options: dict[str, str], timeout_s: flo
     return job
 
 
-def fill(file: Path, size_bytes: int) -> None:
+def fill(file: Path, size_bytes: int, timeout_s: float = TIMEOUT_S) -> None:
     """Writes every byte once, with data that does not compress and is not zero."""
     options = {"rw": "write", "bs": "1m", "ioengine": "libaio", "iodepth": "4"}
-    run_fio(file, size_bytes, {**options, "end_fsync": "1", "refill_buffers": "1"})
+    run_fio(file, size_bytes, {**options, "end_fsync": "1", "refill_buffers": "1"}, timeout_s)
 
 
 def warm(file: Path, size_bytes: int) -> None:

@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 
 from bench.disks import loop_ext4, used_bytes
-from bench.fio import run_fio
+from bench.fio import fill, run_fio
 from bench.jobs import MIB, SPACE, Amplification, Figure, Pattern
 from bench.mounts import Mount
 from bench.report import BUILD, figures_content, host, print_figures, save, wide_console
@@ -114,18 +114,12 @@ def filled(parent: Path, room: int, size_bytes: int) -> Iterator[tuple[Mount, Pa
             mount.create()
             mount.up()
             try:
-                fill(mount.file, size_bytes)
+                fill(mount.file, size_bytes, FIO_TIMEOUT_S)
                 yield mount, disk
             finally:
                 mount.down()
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-def fill(file: Path, size_bytes: int) -> None:
-    """Once, from beginning to end."""
-    written = {"rw": "write", "bs": "1m", "ioengine": "libaio", "iodepth": "4", "end_fsync": "1"}
-    run_fio(file, size_bytes, {**written, "refill_buffers": "1"}, FIO_TIMEOUT_S)
 
 
 def overwrite(file: Path, size_bytes: int, times: float, options: dict[str, str]) -> dict[str, Any]:
@@ -151,7 +145,7 @@ def amplification(parent: Path, case: Amplification, console: Console) -> tuple[
         times = float((disk_counts(disk).written_bytes - before) / done["write"]["io_bytes"])
         mount.down()
         shutil.rmtree(mount.store)
-        fill(disk / "raw", size_bytes)
+        fill(disk / "raw", size_bytes, FIO_TIMEOUT_S)
         raw = overwrite(disk / "raw", size_bytes, RAW_TIMES, {**queue, "randseed": "3"})
     rates = f"{done['rate'] / 1e6:.0f} MB/s of guest writes, {raw['rate'] / 1e6:.0f} to a raw file"
     console.print(f"{case.figures()[0].title}: {times:.2f}, at {rates}")

@@ -295,7 +295,7 @@ class Cleaner:
     def make_room(self, volume: Volume, wanted_bytes: int, freed: Callable[[], None]) -> None:
         """Punches until so much is free, or all that can be freed is, while writers wait for it.
 
-        What the disk does not let be cleaned is passed over. `freed` is called now and then on the way.
+        What the disk does not let be cleaned is passed over. `freed` is called after each segment.
         """
         with self._room:
             known = self._known_full.setdefault(volume.id, _Known())

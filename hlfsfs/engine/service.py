@@ -164,11 +164,9 @@ class Service:
     def _space_for(self, event: "_core.Event") -> Iterator[int]:
         """How much to allocate for a segment. What others allocate meanwhile counts as taken."""
         with self._preparing:
-            space = self._store.statfs()
-            left_bytes = space.available_bytes - self._preparing_bytes - event.kept_bytes
-            # A file system without bounds says 0.
-            roomy = left_bytes >= event.better_bytes or space.total_bytes == 0
-            size_bytes = event.better_bytes if event.better_bytes and roomy else event.allocate_bytes
+            left_bytes = self._store.statfs().available_bytes - self._preparing_bytes - event.kept_bytes
+            better = event.better_bytes > 0 and left_bytes >= event.better_bytes
+            size_bytes = event.better_bytes if better else event.allocate_bytes
             self._preparing_bytes += size_bytes
         try:
             yield size_bytes

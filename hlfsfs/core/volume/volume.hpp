@@ -261,8 +261,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     // Nothing of the log is being written, zeros included: a segment may leave.
     [[nodiscard]] bool idle_disk() const noexcept { return writing_ == 0 && !syncing_ && !growing_; }
     [[nodiscard]] bool filling_fast() const;
-    [[nodiscard]] std::uint64_t kept_for_others() const;
-    [[nodiscard]] bool plenty_of_space() const;
+    [[nodiscard]] std::optional<std::uint64_t> kept_in_haste() const;
     void refuse_space(int error, Purpose purpose) noexcept;
     void want_segment();
     void want_growth(std::uint32_t needed_slots, Purpose purpose);

@@ -253,21 +253,17 @@ void Volume::write_footer(Lock& lock, Segment* segment) {
     changed_.notify_all();
 }
 
-// What stays free where a segment is allocated whole: what data leaves, and as much again as a segment takes.
-std::uint64_t Volume::kept_for_others() const {
+// Where the open segment fills fast, and there is space for such haste: what is to stay free beside a segment that is
+// allocated whole. That is what data leaves, and as much again as the segment takes.
+std::optional<std::uint64_t> Volume::kept_in_haste() const {
     struct statvfs space {};
-    if (fstatvfs(current_->fd->get(), &space) != 0)
-        return UINT64_MAX;
-    return kept_free_bytes(space) + segment_slots_ * kBlockBytes;
-}
-
-// For a whole segment more than that.
-bool Volume::plenty_of_space() const {
-    struct statvfs space {};
-    if (fstatvfs(current_->fd->get(), &space) != 0)
-        return false;
-    const std::uint64_t free_bytes = std::uint64_t{space.f_bavail} * space.f_frsize;
-    return free_bytes > kept_free_bytes(space) + 2 * segment_slots_ * kBlockBytes;
+    if (!filling_fast() || fstatvfs(current_->fd->get(), &space) != 0)
+        return std::nullopt;
+    const std::uint64_t segment_bytes = segment_slots_ * kBlockBytes;
+    const std::uint64_t kept_bytes = kept_free_bytes(space) + segment_bytes;
+    if (std::uint64_t{space.f_bavail} * space.f_frsize <= kept_bytes + segment_bytes)
+        return std::nullopt;
+    return kept_bytes;
 }
 
 // The first write to an allocated and never written extent costs a journal commit at the next fdatasync. Zeros written

@@ -82,10 +82,10 @@ bool Volume::backed(std::uint32_t total, std::size_t used_bytes) const {
 }
 
 // Whether the open segment fills so fast that to allocate in small steps, or to make the next one late, would have
-// writers wait; and there is space for such haste.
+// writers wait.
 bool Volume::filling_fast() const {
     return current_ != nullptr && current_->tail_slot > kFastSlots &&
-           monotonic_ns() - current_->opened_ns < current_->tail_slot * kFastNsPerSlot && plenty_of_space();
+           monotonic_ns() - current_->opened_ns < current_->tail_slot * kFastNsPerSlot;
 }
 
 void Volume::want_segment() {
@@ -114,9 +114,9 @@ void Volume::want_segment() {
     event.segno = segment->identity.segno;
     const bool small = current_ == nullptr && live_.empty();
     event.allocate_bytes = std::min(segment_slots_, small ? kFirstSegmentSlots : kGrowthSlots) * kBlockBytes;
-    if (filling_fast()) {
+    if (const auto kept_bytes = kept_in_haste()) {
         event.better_bytes = segment_slots_ * kBlockBytes;
-        event.kept_bytes = kept_for_others();
+        event.kept_bytes = *kept_bytes;
     }
     event.header.assign(reinterpret_cast<const char*>(block.data()), block.size());
     requested_ = std::move(segment);
@@ -272,7 +272,7 @@ bool Volume::place(LiveChunk& chunk, std::size_t used_bytes) {
     where.payload_slot = chunk.slot + chunk.summary_blocks;
     chunk.state = LiveChunk::State::sealed;
     to_write_.push_back(&chunk);
-    const bool fast = filling_fast();
+    const bool fast = kept_in_haste().has_value();
     const std::uint32_t low_water = std::clamp<std::uint32_t>(current_->tail_slot / 4, 16, kGrowthSlots / 2);
     if (current_->allocated_slots < segment_slots_ &&
         (fast || current_->allocated_slots - current_->tail_slot < low_water))
