@@ -71,13 +71,43 @@ TEST_CASE("a volume writes few chunks at once while none is full and nobody flus
             std::this_thread::sleep_for(std::chrono::milliseconds(2));
         }
     };
-    put(12);
+    put(16);
     CHECK(wait_until([&] { return disk.held_writes() == 4; }));
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
     CHECK(disk.held_writes() == 4);
     // Full ones take the other workers too.
     put(5 * 16);
     CHECK(wait_until([&] { return disk.held_writes() == host.core().options().workers; }));
+    disk.release_writes();
+    for (Wait& write : writes)
+        REQUIRE(write.result() > 0);
+    host.close(log);
+}
+
+TEST_CASE("while a chunk is being written, the next gathers 256 KiB of small requests, or 1 MiB of large ones") {
+    const bool large = GENERATE(true, false);
+    const std::uint64_t request_bytes = large ? std::uint64_t{128} << 10 : std::uint64_t{32} << 10;
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1);
+    Host host;
+    const auto volume = host.open(log).volume;
+    REQUIRE(write(host, *volume, 0, pattern(kBlockBytes, 1)) > 0);
+    REQUIRE(flush(*volume) == 0);
+    disk.hold_writes();
+    std::deque<Wait> writes;
+    const auto put = [&](std::uint64_t count) {
+        for (std::uint64_t i = 0; i < count; ++i)
+            volume->write_copy(writes.size() * request_bytes, pattern(request_bytes, i + 1), false,
+                               writes.emplace_back());
+    };
+    put(1);
+    CHECK(wait_until([&] { return disk.held_writes() == 1; }));
+    put(7);
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    CHECK(disk.held_writes() == 1);
+    put(1);
+    CHECK(wait_until([&] { return disk.held_writes() == 2; }));
     disk.release_writes();
     for (Wait& write : writes)
         REQUIRE(write.result() > 0);

@@ -19,8 +19,11 @@ constexpr std::uint64_t kFloorPages = 256;
 // And these map entries, and so many chunks while others keep the last eighth of the descriptors from it.
 constexpr std::uint64_t kFloorEntries = 1024;
 constexpr std::size_t kFloorChunks = 2;
-// An open chunk of this size goes out although another is under way.
+// An open chunk of this size goes out although another is under way; one of requests of at least 64 KiB, as a copy
+// makes them, at 1 MiB: each chunk costs what 100 KiB of it do.
 constexpr std::uint32_t kEagerBlocks = 64;
+constexpr std::uint32_t kEagerBulkBlocks = 256;
+constexpr std::uint32_t kBulkBlocks = 16;
 constexpr std::uint32_t kChunksInFlight = 4;
 // After so many requests without a flush the next one is not expected at once.
 constexpr std::uint64_t kUnflushedPublishes = 256;
@@ -39,6 +42,11 @@ constexpr std::uint64_t kRetryNs = 200'000'000;
 constexpr std::uint64_t kRetryBrokenNs = 1'000'000'000;
 // So long nobody looks for room again where there was not enough.
 constexpr std::uint64_t kRoomRetryNs = 1'000'000'000;
+
+bool is_eager(const ChunkDescriptor& chunk) {
+    const bool bulk = chunk.payload_blocks >= chunk.count.load(std::memory_order_relaxed) * kBulkBlocks;
+    return chunk.payload_blocks >= (bulk ? kEagerBulkBlocks : kEagerBlocks);
+}
 
 void append_side(ChunkDescriptor& chunk, const void* bytes, std::size_t size_bytes) {
     std::memcpy(chunk.side + chunk.side_bytes, bytes, size_bytes);
@@ -333,7 +341,7 @@ bool Volume::eligible_to_seal() const {
         return true;
     if (sync_target_ > open_->number || (writing_ == 0 && !gathering_))
         return true;
-    return open_->descriptor->payload_blocks >= kEagerBlocks && writing_ < kChunksInFlight;
+    return is_eager(*open_->descriptor) && writing_ < kChunksInFlight;
 }
 
 // Whether nobody is likely to ask soon for what is open, so that a larger chunk is worth a moment's wait. Whoever does
@@ -341,7 +349,7 @@ bool Volume::eligible_to_seal() const {
 bool Volume::worth_gathering() const {
     return open_ != nullptr && !gathering_ && !broken_ && writing_ == 0 && to_write_.empty() && parked_.empty() &&
            publishes_since_flush_ > kUnflushedPublishes && flush_waiters_.empty() && sync_target_ <= open_->number &&
-           open_->descriptor->payload_blocks < kEagerBlocks;
+           !is_eager(*open_->descriptor);
 }
 
 Volume::Admission Volume::admit(std::size_t entries, std::size_t blocks, std::size_t side_bytes) {
