@@ -11,12 +11,12 @@
 
 namespace hlfs {
 
-WindowReader::WindowReader(int fd, std::size_t window_bytes) : fd_(fd), window_bytes_(window_bytes) {
+WindowReader::WindowReader(int fd) : fd_(fd) {
     struct stat info {};
     if (fstat(fd, &info) != 0)
         throw std::system_error(errno, std::generic_category(), "looking at a segment");
     blocks_ = static_cast<std::uint32_t>(static_cast<std::uint64_t>(info.st_size) / kBlockBytes);
-    window_ = static_cast<std::byte*>(std::aligned_alloc(kBlockBytes, window_bytes_));
+    window_ = static_cast<std::byte*>(std::aligned_alloc(kBlockBytes, kMostBlocks * kBlockBytes));
     if (window_ == nullptr)
         throw std::bad_alloc();
 }
@@ -28,10 +28,13 @@ WindowReader::~WindowReader() {
 std::span<const std::byte> WindowReader::at(std::uint32_t slot, std::uint32_t count) {
     if (slot >= blocks_)
         return {};
-    count = std::min(count, blocks_ - slot);
-    if (slot < window_slot_ || slot + count > window_slot_ + window_blocks_) {
-        const auto want =
-            static_cast<std::uint32_t>(std::min<std::uint64_t>(window_bytes_ / kBlockBytes, blocks_ - slot));
+    count = std::min({count, blocks_ - slot, kMostBlocks});
+    const std::uint32_t window_end = window_slot_ + window_blocks_;
+    if (slot < window_slot_ || slot + count > window_end) {
+        // Who goes on where the window ends gets a larger one, and who leaps over more than it held the smallest.
+        const bool goes_on = slot >= window_slot_ && slot <= window_end + window_blocks_;
+        next_blocks_ = goes_on ? std::min(next_blocks_ * 2, kMostBlocks) : kLeastBlocks;
+        const std::uint32_t want = std::min(std::max(count, next_blocks_), blocks_ - slot);
         // What stands there is overwritten, whether all of it can be read or not.
         window_blocks_ = 0;
         std::size_t done = 0;
@@ -51,6 +54,13 @@ std::span<const std::byte> WindowReader::at(std::uint32_t slot, std::uint32_t co
         count = std::min(count, window_blocks_);
     }
     return {window_ + std::size_t{slot - window_slot_} * kBlockBytes, std::size_t{count} * kBlockBytes};
+}
+
+std::uint32_t WindowReader::next_data(std::uint32_t slot) const noexcept {
+    const off_t data = lseek(fd_, offset_of(slot), SEEK_DATA);
+    if (data < 0)
+        return errno == ENXIO ? blocks_ : slot;
+    return static_cast<std::uint32_t>(std::min<off_t>(data / static_cast<off_t>(kBlockBytes), blocks_));
 }
 
 SegmentHeader read_segment_header(int fd) {
@@ -101,10 +111,16 @@ ScannedSegment scan_segment(int fd, const SegmentHeader& header, std::uint32_t f
                       [first_slot](const ChunkSummary& chunk) { return chunk.header.slot < first_slot; });
         return segment;
     }
+    // What was allocated ahead reads as zeros, at the price of reading.
+    std::uint32_t data_until = 0;
     for (std::uint32_t slot = std::max(first_slot, 1U); slot < reader.blocks();) {
         auto chunk = decode_summary(reader.at(slot, kMaxSummaryBlocks), slot, segment.identity);
         if (!chunk) {
             ++slot;
+            if (slot > data_until) {
+                slot = reader.next_data(slot);
+                data_until = slot + WindowReader::kMostBlocks;
+            }
             continue;
         }
         slot = chunk->end_slot();

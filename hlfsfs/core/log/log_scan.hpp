@@ -12,24 +12,28 @@ namespace hlfs {
 // A file read through a window of aligned private memory.
 class WindowReader {
   public:
-    static constexpr std::size_t kWindowBytes = std::size_t{1} << 20;
-
-    explicit WindowReader(int fd, std::size_t window_bytes = kWindowBytes);
+    explicit WindowReader(int fd);
     ~WindowReader();
     WindowReader(const WindowReader&) = delete;
     WindowReader& operator=(const WindowReader&) = delete;
 
     [[nodiscard]] std::uint32_t blocks() const noexcept { return blocks_; }
-    // Up to `count` blocks at `slot` (fewer at the end), no more than the window holds. Throws std::system_error.
+    // Up to `count` blocks at `slot` (fewer at the end), at most kMostBlocks. Throws std::system_error.
     std::span<const std::byte> at(std::uint32_t slot, std::uint32_t count);
+    // The first slot from `slot` on that may hold something else than zeros; blocks() if there is none.
+    [[nodiscard]] std::uint32_t next_data(std::uint32_t slot) const noexcept;
+
+    static constexpr std::uint32_t kMostBlocks = 256;
 
   private:
+    static constexpr std::uint32_t kLeastBlocks = 8;
+
     int fd_;
-    std::size_t window_bytes_;
     std::uint32_t blocks_;
     std::byte* window_;
     std::uint32_t window_slot_ = 0;
     std::uint32_t window_blocks_ = 0;
+    std::uint32_t next_blocks_ = kLeastBlocks;
 };
 
 struct ScannedSegment {
@@ -44,7 +48,7 @@ struct ScannedSegment {
 SegmentHeader read_segment_header(int fd);
 
 // Every chunk from `first_slot` on. Without a valid footer: summary by summary, and after one that is not valid, block
-// by block to the end of the file. Throws std::system_error.
+// by block to the end of the file, but for its holes. Throws std::system_error.
 ScannedSegment scan_segment(int fd, const SegmentHeader& header, std::uint32_t first_slot);
 
 }  // namespace hlfs

@@ -1,8 +1,11 @@
 // Damaged logs, each by design: what a scan finds, and what recovery makes of it.
+#include <fcntl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <catch2/catch.hpp>
 #include <cstring>
+#include <fstream>
 
 #include "harness.hpp"
 #include "log/log_scan.hpp"
@@ -67,6 +70,16 @@ RecoveryReport recover_damaged(Log& log, const Bytes& prefix, std::uint64_t bad_
 }
 
 constexpr std::uint64_t kNone = UINT64_MAX;
+
+// By this process, whatever gave them.
+std::uint64_t read_so_far_bytes() {
+    std::ifstream io("/proc/self/io");
+    std::string name;
+    std::uint64_t bytes = 0;
+    io >> name >> bytes;
+    REQUIRE(name == "rchar:");
+    return bytes;
+}
 
 }  // namespace
 
@@ -194,6 +207,55 @@ TEST_CASE("a sealed segment is read by its footer or by its summaries") {
         REQUIRE(size % kMaxRequestBytes == 0);
         REQUIRE((content(*opened.volume) == Bytes(model.begin(), model.begin() + static_cast<std::ptrdiff_t>(size))));
     }
+}
+
+TEST_CASE("a scan without a footer leaps over payloads, and over holes") {
+    FaultyDisk::instance().reset();
+    constexpr std::uint64_t kPieces = 12;
+    Log log(1, 26);
+    Host host;
+    const auto volume = host.open(log).volume;
+    for (std::uint64_t i = 0; i < kPieces; ++i)
+        REQUIRE(write(host, *volume, i << 20, pattern(kMaxRequestBytes, i + 1)) > 0);
+    REQUIRE(flush(*volume) == 0);
+    host.drop(log);
+    const int fd = log.open(0);
+    // No footer is where it should be then.
+    REQUIRE(ftruncate(fd, off_t{1} << 26) == 0);
+    const auto header = read_segment_header(fd);
+    const std::uint64_t before_bytes = read_so_far_bytes();
+    const auto scanned = scan_segment(fd, header, 1);
+    const std::uint64_t read_bytes = read_so_far_bytes() - before_bytes;
+    close(fd);
+    REQUIRE_FALSE(scanned.from_footer);
+    std::uint64_t blocks = 0;
+    for (const ChunkSummary& chunk : scanned.chunks)
+        blocks += chunk.header.payload_blocks;
+    REQUIRE(blocks >= 4 * (kMaxRequestBytes >> kBlockShift));
+    CHECK(read_bytes < std::uint64_t{3} << 20);
+}
+
+TEST_CASE("a window grows while it is read on, and shrinks with each leap") {
+    const int fd = memfd_create("segment", MFD_CLOEXEC);
+    const Bytes all = pattern(std::size_t{64} << 20, 1);
+    REQUIRE(::write(fd, all.data(), all.size()) == static_cast<ssize_t>(all.size()));
+    Random random(1);
+    WindowReader reader(fd);
+    const std::uint64_t before_bytes = read_so_far_bytes();
+    for (std::uint32_t slot = 0; slot < reader.blocks(); slot += 257)
+        REQUIRE(reader.at(slot, 8).size() == std::min<std::size_t>(8, reader.blocks() - slot) * kBlockBytes);
+    CHECK(read_so_far_bytes() - before_bytes < all.size() / 16);
+    std::uint32_t slot = 0;
+    for (int i = 0; i < 10'000; ++i) {
+        const bool on = random() % 4 != 0;
+        const auto count = static_cast<std::uint32_t>(random() % (WindowReader::kMostBlocks + 8) + 1);
+        slot = on ? slot + static_cast<std::uint32_t>(random() % 64) : static_cast<std::uint32_t>(random() % 17'000);
+        const auto got = reader.at(slot, count);
+        const std::uint32_t left = slot < reader.blocks() ? reader.blocks() - slot : 0;
+        REQUIRE(got.size() == std::min({count, left, WindowReader::kMostBlocks}) * kBlockBytes);
+        REQUIRE((got.empty() || std::memcmp(got.data(), all.data() + slot * kBlockBytes, got.size()) == 0));
+    }
+    close(fd);
 }
 
 TEST_CASE("a cut inside a chunk is kept by every later recovery") {

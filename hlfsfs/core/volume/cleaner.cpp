@@ -28,9 +28,6 @@ namespace {
 
 constexpr std::uint16_t kData = UINT16_MAX;
 constexpr std::uint32_t kMoveBlocks = 256;  // published at once
-// Below this share of live blocks they are read in small windows.
-constexpr std::uint64_t kFewShare = 64;
-constexpr std::size_t kFewWindowBytes = std::size_t{16} << 10;
 
 constexpr std::uint64_t span_of(std::uint32_t level) noexcept {
     return std::uint64_t{1} << (kNodeShift * level);
@@ -324,9 +321,7 @@ std::uint64_t Volume::punch_dead(const Survey& survey, int fd, std::uint32_t min
 }
 
 std::uint64_t Volume::move_live(const Survey& survey, int fd) {
-    // Of few blocks that are far apart, most of a large window would be read in vain.
-    const bool few = survey.in_newest * kFewShare < survey.log_blocks;
-    WindowReader reader(fd, few ? kFewWindowBytes : WindowReader::kWindowBytes);
+    WindowReader reader(fd);
     std::uint64_t moved = 0;
     std::vector<const Survey::Block*> batch;
     const auto unchanged = [this, &survey](std::uint64_t block) {
