@@ -20,7 +20,7 @@ constexpr std::uint64_t kFloorPages = 256;
 constexpr std::uint64_t kFloorEntries = 1024;
 constexpr std::size_t kFloorChunks = 2;
 // An open chunk of this size goes out although another is under way; one of requests of at least 64 KiB, as a copy
-// makes them, at 1 MiB: each chunk costs what 100 KiB of it do.
+// makes them, at 1 MiB: each chunk costs processor time, which bounds a copy.
 constexpr std::uint32_t kEagerBlocks = 64;
 constexpr std::uint32_t kEagerBulkBlocks = 256;
 constexpr std::uint32_t kBulkBlocks = 16;
