@@ -36,6 +36,9 @@ OPTIONS = EngineOptions(
     ring_bytes=32 * MIB, spill_bytes=32 * MIB, read_cache_bytes=8 * MIB, map_cache_bytes=4 * MIB, idle_checkpoint_s=3.0
 )
 ROOT = 1
+# The threads of core/log/reader.cpp for reads that would wait: they all come with the first such read, and stay.
+READ_POOL = "hlfs-read-pool"
+READ_POOL_THREADS = 32
 # In a thousand operations.
 KINDS = {
     "write": 484,
@@ -318,7 +321,10 @@ class Soak:
 
 
 def usage(pid: int | str = "self") -> dict[str, int]:
-    """What a process has: private memory, descriptors, those of log files that are gone, threads."""
+    """What a process has: private memory, descriptors, those of log files that are gone, threads.
+
+    Threads of the pool for reads that would wait count for themselves.
+    """
     process = Path(f"/proc/{pid}")
     fields = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
     private = sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
@@ -327,11 +333,18 @@ def usage(pid: int | str = "self") -> dict[str, int]:
         # The listing's own is gone.
         with suppress(FileNotFoundError):
             links.append(os.readlink(process / "fd" / descriptor))
+    names = []
+    for task in (process / "task").iterdir():
+        # Of a thread that has ended.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            names.append((task / "comm").read_text().strip())
+    pool_threads = names.count(READ_POOL)
     return {
         "private_bytes": private,
         "descriptors": len(links),
         "deleted_files": sum(link.endswith(".seg (deleted)") for link in links),
-        "threads": len(os.listdir(process / "task")),
+        "threads": len(names) - pool_threads,
+        "pool_threads": pool_threads,
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.soak import BLOCK, MIB, SEGMENT_SHIFT, usage
+from tests.engine.soak import BLOCK, MIB, READ_POOL_THREADS, SEGMENT_SHIFT, usage
 from tests.fuse.mounts import Mounted, hlfs, mounted, needs_fuse, run
 
 HUNT_OPERATIONS = int(os.environ.get("HLFS_SOAK_OPERATIONS", "1000000"))
@@ -98,8 +98,9 @@ def expect_steady(before: dict[str, int], after: dict[str, int], what: str) -> N
     told = f"{what}: {before} after warming up, {after} at the end"
     print(told)
     assert after["private_bytes"] <= before["private_bytes"] + MEMORY_SLACK_BYTES, told
-    # A pool of threads may have been used less before.
+    # Workers may have been needed less before.
     assert after["threads"] <= before["threads"] + 16, told
+    assert after["pool_threads"] <= READ_POOL_THREADS, told
     assert after["deleted_files"] == 0, told
 
 

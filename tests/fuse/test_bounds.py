@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from tests.engine.soak import READ_POOL, READ_POOL_THREADS
 from tests.fuse.mounts import Mounted, mounted, needs_fuse
 
 pytestmark = needs_fuse
@@ -13,7 +14,7 @@ CHANNEL_THREADS = 3
 # By name, and the pool of reads that would wait; then relay, events, checkpoints, cleaner, the main thread with trio's
 # signals, and trio's workers: 16 for requests, 4 that attach, one that waits for the channel, 2 for the mount itself.
 NAMED = {"hlfs-log": 8, "hlfs-timer": 1, "hlfs-read": 1, "hlfs-cache": 1, "hlfs-fuse": CHANNEL_THREADS}
-MOST = sum(NAMED.values()) + 32 + 2 + 4 + 2 + 1 + 2 + 16 + 4 + 1 + 2
+MOST = sum(NAMED.values()) + READ_POOL_THREADS + 2 + 4 + 2 + 1 + 2 + 16 + 4 + 1 + 2
 
 # Names that are made, looked up and listed by 40 threads at once.
 CROWD = """
@@ -50,4 +51,5 @@ def test_threads_of_a_server(tmp_path: Path) -> None:
         print(f"{idle.total()} threads idle, {busy.total()} after the crowd")
         for found in (idle, busy):
             assert {name: found[name] for name in NAMED} == NAMED
+            assert found[READ_POOL] <= READ_POOL_THREADS
             assert found.total() <= MOST

@@ -82,7 +82,7 @@ class ThreadReader final : public Reader {
     explicit ThreadReader(std::function<void()> told = [] {}) : told_(std::move(told)) {
         threads_.reserve(kThreads);
         for (int i = 0; i < kThreads; ++i)
-            threads_.emplace_back([this] { run(); });
+            pthread_setname_np(threads_.emplace_back([this] { run(); }).native_handle(), "hlfs-read-pool");
     }
 
     ~ThreadReader() override {
