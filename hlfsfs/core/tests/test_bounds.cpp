@@ -51,7 +51,7 @@ TEST_CASE("lines for the log that nobody takes do not pile up") {
     REQUIRE(event.kind == ChannelEventKind::ended);
 }
 
-TEST_CASE("a volume writes few chunks at once while none is full and nobody flushes") {
+TEST_CASE("a volume writes few chunks at once while nobody flushes, and few bytes") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
     Log log(1, 26);
@@ -75,12 +75,37 @@ TEST_CASE("a volume writes few chunks at once while none is full and nobody flus
     CHECK(wait_until([&] { return disk.held_writes() == 4; }));
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
     CHECK(disk.held_writes() == 4);
-    // Full ones take the other workers too.
+    // 256 KiB and three times 1 MiB; of the full ones of 4 MiB only one is within 8 MiB.
     put(5 * 16);
-    CHECK(wait_until([&] { return disk.held_writes() == host.core().options().workers; }));
+    CHECK(wait_until([&] { return disk.held_writes() == 5; }));
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    CHECK(disk.held_writes() == 5);
     disk.release_writes();
     for (Wait& write : writes)
         REQUIRE(write.result() > 0);
+    host.close(log);
+}
+
+TEST_CASE("an fdatasync begins when an eighth of the ring waits for one") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1, 26);
+    HostOptions options;
+    options.geometry.ring_extents = 32;
+    Host host(options);
+    const auto volume = host.open(log).volume;
+    REQUIRE(write(host, *volume, 0, pattern(kBlockBytes, 1)) > 0);
+    REQUIRE(flush(*volume) == 0);
+    const std::uint64_t before = disk.syncs();
+    const auto put = [&](std::uint64_t count) {
+        for (std::uint64_t i = 0; i < count; ++i)
+            REQUIRE(write(host, *volume, i << 20, pattern(std::size_t{1} << 20, i + 1)) > 0);
+    };
+    put(7);
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    CHECK(disk.syncs() == before);
+    put(5);
+    CHECK(wait_until([&] { return disk.syncs() > before; }));
     host.close(log);
 }
 

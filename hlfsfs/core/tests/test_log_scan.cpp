@@ -161,7 +161,10 @@ TEST_CASE("a sealed segment is read by its footer or by its summaries") {
     std::unique_ptr<Log> log;
     {
         Log running(1);
-        Host host;
+        // So large that nothing is synced before the flush.
+        HostOptions options;
+        options.geometry.ring_extents = 32;
+        Host host(options);
         const auto volume = host.open(running).volume;
         // More than a segment of 4 MiB.
         for (std::uint64_t at = 0; at < model.size(); at += kMaxRequestBytes) {

@@ -268,6 +268,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     bool ask_for_room(std::uint64_t wanted_bytes);
     [[nodiscard]] bool fits_current(std::uint32_t total, std::size_t used_bytes) const;
     [[nodiscard]] bool backed(std::uint32_t total, std::size_t used_bytes) const;
+    [[nodiscard]] bool disk_takes(std::uint32_t blocks) const noexcept;
     [[nodiscard]] bool eligible_to_seal() const;
     [[nodiscard]] bool worth_gathering() const;
     void wake();
@@ -403,6 +404,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::deque<LiveChunk*> to_write_;
     LiveChunk* open_ = nullptr;
     std::uint32_t writing_ = 0;
+    std::uint32_t writing_blocks_ = 0;  // of chunks
     std::uint64_t live_pages_ = 0;
     std::uint64_t written_pages_ = 0;  // written, not yet durable
     std::uint64_t next_sequence_ = 1;

@@ -25,7 +25,10 @@ constexpr std::uint32_t kWrittenAheadSlots = 4096;
 constexpr std::uint64_t kMuchLogBytes = std::uint64_t{16} << 20;
 constexpr std::uint64_t kMaxKeptFreeBytes = std::uint64_t{256} << 20;
 constexpr std::uint64_t kLastStepBytes = std::uint64_t{256} << 10;  // the log of a nearly full disk grows by
-constexpr std::uint32_t kRegrowSlots = 2048;                        // a chunk and its footer fit in any case
+// An fdatasync begins when so large a part of the ring waits for it: what is written meanwhile has to fit too, and what
+// is written while the next one takes, or writers wait.
+constexpr std::uint64_t kSyncedShare = 8;
+constexpr std::uint32_t kRegrowSlots = 2048;  // a chunk and its footer fit in any case
 
 // Writes every byte or returns an errno.
 int write_all(int fd, std::vector<iovec>& vectors, off_t offset) noexcept {
@@ -136,6 +139,8 @@ void Volume::gather(Lock& lock) {
 LiveChunk* Volume::next_to_write() {
     if (broken_)
         return nullptr;
+    if (!to_write_.empty() && !disk_takes(to_write_.front()->payload_blocks))
+        return nullptr;
     if (to_write_.empty() && (!eligible_to_seal() || !seal_open() || to_write_.empty()))
         return nullptr;
     LiveChunk* chunk = to_write_.front();
@@ -146,6 +151,7 @@ LiveChunk* Volume::next_to_write() {
 void Volume::write_chunk(Lock& lock, LiveChunk* chunk) {
     chunk->state = LiveChunk::State::writing;
     ++writing_;
+    writing_blocks_ += chunk->payload_blocks;
     Segment* segment = table_[chunk->segment_index].get();
     const std::shared_ptr<SharedFd> fd = segment->fd;
     const std::uint64_t generation = log_generation_;
@@ -180,6 +186,7 @@ void Volume::write_chunk(Lock& lock, LiveChunk* chunk) {
 
     lock.lock();
     --writing_;
+    writing_blocks_ -= chunk->payload_blocks;
     if (error != 0)
         segment->distrusted = true;
     if (generation != log_generation_ || broken_) {
@@ -349,7 +356,7 @@ bool Volume::should_sync() const {
         return false;
     if (!flush_waiters_.empty() && flush_waiters_.front().end_number <= written_number_)
         return true;
-    if (written_pages_ > core_.ring().usable_pages() / 4)
+    if (written_pages_ > core_.ring().usable_pages() / kSyncedShare)
         return true;
     return sync_target_ > durable_number_ && written_number_ >= sync_target_;
 }

@@ -25,6 +25,7 @@ constexpr std::uint32_t kEagerBlocks = 64;
 constexpr std::uint32_t kEagerBulkBlocks = 256;
 constexpr std::uint32_t kBulkBlocks = 16;
 constexpr std::uint32_t kChunksInFlight = 4;
+constexpr std::uint32_t kBlocksInFlight = 2048;
 // After so many requests without a flush the next one is not expected at once.
 constexpr std::uint64_t kUnflushedPublishes = 256;
 // A volume of a few hundred KiB takes less than 1 MiB.
@@ -334,6 +335,12 @@ bool Volume::open_chunk() {
     return true;
 }
 
+// Whether a chunk of so many blocks should be handed to the disk now. More than keeps a disk busy would stand before
+// what an fdatasync has to write, several times in turn, and writers wait for that when the ring is full.
+bool Volume::disk_takes(std::uint32_t blocks) const noexcept {
+    return writing_blocks_ == 0 || writing_blocks_ + blocks <= kBlocksInFlight;
+}
+
 bool Volume::eligible_to_seal() const {
     if (open_ == nullptr || broken_)
         return false;
@@ -341,7 +348,7 @@ bool Volume::eligible_to_seal() const {
         return true;
     if (sync_target_ > open_->number || (writing_ == 0 && !gathering_))
         return true;
-    return is_eager(*open_->descriptor) && writing_ < kChunksInFlight;
+    return is_eager(*open_->descriptor) && writing_ < kChunksInFlight && disk_takes(open_->descriptor->payload_blocks);
 }
 
 // Whether nobody is likely to ask soon for what is open, so that a larger chunk is worth a moment's wait. Whoever does
