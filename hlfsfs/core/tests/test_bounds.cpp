@@ -86,7 +86,7 @@ TEST_CASE("a volume writes few chunks at once while nobody flushes, and few byte
     host.close(log);
 }
 
-TEST_CASE("an fdatasync begins when an eighth of the ring waits for one") {
+TEST_CASE("an fdatasync begins when a quarter of the ring waits for one") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
     Log log(1, 26);
@@ -101,10 +101,10 @@ TEST_CASE("an fdatasync begins when an eighth of the ring waits for one") {
         for (std::uint64_t i = 0; i < count; ++i)
             REQUIRE(write(host, *volume, i << 20, pattern(std::size_t{1} << 20, i + 1)) > 0);
     };
-    put(7);
+    put(14);
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
     CHECK(disk.syncs() == before);
-    put(5);
+    put(7);
     CHECK(wait_until([&] { return disk.syncs() > before; }));
     host.close(log);
 }

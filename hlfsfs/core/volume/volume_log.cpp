@@ -27,7 +27,7 @@ constexpr std::uint64_t kMaxKeptFreeBytes = std::uint64_t{256} << 20;
 constexpr std::uint64_t kLastStepBytes = std::uint64_t{256} << 10;  // the log of a nearly full disk grows by
 // An fdatasync begins when so large a part of the ring waits for it: what is written meanwhile has to fit too, and what
 // is written while the next one takes, or writers wait.
-constexpr std::uint64_t kSyncedShare = 8;
+constexpr std::uint64_t kSyncedShare = 4;
 constexpr std::uint32_t kRegrowSlots = 2048;  // a chunk and its footer fit in any case
 
 // Writes every byte or returns an errno.
