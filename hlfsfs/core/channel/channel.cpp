@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -38,6 +39,11 @@ void list_pages(Slot& slot, std::uint32_t at, std::uint32_t first, std::uint32_t
     for (std::uint32_t i = 0; i < count; ++i) {
         slot.pages[at + i] = first + i;
     }
+}
+
+std::uint64_t now_ns() noexcept {
+    return static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch() /
+                                      std::chrono::nanoseconds(1));
 }
 
 // Gets a reader out of read(2); does nothing else.
@@ -100,6 +106,7 @@ Channel::Channel(Ring& ring, const VolumeTable& volumes, int fuse_fd, int contro
       volumes_(volumes),
       fuse_fd_(fuse_fd),
       options_(options),
+      may_look_(std::thread::hardware_concurrency() > 1),
       mailbox_(ring.slots().size()),
       device_(fuse_fd, ring, counters_, mailbox_),
       relay_(control_fd, ring, volumes, device_, counters_, mailbox_),
@@ -244,6 +251,26 @@ PageRun Channel::take_payload(Reader& reader, Slot& slot, std::uint32_t pages) n
     return pages > 0 ? ring_.take(reader.cursor, pages) : PageRun{};
 }
 
+// Whether there is a request, after a look of `passed_ns`.
+bool Channel::look_for_request(std::uint64_t& passed_ns) noexcept {
+    const std::uint64_t window_ns = spin_.window_ns();
+    if (window_ns == 0 || !may_look_ || looking_.exchange(true, std::memory_order_relaxed)) {
+        return false;
+    }
+    pollfd device{.fd = fuse_fd_, .events = POLLIN, .revents = 0};
+    const std::uint64_t begin_ns = now_ns();
+    bool found = false;
+    for (passed_ns = 0; !(found = poll(&device, 1, 0) != 0) && passed_ns < window_ns; passed_ns = now_ns() - begin_ns) {
+        // Whoever writes the chunk that was begun may need this processor.
+        sched_yield();
+    }
+    looking_.store(false, std::memory_order_relaxed);
+    if (!found) {
+        spin_.missed();
+    }
+    return found;
+}
+
 // False: there is nothing more to read, ever.
 bool Channel::read_one(Reader& reader) noexcept {
     Slot* const slot = prepare_slot(reader);
@@ -256,11 +283,26 @@ bool Channel::read_one(Reader& reader) noexcept {
         {ring_.at(reader.cursor), here * kBlockBytes},
         {here < kReadPages ? ring_.page(slot->pages[here]) : nullptr, (kReadPages - here) * kBlockBytes}};
     listening_.fetch_add(1, std::memory_order_relaxed);
+    Spin::Arrival arrival{};
+    arrival.looked = reader.answered && look_for_request(arrival.waited_ns);
+    const std::uint64_t begin_ns = now_ns();
     const ssize_t length = readv(fuse_fd_, vectors, here < kReadPages ? 3 : 2);
     const int error = errno;
     listening_.fetch_sub(1, std::memory_order_relaxed);
     if (length >= static_cast<ssize_t>(wire::kInHeaderBytes)) {
-        dispatch(accept(reader, *slot, static_cast<std::size_t>(length)));
+        const std::uint64_t end_ns = now_ns();
+        arrival.gap_ns = end_ns - answered_ns_.load(std::memory_order_relaxed);
+        if (!arrival.looked) {
+            arrival.waited_ns = end_ns - begin_ns;
+        }
+        Request& request = accept(reader, *slot, static_cast<std::size_t>(length));
+        dispatch(request);
+        // Another reader may have taken its slot again by now; then this one sleeps.
+        reader.answered = !request.active.load(std::memory_order_relaxed);
+        if (reader.answered) {
+            answered_ns_.store(now_ns(), std::memory_order_relaxed);
+        }
+        spin_.came(arrival, reader.answered);
         return true;
     }
     ring_.release_slot(slot);

@@ -1,9 +1,10 @@
 // The native side of a mount: reads FUSE requests, serves those on the data of volumes, hands the rest to the control
 // plane.
 //
-// Threads: N readers block in readv(2) on the one device descriptor; volumes complete requests from threads of their
-// own; the relay has two (relay.hpp). None of them takes Python's lock. A request keeps its slot from before it is read
-// until after its reply, so that a successor finds what was read and not answered.
+// Threads: N readers block in readv(2) on the one device descriptor, before which one of them may look out (spin.hpp);
+// volumes complete requests from threads of their own; the relay has two (relay.hpp). None of them takes Python's lock.
+// A request keeps its slot from before it is read until after its reply, so that a successor finds what was read and
+// not answered.
 #pragma once
 
 #include <signal.h>
@@ -22,6 +23,7 @@
 #include "channel/mailbox.hpp"
 #include "channel/relay.hpp"
 #include "channel/request.hpp"
+#include "channel/spin.hpp"
 #include "ring/ring.hpp"
 
 namespace hlfs {
@@ -65,6 +67,7 @@ class Channel final : private RequestOwner {
         RunCursor cursor;
         RunCursor next;  // the extent after the cursor's, once that has too little left for a whole request
         OpcodeCounters requests;
+        bool answered = false;  // its last request, before it went on
         std::atomic<bool> done{false};
     };
 
@@ -73,6 +76,7 @@ class Channel final : private RequestOwner {
 
     void run_reader(Reader& reader) noexcept;
     bool read_one(Reader& reader) noexcept;
+    bool look_for_request(std::uint64_t& passed_ns) noexcept;
     void end(int error) noexcept;
     void join(Reader& reader) noexcept;
     bool prepare_pages(Reader& reader) noexcept;
@@ -100,6 +104,7 @@ class Channel final : private RequestOwner {
     const VolumeTable& volumes_;
     const int fuse_fd_;
     const ChannelOptions options_;
+    const bool may_look_;
 
     ChannelCounters counters_;
     Mailbox mailbox_;
@@ -108,6 +113,9 @@ class Channel final : private RequestOwner {
     std::vector<Request> requests_;  // by slot
     std::vector<Reader> readers_;
     std::atomic<int> listening_{0};  // readers that wait for a request
+    Spin spin_;
+    std::atomic<bool> looking_{false};  // one reader at a time
+    std::atomic<std::uint64_t> answered_ns_{0};
     std::atomic<bool> stopping_{false};
     std::atomic<bool> ended_{false};
     bool started_ = false;
