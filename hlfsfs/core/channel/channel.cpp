@@ -296,9 +296,11 @@ bool Channel::read_one(Reader& reader) noexcept {
             arrival.waited_ns = end_ns - begin_ns;
         }
         Request& request = accept(reader, *slot, static_cast<std::size_t>(length));
+        // Another thread may have answered it by then.
+        const bool is_sync = request.opcode == FUSE_FSYNC || request.opcode == FUSE_FLUSH;
         dispatch(request);
         // Another reader may have taken its slot again by now; then this one sleeps.
-        reader.answered = !request.active.load(std::memory_order_relaxed);
+        reader.answered = !is_sync && !request.active.load(std::memory_order_relaxed);
         if (reader.answered) {
             answered_ns_.store(now_ns(), std::memory_order_relaxed);
         }

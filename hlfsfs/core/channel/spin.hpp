@@ -34,7 +34,7 @@ class Spin {
         const std::uint64_t waited_ns =
             arrival.looked ? arrival.waited_ns : std::min(arrival.waited_ns, arrival.gap_ns);
         if (!answered) {
-            shrink();
+            window_ns_.store(0, std::memory_order_relaxed);
         } else if (waited_ns < kAtOnceNs) {
             // Nobody would have slept.
             if (arrival.looked)
