@@ -56,26 +56,4 @@ class Reader {
     std::condition_variable drained_;
 };
 
-// Block-aligned private memory, kept warm between uses.
-class BufferPool {
-  public:
-    BufferPool();
-    ~BufferPool();
-    BufferPool(const BufferPool&) = delete;
-    BufferPool& operator=(const BufferPool&) = delete;
-
-    // At least size_bytes; throws std::bad_alloc.
-    std::byte* take(std::size_t size_bytes);
-    void give(std::byte* buffer, std::size_t size_bytes) noexcept;
-    // Frees what is kept, unless a buffer was taken since the call before; tells whether there was anything.
-    bool trim() noexcept;
-    [[nodiscard]] std::size_t kept_bytes() const noexcept;
-
-    static constexpr std::size_t kMaxKeptBytes = std::size_t{32} << 20;
-
-  private:
-    struct State;
-    std::unique_ptr<State> state_;
-};
-
 }  // namespace hlfs

@@ -194,6 +194,12 @@ HostOptions::HostOptions() {
     geometry = {.slots = 16, .chunks = 64, .ring_extents = 12, .spill_extents = 8};
 }
 
+HostOptions HostOptions::with_ring_of(std::uint32_t extents) {
+    HostOptions options;
+    options.geometry.ring_extents = extents;
+    return options;
+}
+
 Host::Host(HostOptions options) : options_(options) {
     ring_fd_ = memfd_create("hlfs-test-ring", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     core_ = std::make_unique<Core>(Ring::create(ring_fd_, options_.geometry, {}), options_.core);

@@ -125,6 +125,7 @@ struct HostOptions {
     bool answer_discards = true;
     bool memory_full = false;  // of the ring there is what it keeps, and no more
     HostOptions();
+    static HostOptions with_ring_of(std::uint32_t extents);
 };
 
 // A mount: a ring, a core, and the threads that answer it.

@@ -55,9 +55,7 @@ TEST_CASE("a volume writes few chunks at once while nobody flushes, and few byte
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
     Log log(1, 26);
-    HostOptions options;
-    options.geometry.ring_extents = 32;
-    Host host(options);
+    Host host(HostOptions::with_ring_of(32));
     const auto volume = host.open(log).volume;
     // A segment with room for everything below.
     for (std::uint64_t i = 0; i < 24; ++i)
@@ -90,9 +88,7 @@ TEST_CASE("an fdatasync begins when a quarter of the ring waits for one") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
     Log log(1, 26);
-    HostOptions options;
-    options.geometry.ring_extents = 32;
-    Host host(options);
+    Host host(HostOptions::with_ring_of(32));
     const auto volume = host.open(log).volume;
     REQUIRE(write(host, *volume, 0, pattern(kBlockBytes, 1)) > 0);
     REQUIRE(flush(*volume) == 0);

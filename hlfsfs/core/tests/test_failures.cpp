@@ -117,9 +117,7 @@ TEST_CASE("the largest chunks find room in the new epoch") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
     Log log(1, 26);
-    HostOptions options;
-    options.geometry.ring_extents = 32;
-    Host host(options);
+    Host host(HostOptions::with_ring_of(32));
     const auto opened = host.open(log);
     Volume& volume = *opened.volume;
     Bytes model;

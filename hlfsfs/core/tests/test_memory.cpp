@@ -58,22 +58,3 @@ TEST_CASE("a mount goes on with what its ring keeps, whatever is written") {
     host.close(log);
     REQUIRE(host.core().ring().pages_in_use() == 0);
 }
-
-TEST_CASE("of the memory of reads so much is kept, until nobody needs it") {
-    BufferPool pool;
-    std::vector<std::pair<std::byte*, std::size_t>> taken;
-    for (std::size_t i = 0; i < 200; ++i) {
-        const std::size_t size_bytes = std::array{kBlockBytes, std::size_t{300'000}, std::size_t{1} << 20}.at(i % 3);
-        taken.emplace_back(pool.take(size_bytes), size_bytes);
-    }
-    REQUIRE(pool.kept_bytes() == 0);
-    for (const auto& [buffer, size_bytes] : taken)
-        pool.give(buffer, size_bytes);
-    REQUIRE(pool.kept_bytes() <= BufferPool::kMaxKeptBytes);
-    REQUIRE(pool.kept_bytes() > BufferPool::kMaxKeptBytes / 2);
-    const std::size_t kept = pool.kept_bytes();
-    REQUIRE_FALSE(pool.trim());
-    REQUIRE(pool.kept_bytes() == kept);
-    REQUIRE(pool.trim());
-    REQUIRE(pool.kept_bytes() == 0);
-}

@@ -336,26 +336,3 @@ TEST_CASE("damage reads as an error and the rest stays right, with either reader
     Bytes data;
     REQUIRE(read(*volume, 0, 64 * kBlockBytes, data) == -EIO);
 }
-
-TEST_CASE("the buffer pool gives memory of any size, the longest segment table's too") {
-    BufferPool pool;
-    for (const std::size_t blocks : {1U, 3U, 512U, 513U, 1024U, 5000U}) {
-        for (int round = 0; round < 2; ++round) {
-            std::byte* buffer = pool.take(blocks * kBlockBytes);
-            std::memset(buffer, 0xa5, blocks * kBlockBytes);
-            pool.give(buffer, blocks * kBlockBytes);
-        }
-    }
-}
-
-TEST_CASE("buffers that nobody takes for a while are freed") {
-    BufferPool pool;
-    std::byte* buffer = pool.take(kBlockBytes);
-    REQUIRE_FALSE(pool.trim());
-    pool.give(buffer, kBlockBytes);
-    buffer = pool.take(kBlockBytes);
-    pool.give(buffer, kBlockBytes);
-    REQUIRE_FALSE(pool.trim());
-    REQUIRE(pool.trim());
-    REQUIRE_FALSE(pool.trim());
-}

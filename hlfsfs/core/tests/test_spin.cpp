@@ -3,7 +3,6 @@
 #include <cstdint>
 
 #include "channel/spin.hpp"
-#include "harness.hpp"
 
 using namespace hlfs;
 

@@ -16,6 +16,7 @@
 
 #include "base/dataplane.hpp"
 #include "cache/block_cache.hpp"
+#include "log/buffer_pool.hpp"
 #include "log/reader.hpp"
 #include "ring/ring.hpp"
 

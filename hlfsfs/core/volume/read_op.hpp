@@ -1,6 +1,7 @@
 // A read, or a search for data or holes, that could not be answered from memory at once.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <vector>
@@ -41,12 +42,25 @@ struct ReadOp {
     std::atomic<std::uint32_t> pending{0};
     std::atomic<int> error{0};
 
-    // a map node under way
+    // A map node under way, and leaves that stand right behind it in the log and in the volume: whoever reads much, or
+    // searches, will want them next.
+    static constexpr std::uint32_t kMostAhead = 15;
+    static constexpr std::uint32_t kLeastBlocksForAhead = 16;
     ReadRequest node_request;
     std::shared_ptr<SharedFd> node_fd;
-    std::byte* node_buffer = nullptr;
+    std::byte* node_buffer = nullptr;  // of node_buffer_bytes()
     Pointer node = 0;
     Segment* node_segment = nullptr;
+    std::array<Pointer, kMostAhead> ahead{};
+    std::uint32_t ahead_count = 0;
+    bool ahead_failed = false;
+
+    [[nodiscard]] bool reads_ahead() const noexcept {
+        return purpose == Purpose::seek || blocks >= kLeastBlocksForAhead;
+    }
+    [[nodiscard]] std::size_t node_buffer_bytes() const noexcept {
+        return kBlockBytes * (reads_ahead() ? 1 + kMostAhead : 1);
+    }
 
     // What may hold an address of the log, so that the cleaner waits for it: its epoch's parity; -1 before it looked.
     int reader_epoch = -1;

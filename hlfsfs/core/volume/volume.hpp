@@ -245,7 +245,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     // What resolve() could not go on without.
     struct Missing {
         Pointer node = 0;
-        Segment* segment = nullptr;
+        std::optional<std::uint64_t> leaf_no;  // where the node is a leaf
     };
 
     using Lock = std::unique_lock<std::mutex>;
@@ -310,6 +310,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     const Node* leaf_node(std::uint64_t leaf_no, Missing& missing, BlockCache::Frame*& pinned, bool& hole);
     void start_read(ReadOp* op, bool may_wait = false) noexcept;
     void load_missing(Lock& lock, const Missing& missing, ReadOp* op) noexcept;
+    void choose_ahead(ReadOp& op, std::uint64_t leaf_no);
     void finish_read(ReadOp* op) noexcept;
     [[nodiscard]] BlockVersion version_of(std::uint64_t block) const;
     // error: what the disk said; 0: it gave something else than the map says.

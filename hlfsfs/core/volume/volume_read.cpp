@@ -29,7 +29,7 @@ ReadOp::~ReadOp() {
     if (buffer != nullptr)
         volume->core_.buffers().give(buffer, std::size_t{blocks} * kBlockBytes);
     if (node_buffer != nullptr)
-        volume->core_.buffers().give(node_buffer, kBlockBytes);
+        volume->core_.buffers().give(node_buffer, node_buffer_bytes());
 }
 
 // The pointer to the leaf `leaf_no`, walking from the root through cached nodes. kHole where a subtree is missing;
@@ -42,13 +42,13 @@ std::optional<Pointer> Volume::base_pointer(std::uint64_t leaf_no, Missing& miss
         if (pointer == kHole)
             return kHole;
         if (pointer_segment(pointer) >= table_.size() || !table_[pointer_segment(pointer)]) {
-            missing.node = pointer;
+            missing = {.node = pointer, .leaf_no = {}};
             return std::nullopt;
         }
         BlockCache::Frame* frame =
             core_.map_cache().get(table_[pointer_segment(pointer)]->address(pointer_slot(pointer)));
         if (frame == nullptr) {
-            missing.node = pointer;
+            missing = {.node = pointer, .leaf_no = {}};
             return std::nullopt;
         }
         const auto index = (leaf_no >> (kNodeShift * (level - 1))) & (kNodeEntries - 1);
@@ -73,7 +73,7 @@ const Node* Volume::leaf_node(std::uint64_t leaf_no, Missing& missing, BlockCach
         if (pinned != nullptr)
             return reinterpret_cast<const Node*>(pinned->data);
     }
-    missing.node = *pointer;
+    missing = {.node = *pointer, .leaf_no = leaf_no};
     return nullptr;
 }
 
@@ -365,6 +365,19 @@ void Volume::data_read_done(ReadRequest* request, std::int32_t result) noexcept 
         op->volume->finish_read(op);
 }
 
+// The leaves that one read takes along with `op.node`, which is leaf `leaf_no`.
+void Volume::choose_ahead(ReadOp& op, std::uint64_t leaf_no) {
+    Missing missing;
+    while (op.ahead_count < ReadOp::kMostAhead) {
+        const std::uint32_t apart = op.ahead_count + 1;
+        const auto pointer = base_pointer(leaf_no + apart, missing);
+        if (!pointer || *pointer == kHole || pointer_segment(*pointer) != pointer_segment(op.node) ||
+            pointer_slot(*pointer) != pointer_slot(op.node) + apart)
+            return;
+        op.ahead[op.ahead_count++] = *pointer;
+    }
+}
+
 void Volume::load_missing(Lock& lock, const Missing& missing, ReadOp* op) noexcept {
     Segment* segment =
         pointer_segment(missing.node) < table_.size() ? table_[pointer_segment(missing.node)].get() : nullptr;
@@ -379,14 +392,17 @@ void Volume::load_missing(Lock& lock, const Missing& missing, ReadOp* op) noexce
         return;
     op->node = missing.node;
     op->node_segment = segment;
+    op->ahead_count = 0;
+    if (missing.leaf_no && op->reads_ahead() && !op->ahead_failed)
+        choose_ahead(*op, *missing.leaf_no);
     lock.unlock();
     if (op->node_buffer == nullptr)
-        op->node_buffer = core_.buffers().take(kBlockBytes);
+        op->node_buffer = core_.buffers().take(op->node_buffer_bytes());
     ReadRequest& request = op->node_request;
     request.fd = op->node_fd->get();
     request.offset = std::uint64_t{pointer_slot(op->node)} * kBlockBytes;
     request.buffer = op->node_buffer;
-    request.size_bytes = kBlockBytes;
+    request.size_bytes = static_cast<std::uint32_t>(kBlockBytes * (1 + op->ahead_count));
     request.volume_id = config_.id;
     request.done = node_read_done;
     request.context = op;
@@ -399,7 +415,13 @@ void Volume::node_read_done(ReadRequest* request, std::int32_t result) noexcept 
     const std::shared_ptr<Volume> self = op->volume;
     Volume& volume = *self;
     // What the disk did not give says nothing of what stands there; where the file ends nothing can.
-    const bool whole = result == static_cast<std::int32_t>(kBlockBytes);
+    const bool whole = result == static_cast<std::int32_t>(request->size_bytes);
+    if (!whole && op->ahead_count > 0) {
+        // What nobody asked for may be what cannot be read.
+        op->ahead_failed = true;
+        volume.start_read(op);
+        return;
+    }
     if (!whole || (crc32c_block(op->node_buffer) & kCheckMask) != pointer_check(op->node)) {
         volume.report_bad_read(op->node_segment, pointer_slot(op->node), result < 0 ? -result : 0);
         op->error = EIO;
@@ -407,6 +429,12 @@ void Volume::node_read_done(ReadRequest* request, std::int32_t result) noexcept 
         return;
     }
     volume.core_.map_cache().put(op->node_segment->address(pointer_slot(op->node)), op->node_buffer);
+    for (std::uint32_t i = 0; i < op->ahead_count; ++i) {
+        const std::byte* node = op->node_buffer + (i + 1) * kBlockBytes;
+        // Another is damage of what nobody has asked for: whoever does will be told.
+        if ((crc32c_block(node) & kCheckMask) == pointer_check(op->ahead[i]))
+            volume.core_.map_cache().put(op->node_segment->address(pointer_slot(op->ahead[i])), node);
+    }
     volume.start_read(op);
 }
 
