@@ -44,7 +44,7 @@ bench: setup  ## Measure against the raw disk and qemu-storage-daemon
 
 hunt: setup  ## Search for faults at random, for longer than `make test` does
 	contrib/setup/fuzz.sh $(JOBS) $(HUNT_TIMES)
-	$(VENV_PYTHON) -m pytest -m hunt --timeout=0 -o faulthandler_timeout=0 --hypothesis-profile=hunt
+	$(VENV_PYTHON) -m pytest --numprocesses=2 --dist=loadfile -m hunt --timeout=0 -o faulthandler_timeout=0 --hypothesis-profile=hunt
 
 clean:  ## Remove everything that was built
 	rm -rf build dist .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache hlfsfs/_core*.so

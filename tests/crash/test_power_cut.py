@@ -111,17 +111,17 @@ def lives(worker: Worker, memory: Path, seed: int, count: int, plan: Plan) -> No
 
 @pytest.mark.hunt
 def test_hunt_for_power_cuts(worker: Worker, memory: Path) -> None:
-    for _ in range(60):
+    for _ in range(40):
         seed = random.randrange(1 << 32)
-        plan = Plan(cuts=400, chances=(0.0, 0.2, 0.5, 0.8), again_every=20, again_cuts=5)
+        plan = Plan(cuts=50, chances=(0.0, 0.2, 0.5, 0.8), again_every=20, again_cuts=5)
         hunt(worker, memory, random_history(random.Random(seed), 80), plan, seed)
 
 
 @pytest.mark.hunt
 def test_hunt_through_many_lives(worker: Worker, memory: Path) -> None:
-    plan = Plan(cuts=50, chances=(0.0, 0.2, 0.5, 0.8), again_every=20)
-    for _ in range(40):
-        lives(worker, memory, random.randrange(1 << 32), 10, plan)
+    plan = Plan(cuts=12, chances=(0.0, 0.2, 0.5, 0.8), again_every=20)
+    for _ in range(20):
+        lives(worker, memory, random.randrange(1 << 32), 8, plan)
 
 
 # --- the machine itself: an engine that syncs less is found out --------------------------------------------------
