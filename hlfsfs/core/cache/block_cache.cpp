@@ -15,7 +15,7 @@ namespace hlfs {
 
 namespace {
 
-// Touched at once: a huge page.
+// Touched at once.
 constexpr std::size_t kStepBytes = std::size_t{2} << 20;
 constexpr std::uint32_t kStepBlocks = kStepBytes / kBlockBytes;
 // The most that is touched and not in use.
@@ -38,15 +38,14 @@ std::uint64_t BlockCache::mix(std::uint64_t key) noexcept {
 BlockCache::BlockCache(std::size_t size_bytes, Memory memory) {
     const std::size_t per_shard = std::max<std::size_t>(size_bytes / kBlockBytes / kShards, 4);
     arena_blocks_ = static_cast<std::uint32_t>(per_shard * kShards);
-    // Room to begin at a huge page.
-    void* mapped = mmap(nullptr, this->size_bytes() + kStepBytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* mapped =
+        mmap(nullptr, this->size_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED)
         throw std::bad_alloc();
-    mapping_ = static_cast<std::byte*>(mapped);
-    madvise(mapping_, this->size_bytes() + kStepBytes, MADV_HUGEPAGE);
-    const auto at = reinterpret_cast<std::uintptr_t>(mapping_);
-    arena_ = mapping_ + ((at + kStepBytes - 1) / kStepBytes * kStepBytes - at);
+    arena_ = static_cast<std::byte*>(mapped);
+    // A virtual machine may have to get a huge page from its host, which takes several times as long as the same in
+    // small pages that it has; and nothing is copied here but single blocks.
+    madvise(arena_, this->size_bytes(), MADV_NOHUGEPAGE);
     for (Shard& shard : shards_) {
         shard.frame_count = per_shard;
         shard.frames = std::make_unique<Frame[]>(per_shard);
@@ -66,7 +65,7 @@ BlockCache::~BlockCache() {
         call_toucher();
         toucher_.join();
     }
-    munmap(mapping_, size_bytes() + kStepBytes);
+    munmap(arena_, size_bytes());
 }
 
 // As much ahead as a quarter of what is in use, so that a cache that is hardly used stays small.

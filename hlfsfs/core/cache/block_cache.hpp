@@ -76,7 +76,6 @@ class BlockCache {
     [[nodiscard]] std::uint32_t wanted_ready() const noexcept;
 
     std::uint32_t arena_blocks_;
-    std::byte* mapping_;
     std::byte* arena_;
     // Blocks of the arena below `taken_` belong to frames; those below `ready_` may be taken. taken_ <= ready_.
     std::atomic<std::uint32_t> taken_{0};
