@@ -156,6 +156,23 @@ class NoSuchVolume(NoSuchName):
         super().__init__(what, "volume")
 
 
+class NoSuchSnapshot(NoSuchName):
+    """The volume has no snapshot of this name."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, "snapshot")
+
+
+class TooManySnapshots(HlfsError):
+    """The volume has as many snapshots as it may."""
+
+    errno = _errno.EDQUOT
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: it has as many snapshots as a volume may have; delete some first")
+        self.what = what
+
+
 class NoSuchPool(NoSuchName):
     """No pool has this name or id."""
 

@@ -252,20 +252,22 @@ class Engine:
         Raises:
             NoSpace, StoreFailed: the older checkpoint stays the newest; nothing is lost.
         """
-        try:
-            made = volume.native.checkpoint()
-        except _core.FormatError as exc:
-            raise LogDamaged(volume.what, str(exc)) from exc
-        except OSError as exc:
-            raise volume.translated(exc) from exc
-        if made is None:
-            return
-        try:
-            self._store.write_checkpoint_slot(volume.log_uuid, *made)
-        except BaseException:
-            volume.native.checkpoint_failed()
-            raise
-        volume.native.checkpoint_installed()
+        more = True
+        while more:
+            try:
+                made = volume.native.checkpoint()
+            except _core.FormatError as exc:
+                raise LogDamaged(volume.what, str(exc)) from exc
+            except OSError as exc:
+                raise volume.translated(exc) from exc
+            if made is None:
+                return
+            try:
+                self._store.write_checkpoint_slot(volume.log_uuid, *made)
+            except BaseException:
+                volume.native.checkpoint_failed()
+                raise
+            more = volume.native.checkpoint_installed()
         self._cleaner.wake(volume.id)
 
     def repeat_checkpoint(self, volume: Volume) -> None:

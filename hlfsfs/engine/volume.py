@@ -7,12 +7,24 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 from uuid import UUID
 
 from hlfsfs import _core
-from hlfsfs.errors import HlfsError, LogDamaged, NoSpace, ReadOnly, SizeTooBig, StoreFailed
+from hlfsfs.errors import (
+    HlfsError,
+    LogDamaged,
+    NameExists,
+    NoSpace,
+    NoSuchSnapshot,
+    ReadOnly,
+    RefusedName,
+    SizeTooBig,
+    StoreFailed,
+    TooManySnapshots,
+    printable,
+)
 from hlfsfs.store import Store
 from hlfsfs.store.records import VolumeRecord
 
@@ -34,6 +46,22 @@ class VolumeAttr:
     atime_ns: int
     mtime_ns: int
     ctime_ns: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a volume held at one moment, `time_ns`; it was last written to at `mtime_ns`.
+
+    `parent_id` is the snapshot before it, `group_id` is shared by those that were taken together; 0: none.
+    """
+
+    id: int
+    name: bytes
+    parent_id: int
+    group_id: int
+    time_ns: int
+    mtime_ns: int
+    size_bytes: int
 
 
 class Volume:
@@ -121,6 +149,74 @@ class Volume:
         """SEEK_DATA or SEEK_HOLE; raises StoreFailed with ENXIO past the last data."""
         with self._errors():
             return self.native.seek(offset, whence)
+
+    def snapshots(self) -> list[Snapshot]:
+        """The oldest first."""
+        names = [field.name for field in fields(Snapshot)]
+        return [Snapshot(**{name: getattr(info, name) for name in names}) for info in self.native.snapshots()]
+
+    def create_snapshot(self, name: bytes, snapshot_id: int, group_id: int = 0) -> None:
+        """Keeps what was acknowledged before as it is now; durable on return, and after a crash whole or not there.
+
+        `snapshot_id` is a new stable id.
+
+        Raises:
+            RefusedName, NameExists, TooManySnapshots, NoSpace, ReadOnly: there is no snapshot.
+            StoreFailed: there is one, not known to be durable.
+        """
+        with self._snapshot_errors(name):
+            self.native.create_snapshot(snapshot_id, name, group_id)
+
+    def remove_snapshot(self, name: bytes) -> None:
+        """Durable on return; who reads it goes on. What only it held is freed later. Raises NoSuchSnapshot."""
+        with self._snapshot_errors(name):
+            self.native.remove_snapshot(self._snapshot_id(name))
+
+    def rename_snapshot(self, name: bytes, new_name: bytes) -> None:
+        """Durable on return. Raises NoSuchSnapshot, NameExists, RefusedName."""
+        snapshot_id = self._snapshot_id(name)
+        with self._snapshot_errors(new_name):
+            self.native.rename_snapshot(snapshot_id, new_name)
+
+    def read_snapshot(self, name: bytes, offset: int, size_bytes: int) -> bytes:
+        """Reads up to `size_bytes`, fewer at its end. Raises NoSuchSnapshot."""
+        parts = []
+        snapshot_id = self._snapshot_id(name)
+        with self._snapshot_errors(name):
+            while size_bytes > 0:
+                part = self.native.read_snapshot(snapshot_id, offset, min(size_bytes, REQUEST_BYTES))
+                parts.append(part)
+                offset, size_bytes = offset + len(part), size_bytes - len(part)
+                if not part:
+                    break
+        return b"".join(parts)
+
+    def _snapshot_id(self, name: bytes) -> int:
+        for info in self.native.snapshots():
+            if info.name == name:
+                return info.id
+        raise NoSuchSnapshot(self._what_of(name))
+
+    def _what_of(self, snapshot_name: bytes) -> str:
+        return f"{self.what}, snapshot {printable(snapshot_name)!r}"
+
+    @contextmanager
+    def _snapshot_errors(self, name: bytes) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            match exc.errno:
+                case errno.EEXIST:
+                    raise NameExists(self._what_of(name)) from exc
+                case errno.ENOENT:
+                    raise NoSuchSnapshot(self._what_of(name)) from exc
+                case errno.EINVAL:
+                    why = "a snapshot's name has 1 to 255 bytes, no `/`, `%`, `@` or control character"
+                    raise RefusedName(name, why) from exc
+                case errno.EDQUOT:
+                    raise TooManySnapshots(self.what) from exc
+                case _:
+                    raise self.translated(exc) from exc
 
     def set_owner(self, mode: int, uid: int, gid: int, nlink: int) -> None:
         """Mirrors the record into what GETATTR answers; the record itself is the namespace's."""

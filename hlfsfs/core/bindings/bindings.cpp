@@ -270,6 +270,53 @@ void bind_core(nb::module_& m) {
         });
 }
 
+void bind_snapshots(nb::class_<Volume>& volume, nb::module_& m) {
+    nb::class_<Volume::SnapshotInfo>(m, "SnapshotInfo")
+        .def_ro("id", &Volume::SnapshotInfo::id)
+        .def_ro("parent_id", &Volume::SnapshotInfo::parent_id)
+        .def_ro("group_id", &Volume::SnapshotInfo::group_id)
+        .def_prop_ro("name",
+                     [](const Volume::SnapshotInfo& info) { return nb::bytes(info.name.data(), info.name.size()); })
+        .def_ro("time_ns", &Volume::SnapshotInfo::time_ns)
+        .def_ro("mtime_ns", &Volume::SnapshotInfo::mtime_ns)
+        .def_ro("size_bytes", &Volume::SnapshotInfo::size_bytes);
+    volume.def("snapshots", &Volume::snapshots, nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "create_snapshot",
+            [](Volume& self, std::uint64_t id, const nb::bytes& name, std::uint64_t group_id) {
+                const std::string copy(name.c_str(), name.size());
+                const nb::gil_scoped_release unlocked;
+                self.create_snapshot(id, copy, group_id);
+            },
+            nb::arg("id"), nb::arg("name"), nb::arg("group_id"))
+        .def("remove_snapshot", &Volume::remove_snapshot, nb::arg("id"), nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "rename_snapshot",
+            [](Volume& self, std::uint64_t id, const nb::bytes& name) {
+                const std::string copy(name.c_str(), name.size());
+                const nb::gil_scoped_release unlocked;
+                self.rename_snapshot(id, copy);
+            },
+            nb::arg("id"), nb::arg("name"))
+        .def(
+            "read_snapshot",
+            [](Volume& self, std::uint64_t id, std::uint64_t offset, std::uint32_t size_bytes) {
+                Waiter waiter;
+                std::int64_t result = -ENOENT;
+                {
+                    const nb::gil_scoped_release unlocked;
+                    if (const auto view = self.open_snapshot(id)) {
+                        view->read(offset, size_bytes, true, waiter);
+                        result = waiter.wait();
+                    }
+                }
+                if (result < 0)
+                    raise_errno(static_cast<int>(-result));
+                return nb::bytes(waiter.data().data(), waiter.data().size());
+            },
+            nb::arg("id"), nb::arg("offset"), nb::arg("size_bytes"));
+}
+
 void bind_recovery(nb::class_<Volume>& volume, nb::module_& m) {
     nb::class_<RecoveryReport>(m, "RecoveryReport")
         .def_ro("read_only", &RecoveryReport::read_only)
@@ -469,6 +516,7 @@ NB_MODULE(_core, m) {
     hlfs::bind_core(m);
     nb::class_<hlfs::Volume> volume(m, "Volume");
     hlfs::bind_recovery(volume, m);
+    hlfs::bind_snapshots(volume, m);
     hlfs::bind_control(volume);
     hlfs::bind_cleaner(volume, m);
     hlfs::bind_io(volume);

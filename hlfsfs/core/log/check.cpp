@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <system_error>
 
+#include "log/snapshot_format.hpp"
+
 namespace hlfs {
 
 namespace {
@@ -154,8 +156,11 @@ void LogCheck::finish(std::function<int(std::uint64_t)> open) {
     check_sequence();
     check_payload();
     load_table();
+    has_snapshots_ = checkpoint_ && checkpoint_->snapshot_directory_root != kHole;
     if (checkpoint_ && checkpoint_->levels > 0)
         walk(checkpoint_->root, checkpoint_->levels - 1U, 0);
+    if (has_snapshots_)
+        check_snapshots();
     descriptors_.clear();
 }
 
@@ -331,9 +336,41 @@ bool LogCheck::check_pointer(Pointer pointer, std::uint32_t level, std::uint64_t
     return false;
 }
 
+void LogCheck::check_snapshots() {
+    const AlignedBlock block;
+    Pointer pointer = checkpoint_->snapshot_directory_root;
+    for (std::uint32_t left = kMaxPayloadBlocks; pointer != kHole && left > 0; --left) {
+        const std::uint32_t index = pointer_segment(pointer);
+        if (index >= table_.size() || !table_[index]) {
+            found("snapshot directory out of the segment table");
+            return;
+        }
+        const std::pair place{*table_[index], pointer_slot(pointer)};
+        if (!read_block(place.first, place.second, block.bytes) ||
+            (crc32c_block(block.bytes) & kCheckMask) != pointer_check(pointer)) {
+            found("snapshot directory damaged", place);
+            return;
+        }
+        try {
+            for (const DirectoryEntry& entry : decode_directory_block({block.bytes, kBlockBytes})) {
+                if (entry.record.levels > 0)
+                    walk(entry.record.root, static_cast<std::uint32_t>(entry.record.levels - 1), 0);
+            }
+        } catch (const FormatError& error) {
+            found(error.what(), place);
+            return;
+        }
+        ChainHeader header;
+        std::memcpy(&header, block.bytes, sizeof header);
+        pointer = header.next;
+    }
+}
+
 // `level` of the node that the pointer leads to; children of a leaf are blocks of data.
 void LogCheck::walk(Pointer pointer, std::uint32_t level, std::uint64_t index) {
     if (pointer == kHole)
+        return;
+    if (has_snapshots_ && !walked_.insert(pointer).second)
         return;
     const std::uint64_t first_block = index << (kNodeShift * (level + 1));
     if (!check_pointer(pointer, level + 1, first_block))

@@ -11,6 +11,7 @@
 #include <span>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -64,6 +65,7 @@ class LogCheck {
     void check_payload();
     void check_chunk(const Scanned& scanned, const ChunkSummary& chunk);
     void load_table();
+    void check_snapshots();
     void walk(Pointer pointer, std::uint32_t level, std::uint64_t index);
     bool check_pointer(Pointer pointer, std::uint32_t level, std::uint64_t block);
     bool read_block(std::uint64_t segno, std::uint32_t slot, std::byte* out);
@@ -80,6 +82,8 @@ class LogCheck {
     std::map<std::pair<std::uint64_t, std::uint32_t>, std::size_t> by_place_;
     std::vector<Finding> findings_;
     Counts counts_;
+    bool has_snapshots_ = false;
+    std::unordered_set<Pointer> walked_;  // nodes, where snapshots may share them
 };
 
 }  // namespace hlfs

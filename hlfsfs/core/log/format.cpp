@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "log/snapshot_format.hpp"
+
 namespace hlfs {
 
 namespace {
@@ -60,6 +62,9 @@ bool consistent(const ChunkSummary& chunk) noexcept {
             if (size_bytes > kMaxMappedBytes)
                 return false;
         }
+        if (entry.kind == EntryKind::snap &&
+            (side_at > chunk.side.size() || !decode_snap_entry(std::span(chunk.side).subspan(side_at))))
+            return false;
         if (entry.kind == EntryKind::ext) {
             if (side_at + 8 > chunk.side.size())
                 return false;

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "log/format.hpp"
+#include "log/snapshot_format.hpp"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
@@ -69,8 +70,18 @@ std::uint32_t header_crc(const RingHeader& header) {
     return crc32c(0, &header, offsetof(RingHeader, crc));
 }
 
-std::size_t side_bytes_of(EntryKind kind) {
-    return kind == EntryKind::resize ? sizeof(std::uint64_t) : kind == EntryKind::ext ? sizeof(ExtTimes) : 0;
+// Of an entry whose side data begins there; 0: it has none.
+std::size_t side_bytes_of(EntryKind kind, std::span<const std::byte> side) {
+    switch (kind) {
+        case EntryKind::resize:
+            return sizeof(std::uint64_t);
+        case EntryKind::ext:
+            return sizeof(ExtTimes);
+        case EntryKind::snap:
+            return snap_entry_bytes(side);
+        default:
+            return 0;
+    }
 }
 
 [[noreturn]] void fail(int error, const char* what) {
@@ -237,8 +248,8 @@ void Ring::verify(const ChunkDescriptor& chunk) const {
     bool sound = count <= kChunkMaxEntries;
     for (std::uint32_t i = 0; sound && i < count; ++i) {
         const Entry entry = decode_entry(chunk.entries[i].data());
-        const std::size_t side = side_bytes_of(entry.kind);
-        const std::size_t side_at = std::size_t{entry.aux} * 8;
+        const std::size_t side_at = std::min(std::size_t{entry.aux} * 8, std::size_t{kChunkSideBytes});
+        const std::size_t side = side_bytes_of(entry.kind, std::span(chunk.side).subspan(side_at));
         blocks += entry.stored_blocks;
         side_bytes += side;
         const bool data = entry.kind == EntryKind::data || entry.kind == EntryKind::relocate;

@@ -438,7 +438,8 @@ void Host::close(Log& log) {
         throw std::logic_error("the volume is not open");
     if (const std::int64_t result = flush(*volume); result != 0)
         throw std::system_error(static_cast<int>(-result), std::generic_category(), "flush at close");
-    checkpoint(log, *volume);
+    while (checkpoint(log, *volume)) {
+    }
     const auto closed = volume->close_log(false);
     if (closed.discard_segno)
         log.remove(*closed.discard_segno);

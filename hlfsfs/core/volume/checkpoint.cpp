@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "base/failpoint.hpp"
+#include "volume/snapshots.hpp"
 
 namespace hlfs {
 
@@ -39,6 +40,18 @@ std::uint64_t hint_after(const Segment& segment, const std::vector<std::int64_t>
     const std::int64_t delta = segment.index < live_delta.size() ? live_delta[segment.index] : 0;
     return static_cast<std::uint64_t>(
         std::max<std::int64_t>(static_cast<std::int64_t>(segment.live_blocks_hint) + delta, 0));
+}
+
+// Completes a block of a chain that goes on at `next`, in the same segment; returns the pointer to it.
+Pointer link_chain_block(std::byte* block, ChainHeader header, Pointer next, const Segment& segment,
+                         std::uint32_t slot) {
+    header.next = next;
+    header.next_segno = next == kHole ? 0 : segment.identity.segno;
+    header.crc = 0;
+    std::memcpy(block, &header, sizeof header);
+    header.crc = crc32c_block(block);
+    std::memcpy(block, &header, sizeof header);
+    return make_pointer(segment.index, slot, crc32c_block(block));
 }
 
 std::int64_t mapped_in(const Node& node) noexcept {
@@ -178,9 +191,9 @@ struct Volume::Merge {
     std::vector<std::array<std::byte, kEntryBytes>> batch_entries;
     std::vector<std::size_t> batch_changes;
 
-    Merge(Volume& of, std::uint64_t log_generation)
+    Merge(Volume& of, const Frozen& frozen, std::uint64_t log_generation)
         : volume(of),
-          overlay(*of.frozen_),
+          overlay(frozen.overlay),
           old_root(of.root_),
           old_levels(of.levels_),
           generation(log_generation),
@@ -426,8 +439,12 @@ void Volume::freeze(Lock& lock) {
         wake();
         wait_change(lock);
     }
-    freeze_ = std::make_unique<Freeze>();
-    Freeze& frozen = *freeze_;
+    freeze_now();
+}
+
+// Nothing may stand in an open chunk.
+Volume::Frozen& Volume::freeze_now() {
+    Frozen& frozen = *frozen_.emplace_back(std::make_unique<Frozen>());
     frozen.replay_start = current_ != nullptr ? LogPosition{.segno = current_->identity.segno,
                                                             .slot = current_->tail_slot,
                                                             .reserved = 0,
@@ -444,65 +461,27 @@ void Volume::freeze(Lock& lock) {
     frozen.size_bytes = size_bytes_;
     frozen.mtime_ns = mtime_ns_;
     frozen.ctime_ns = ctime_ns_;
-    frozen.boundary_chunk = next_number();
+    frozen.boundary_chunk = open_ != nullptr ? open_->number : next_number();
     frozen.publishes = publishes_;
     frozen.log_slots = log_slots_;
-    frozen_ = std::make_unique<Overlay>(std::move(overlay_));
-    overlay_ = Overlay{};
+    frozen.overlay = std::exchange(overlay_, Overlay{});
+    return frozen;
 }
 
-void Volume::write_segment_table(std::uint64_t generation, const std::vector<std::int64_t>& live_delta,
-                                 Checkpoint& record) {
-    std::size_t blocks = 0;
-    {
-        const Lock lock(mutex_);
-        // Placing the chain may itself open one more segment.
-        blocks = (table_.size() + 1 + kTableEntriesPerBlock - 1) / kTableEntriesPerBlock;
-    }
+// A chain of blocks as one chunk; `fill` gets the segment, the slot and the memory of the first block.
+template <typename Fill>
+void Volume::place_chain(std::uint16_t kind, std::size_t blocks, std::uint64_t generation, Fill fill) {
     if (blocks > kChunkMaxBlocks)
-        throw std::system_error(EFBIG, std::generic_category(), "segment table too long");
+        throw std::system_error(EFBIG, std::generic_category(), "a chain of too many blocks");
     Entry entry;
     entry.kind = EntryKind::node;
     entry.stored_blocks = 1;
     entry.count = 1;
-    entry.aux = kNodeSegmentTable;
+    entry.aux = kind;
     std::byte* payload = core_.buffers().take(blocks * kBlockBytes);
     try {
-        place_node_chunk(
-            std::vector(blocks, encode(entry)), payload, blocks * kBlockBytes, generation,
-            [&](const Segment& segment, std::uint32_t slot) {
-                Pointer next = kHole;
-                for (std::size_t b = blocks; b-- > 0;) {
-                    std::byte* block = payload + b * kBlockBytes;
-                    std::memset(block, 0, kBlockBytes);
-                    ChainHeader header;
-                    header.kind = kNodeSegmentTable;
-                    header.first = static_cast<std::uint32_t>(b * kTableEntriesPerBlock);
-                    const std::size_t end = std::min<std::size_t>(table_.size(), header.first + kTableEntriesPerBlock);
-                    header.count = end > header.first ? static_cast<std::uint32_t>(end - header.first) : 0;
-                    header.next = next;
-                    header.next_segno = next == kHole ? 0 : segment.identity.segno;
-                    for (std::uint32_t i = 0; i < header.count; ++i) {
-                        const auto& from = table_[header.first + i];
-                        SegmentTableEntry to;
-                        if (from) {
-                            to.segno = from->identity.segno;
-                            to.log_no = from->log_no;
-                            to.state = from->distrusted ? SegmentState::damaged : from->state;
-                            to.live_blocks_hint = static_cast<std::uint32_t>(hint_after(*from, live_delta));
-                            to.last_time_s = from->last_time_s;
-                        }
-                        std::memcpy(block + sizeof header + i * sizeof to, &to, sizeof to);
-                    }
-                    std::memcpy(block, &header, sizeof header);
-                    header.crc = crc32c_block(block);
-                    std::memcpy(block, &header, sizeof header);
-                    next = make_pointer(segment.index, slot + static_cast<std::uint32_t>(b), crc32c_block(block));
-                }
-                record.segment_table_root = next;
-                record.segment_table_segno = segment.identity.segno;
-                record.segment_table_count = static_cast<std::uint32_t>(table_.size());
-            });
+        place_node_chunk(std::vector(blocks, encode(entry)), payload, blocks * kBlockBytes, generation,
+                         [&](const Segment& segment, std::uint32_t slot) { fill(segment, slot, payload); });
     } catch (...) {
         const Lock lock(mutex_);
         const bool owned =
@@ -513,14 +492,89 @@ void Volume::write_segment_table(std::uint64_t generation, const std::vector<std
     }
 }
 
+void Volume::write_segment_table(std::uint64_t generation, const std::vector<std::int64_t>& live_delta,
+                                 Checkpoint& record) {
+    std::size_t blocks = 0;
+    {
+        const Lock lock(mutex_);
+        // Placing the chain may itself open one more segment.
+        blocks = (table_.size() + 1 + kTableEntriesPerBlock - 1) / kTableEntriesPerBlock;
+    }
+    place_chain(
+        kNodeSegmentTable, blocks, generation, [&](const Segment& segment, std::uint32_t slot, std::byte* payload) {
+            Pointer next = kHole;
+            for (std::size_t b = blocks; b-- > 0;) {
+                std::byte* block = payload + b * kBlockBytes;
+                std::memset(block, 0, kBlockBytes);
+                ChainHeader header;
+                header.kind = kNodeSegmentTable;
+                header.first = static_cast<std::uint32_t>(b * kTableEntriesPerBlock);
+                const std::size_t end = std::min<std::size_t>(table_.size(), header.first + kTableEntriesPerBlock);
+                header.count = end > header.first ? static_cast<std::uint32_t>(end - header.first) : 0;
+                for (std::uint32_t i = 0; i < header.count; ++i) {
+                    const auto& from = table_[header.first + i];
+                    SegmentTableEntry to;
+                    if (from) {
+                        to.segno = from->identity.segno;
+                        to.log_no = from->log_no;
+                        to.state = from->distrusted ? SegmentState::damaged : from->state;
+                        to.live_blocks_hint = static_cast<std::uint32_t>(hint_after(*from, live_delta));
+                        to.last_time_s = from->last_time_s;
+                    }
+                    std::memcpy(block + sizeof header + i * sizeof to, &to, sizeof to);
+                }
+                next = link_chain_block(block, header, next, segment, slot + static_cast<std::uint32_t>(b));
+            }
+            record.segment_table_root = next;
+            record.segment_table_segno = segment.identity.segno;
+            record.segment_table_count = static_cast<std::uint32_t>(table_.size());
+        });
+}
+
+// Of the snapshots that are merged, and those that the merge under way completes. The entries of the others stand where
+// a replay finds them.
+void Volume::write_snapshot_directory(std::uint64_t generation, const Frozen& merged, PendingCheckpoint& pending) {
+    std::vector<DirectoryEntry> entries;
+    {
+        const Lock lock(mutex_);
+        for (const auto& snapshot : snapshots_) {
+            if (snapshot->frozen != nullptr && snapshot->frozen != &merged)
+                continue;
+            DirectoryEntry& entry = entries.emplace_back(snapshot->entry);
+            if (snapshot->frozen != nullptr) {
+                entry.record.root = pending.root;
+                entry.record.levels = pending.levels;
+                entry.record.mapped_blocks = static_cast<std::uint64_t>(pending.mapped);
+            }
+        }
+    }
+    if (entries.empty())
+        return;
+    const auto blocks = encode_directory(entries);
+    place_chain(kNodeSnapshotDirectory, blocks.size(), generation,
+                [&](const Segment& segment, std::uint32_t slot, std::byte* payload) {
+                    Pointer next = kHole;
+                    for (std::size_t b = blocks.size(); b-- > 0;) {
+                        std::byte* block = payload + b * kBlockBytes;
+                        std::memcpy(block, blocks[b].data(), kBlockBytes);
+                        ChainHeader header;
+                        std::memcpy(&header, block, sizeof header);
+                        next = link_chain_block(block, header, next, segment, slot + static_cast<std::uint32_t>(b));
+                    }
+                    pending.record.snapshot_directory_root = next;
+                });
+}
+
 std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
     std::uint64_t generation = 0;
+    // Others may be frozen behind it meanwhile; only its installation takes it away.
+    const Frozen* frozen = nullptr;
     {
         Lock lock(mutex_);
         while (checkpointing_)
             wait_change(lock);
         checkpoint_requested_ = false;
-        if (read_only_ || (publishes_ == publishes_at_checkpoint_ && !frozen_))
+        if (read_only_ || (publishes_ == publishes_at_checkpoint_ && frozen_.empty()))
             return std::nullopt;
         checkpointing_ = true;
     }
@@ -531,17 +585,20 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
             while (broken_)
                 wait_disk(lock, refusals);
             // One that failed after its freeze left the frozen part behind: finish that one.
-            if (!frozen_)
+            const bool ends_with_snapshot = !frozen_.empty() && !frozen_.back()->snapshots.empty();
+            if (frozen_.empty() || (ends_with_snapshot && publishes_ != frozen_.back()->publishes))
                 freeze(lock);
             generation = log_generation_;
+            frozen = frozen_.front().get();
         }
         auto pending = std::make_unique<PendingCheckpoint>();
-        Merge merge(*this, generation);
-        pending->root = merge.run(freeze_->size_bytes);
+        Merge merge(*this, *frozen, generation);
+        pending->root = merge.run(frozen->size_bytes);
         pending->levels = pending->root == kHole ? 0 : merge.levels;
         pending->mapped = pending->root == kHole ? 0 : std::max<std::int64_t>(merge.mapped, 0);
         pending->live_delta = std::move(merge.live_delta);
         Checkpoint& record = pending->record;
+        write_snapshot_directory(generation, *frozen, *pending);
         write_segment_table(generation, pending->live_delta, record);
         Lock lock(mutex_);
         const std::uint64_t end = next_number();
@@ -555,12 +612,12 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
         record.log_uuid = config_.log_uuid;
         record.generation = generation_ + 1;
         record.epoch = epoch_;
-        record.replay_start = freeze_->replay_start;
+        record.replay_start = frozen->replay_start;
         record.root = pending->root;
         record.levels = static_cast<std::uint8_t>(pending->levels);
-        record.size_bytes = freeze_->size_bytes;
-        record.mtime_ns = freeze_->mtime_ns;
-        record.ctime_ns = freeze_->ctime_ns;
+        record.size_bytes = frozen->size_bytes;
+        record.mtime_ns = frozen->mtime_ns;
+        record.ctime_ns = frozen->ctime_ns;
         record.time_ns = realtime_ns();
         record.durable_sequence = durable_end_ - 1;
         record.next_segno = next_segno_;
@@ -574,7 +631,8 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
     }
 }
 
-void Volume::checkpoint_installed() {
+bool Volume::checkpoint_installed() {
+    bool more = false;
     {
         const Lock lock(mutex_);
         older_ =
@@ -586,6 +644,9 @@ void Volume::checkpoint_installed() {
             segment->live_blocks_hint = hint_after(*segment, pending_->live_delta);
             segment->moved = false;
         }
+        const Frozen& merged = *frozen_.front();
+        for (const auto& snapshot : merged.snapshots)
+            snapshot->merged(pending_->root, pending_->levels, pending_->mapped);
         root_ = pending_->root;
         levels_ = pending_->levels;
         mapped_blocks_ = pending_->mapped;
@@ -593,21 +654,22 @@ void Volume::checkpoint_installed() {
         ++base_generation_;
         ++generation_;
         newest_slot_ = 1 - newest_slot_;
-        core_.overlay_entries.fetch_sub(frozen_->entries(), std::memory_order_relaxed);
-        publishes_at_checkpoint_ = freeze_->publishes;
-        log_slots_at_checkpoint_ = freeze_->log_slots;
-        while (first_place_ < freeze_->boundary_chunk && !places_.empty() && places_.front().live == nullptr) {
+        core_.overlay_entries.fetch_sub(merged.overlay.entries(), std::memory_order_relaxed);
+        publishes_at_checkpoint_ = merged.publishes;
+        log_slots_at_checkpoint_ = merged.log_slots;
+        while (first_place_ < merged.boundary_chunk && !places_.empty() && places_.front().live == nullptr) {
             places_.pop_front();
             ++first_place_;
         }
-        frozen_.reset();
-        freeze_.reset();
+        frozen_.pop_front();
         pending_.reset();
         checkpointing_ = false;
+        more = !frozen_.empty();
         changed_.notify_all();
         maybe_checkpoint();
     }
     core_.wake_parked();
+    return more;
 }
 
 std::optional<std::pair<int, std::vector<std::byte>>> Volume::repeat_checkpoint() {

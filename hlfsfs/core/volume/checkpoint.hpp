@@ -1,18 +1,21 @@
-// What a checkpoint under way remembers between its freeze, its slot, and its installation.
+// What a checkpoint remembers between its freeze, its slot, and its installation.
 #pragma once
 
 #include "volume/volume.hpp"
 
 namespace hlfs {
 
-struct Volume::Freeze {
+// What is to be merged, with what goes into the slot then.
+struct Volume::Frozen {
+    Overlay overlay;
     LogPosition replay_start;
     std::uint64_t size_bytes = 0;
     std::uint64_t mtime_ns = 0;
     std::uint64_t ctime_ns = 0;
-    std::uint64_t boundary_chunk = 0;  // chunks from here on are not in the frozen overlay
+    std::uint64_t boundary_chunk = 0;  // chunks from here on are not in the overlay
     std::uint64_t publishes = 0;
     std::uint64_t log_slots = 0;
+    std::vector<std::shared_ptr<Snapshot>> snapshots;  // whose content this ends with
 };
 
 struct Volume::PendingCheckpoint {

@@ -92,13 +92,16 @@ struct Volume::Survey {
         std::uint16_t level = kData;
         bool live = false;       // a kept map leads here
         bool in_newest = false;  // the newest one does
+        bool pinned = false;     // a snapshot does: to move it would free nothing
     };
     std::vector<Block> blocks;  // by slot
     std::uint64_t base_generation = 0;
     std::uint64_t live = 0;
     std::uint64_t in_newest = 0;
+    std::uint64_t pinned = 0;
     std::uint64_t log_blocks = 0;
     bool footer = false;
+    bool has_snapshots = false;
     std::uint32_t end_slot = 0;  // of what may be punched
 };
 
@@ -166,7 +169,7 @@ std::vector<Volume::CleanCandidate> Volume::clean_candidates() const {
             found.push_back({.index = segment->index,
                              .segno = segment->identity.segno,
                              .slots = segment_slots_,
-                             .live_blocks_hint = segment->live_blocks_hint,
+                             .live_blocks_hint = std::max(segment->live_blocks_hint, segment->pinned_blocks),
                              .moved = segment->moved});
         }
     }
@@ -194,6 +197,7 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
     Survey survey;
     KeptMap newest;
     KeptMap older;
+    std::vector<KeptMap> snapshots;
     std::uint64_t segno = 0;
     {
         const Lock lock(mutex_);
@@ -203,6 +207,8 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
         survey.base_generation = base_generation_;
         newest = {.root = root_, .levels = levels_, .generation = generation_, .replay_start = {}};
         older = older_.value_or(newest);
+        snapshots = snapshot_maps();
+        survey.has_snapshots = !snapshots.empty();
     }
     const SegmentHeader header = read_segment_header(fd);
     if (header.log_uuid != config_.log_uuid || header.segno != segno || header.table_index != index)
@@ -242,8 +248,17 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
     for (Survey::Block& block : survey.blocks) {
         block.in_newest = leads(in_newest, block);
         block.live = block.in_newest || (!same && leads(in_older, block));
-        survey.live += block.live ? 1 : 0;
         survey.in_newest += block.in_newest ? 1 : 0;
+    }
+    for (const KeptMap& map : snapshots) {
+        MapCursor in_snapshot(*this, map);
+        for (Survey::Block& block : survey.blocks)
+            block.pinned = block.pinned || leads(in_snapshot, block);
+    }
+    for (Survey::Block& block : survey.blocks) {
+        block.live = block.live || block.pinned;
+        survey.live += block.live ? 1 : 0;
+        survey.pinned += block.pinned ? 1 : 0;
     }
     std::sort(survey.blocks.begin(), survey.blocks.end(), [](const auto& a, const auto& b) { return a.slot < b.slot; });
     return survey;
@@ -251,14 +266,17 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
 
 Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how, std::uint32_t min_run) {
     const Survey found = survey(index, fd);
-    Cleaned cleaned{.blocks = found.log_blocks, .live_blocks = found.live};
+    Cleaned cleaned{.blocks = found.log_blocks, .live_blocks = found.live, .pinned_blocks = found.pinned};
     {
         const Lock lock(mutex_);
         Segment& segment = *table_[index];
-        // Without a footer, chunks that are damaged are not seen: what they hold is known by the counts alone.
-        cleaned.removable = found.live == 0 && (found.footer || segment.live_blocks_hint == 0);
+        // Without a footer, chunks that are damaged are not seen: what they hold is known by the counts alone, which
+        // tell nothing of snapshots.
+        cleaned.removable =
+            found.live == 0 && (found.footer || (segment.live_blocks_hint == 0 && !found.has_snapshots));
         if (base_generation_ == found.base_generation && found.footer)
             segment.live_blocks_hint = found.in_newest;
+        segment.pinned_blocks = found.pinned;
     }
     if (cleaned.removable || how == CleanHow::look) {
         cleaned.dead_blocks = cleaned.removable ? allocated_bytes(fd) / kBlockBytes : count_dead(found, fd);
@@ -406,7 +424,7 @@ std::uint64_t Volume::move_live(const Survey& survey, int fd) {
         batch.clear();
     };
     for (const Survey::Block& block : survey.blocks) {
-        if (!block.in_newest)
+        if (!block.in_newest || block.pinned)
             continue;
         if (block.level != kData) {
             const Lock lock(mutex_);

@@ -196,4 +196,46 @@ std::uint64_t Overlay::punched_until(std::uint64_t leaf_no) const noexcept {
     return std::min(end, next_entries(leaf_no).value_or(end));
 }
 
+OverlayStack::Leaf::Leaf(const OverlayStack& stack, std::uint64_t leaf_no) noexcept {
+    for (std::size_t i = 0; i < stack.depth_ && !punched_; ++i) {
+        if (const Overlay::Leaf* leaf = stack.overlays_[i]->leaf(leaf_no))
+            leaves_[depth_++] = leaf;
+        punched_ = stack.overlays_[i]->leaf_punched(leaf_no);
+    }
+}
+
+std::optional<BlockRef> OverlayStack::Leaf::find(std::uint32_t block_in_leaf) const noexcept {
+    for (std::size_t i = 0; i < depth_; ++i) {
+        if (const Overlay::Item* item = leaves_[i]->find(block_in_leaf))
+            return item->ref();
+    }
+    if (punched_)
+        return BlockRef{.chunk = 0, .index = 0, .hole = true, .crc = 0};
+    return std::nullopt;
+}
+
+std::optional<BlockRef> OverlayStack::find(std::uint64_t block) const noexcept {
+    return Leaf(*this, block >> kNodeShift).find(static_cast<std::uint32_t>(block & (kNodeEntries - 1)));
+}
+
+std::optional<std::uint64_t> OverlayStack::next_entries(std::uint64_t leaf_no) const noexcept {
+    std::optional<std::uint64_t> best;
+    for (std::size_t i = 0; i < depth_; ++i) {
+        const auto next = overlays_[i]->next_entries(leaf_no);
+        if (next && (!best || *next < *best))
+            best = next;
+    }
+    return best;
+}
+
+std::optional<std::uint64_t> OverlayStack::punched_until(std::uint64_t leaf_no) const noexcept {
+    for (std::size_t i = 0; i < depth_; ++i) {
+        if (!overlays_[i]->leaf_punched(leaf_no))
+            continue;
+        const std::uint64_t end = overlays_[i]->punched_until(leaf_no);
+        return std::min(end, next_entries(leaf_no).value_or(end));
+    }
+    return std::nullopt;
+}
+
 }  // namespace hlfs

@@ -6,6 +6,8 @@
 // volume's mutex.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -88,6 +90,40 @@ class Overlay {
     std::uint64_t entries_ = 0;
     std::uint64_t data_entries_ = 0;
     std::uint64_t leaves_ = 0;
+};
+
+// Overlays over one another, the newest first: what one does not say the next may, and what none says the page table
+// under them does. Valid as long as none of them is changed.
+class OverlayStack {
+  public:
+    static constexpr std::size_t kMost = 32;
+
+    // What they say of one leaf.
+    class Leaf {
+      public:
+        Leaf(const OverlayStack& stack, std::uint64_t leaf_no) noexcept;
+        // nullopt: nothing.
+        [[nodiscard]] std::optional<BlockRef> find(std::uint32_t block_in_leaf) const noexcept;
+        // Nothing of the page table's leaf is seen.
+        [[nodiscard]] bool hides_table() const noexcept { return punched_; }
+
+      private:
+        std::array<const Overlay::Leaf*, kMost> leaves_;
+        std::size_t depth_ = 0;
+        bool punched_ = false;
+    };
+
+    void add_below(const Overlay& overlay) noexcept { overlays_[depth_++] = &overlay; }
+
+    [[nodiscard]] std::optional<BlockRef> find(std::uint64_t block) const noexcept;
+    // The first leaf at or after `leaf_no` that has entries.
+    [[nodiscard]] std::optional<std::uint64_t> next_entries(std::uint64_t leaf_no) const noexcept;
+    // Where the punched range that holds `leaf_no` ends, or a leaf with entries comes first; nullopt: it is in none.
+    [[nodiscard]] std::optional<std::uint64_t> punched_until(std::uint64_t leaf_no) const noexcept;
+
+  private:
+    std::array<const Overlay*, kMost> overlays_;
+    std::size_t depth_ = 0;
 };
 
 }  // namespace hlfs

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "volume/snapshots.hpp"
 #include "volume/volume.hpp"
 
 namespace hlfs {
@@ -14,6 +15,7 @@ struct ReadOp {
     enum class Purpose { reply, edge, seek };
 
     std::shared_ptr<Volume> volume;
+    std::shared_ptr<Volume::Snapshot> snapshot;  // nullptr: the head
     Purpose purpose = Purpose::reply;
     Completion* done = nullptr;
 

@@ -13,6 +13,7 @@
 
 #include "base/failpoint.hpp"
 #include "log/log_scan.hpp"
+#include "volume/checkpoint.hpp"
 #include "volume/volume.hpp"
 
 namespace hlfs {
@@ -192,7 +193,7 @@ struct Volume::Replay {
             if (chunk.header.time_ns > volume.mtime_ns_)
                 volume.mtime_ns_ = volume.ctime_ns_ = chunk.header.time_ns;
             for (std::size_t i = first; i <= last; ++i) {
-                apply(chunk, chunk.entries[i], number, index, crcs.data() + index);
+                apply(chunk, chunk.entries[i], number, index, crcs.data() + index, sequence + (i - first));
                 index += chunk.entries[i].stored_blocks;
             }
             ++volume.publishes_;
@@ -204,7 +205,7 @@ struct Volume::Replay {
     }
 
     void apply(const ChunkSummary& chunk, const Entry& entry, std::uint64_t number, std::uint32_t index,
-               const std::uint32_t* crcs) {
+               const std::uint32_t* crcs, std::uint64_t sequence) {
         switch (entry.kind) {
             case EntryKind::data:
             case EntryKind::relocate:
@@ -225,6 +226,26 @@ struct Volume::Replay {
                 std::memcpy(&times, side, sizeof times);
                 volume.mtime_ns_ = times.mtime_ns;
                 volume.ctime_ns_ = times.ctime_ns;
+                break;
+            }
+            case EntryKind::snap: {
+                const auto snap = decode_snap_entry(std::span(chunk.side).subspan(std::size_t{entry.aux} * 8));
+                if (!snap)
+                    break;
+                if (volume.frozen_.size() + 2 > OverlayStack::kMost) {
+                    damage("more snapshots than a checkpoint leaves to the log, at " +
+                           place_name(chunk.header.segno, chunk.header.slot));
+                    break;
+                }
+                if (Frozen* const frozen = volume.apply_snap(*snap, sequence)) {
+                    // A checkpoint of it has this chunk replayed whole: what stands before the entry comes out the
+                    // same.
+                    frozen->replay_start = {.segno = chunk.header.segno,
+                                            .slot = chunk.header.slot,
+                                            .reserved = 0,
+                                            .sequence = chunk.header.first_sequence};
+                    frozen->boundary_chunk = number;
+                }
                 break;
             }
             default:
@@ -273,6 +294,14 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
         }
         known_indexes = std::max(known_indexes, from.segment_table_count);
         load_segment_table(from, segments);
+        try {
+            load_snapshots(from, segments);
+        } catch (const FormatError& error) {
+            // What they hold is not known, so nothing may be cleaned.
+            snapshots_.clear();
+            report.read_only = true;
+            report.damage = error.what();
+        }
     }
 
     // Headers first: they carry the cuts.
@@ -399,7 +428,7 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
     previous_end_.sequence = replay.expected;
     durable_position_ = previous_end_;
     epoch_ = disk_epoch + 1;
-    core_.overlay_entries.fetch_add(overlay_.entries(), std::memory_order_relaxed);
+    core_.overlay_entries.fetch_add(overlay_entries(), std::memory_order_relaxed);
     log_slots_at_checkpoint_ = 0;
     // Idle from now on: many volumes recovered at once must not all be checkpointed at once.
     last_publish_ns_ = monotonic_ns();
@@ -503,6 +532,11 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
                     std::memcpy(&item.size_bytes, side, 8);
                     side_bytes += 8;
                 }
+                if (entry.kind == EntryKind::snap) {
+                    item.side = side;
+                    item.size_bytes = snap_entry_bytes(std::span(chunk->side).subspan(std::size_t{entry.aux} * 8));
+                    side_bytes += item.size_bytes;
+                }
                 if (entry.kind == EntryKind::ext) {
                     ExtTimes times;
                     std::memcpy(&times, side, sizeof times);
@@ -517,7 +551,11 @@ void Volume::replay_ring(Ring& old_ring, std::uint64_t disk_epoch, RecoveryRepor
             }
             if (wanted) {
                 replay_time_ns_ = std::max<std::uint64_t>(chunk->time_ns, 1);
-                publish_waiting(items, data_blocks, side_bytes);
+                if (items.front().kind == EntryKind::snap) {
+                    republish_snap(items.front());
+                } else {
+                    publish_waiting(items, data_blocks, side_bytes);
+                }
                 report.ring_entries += items.size();
             }
             sequence += items.size();

@@ -36,7 +36,7 @@ Volume::~Volume() {
     for (LiveChunk* chunk : live_)
         unpin(core_, chunk);
     core_.published_pages.fetch_sub(live_pages_, std::memory_order_relaxed);
-    core_.overlay_entries.fetch_sub(overlay_.entries() + (frozen_ ? frozen_->entries() : 0), std::memory_order_relaxed);
+    core_.overlay_entries.fetch_sub(overlay_entries(), std::memory_order_relaxed);
 }
 
 void Volume::shut_down() noexcept {
@@ -86,7 +86,7 @@ Volume::Stats Volume::stats() const {
     stats.size_bytes = size_bytes_;
     stats.mapped_bytes = mapped_estimate() * kBlockBytes;
     stats.dirty_bytes = live_pages_ * kBlockBytes;
-    stats.overlay_entries = overlay_.entries() + (frozen_ ? frozen_->entries() : 0);
+    stats.overlay_entries = overlay_entries();
     stats.appended_bytes = log_slots_ * kBlockBytes;
     stats.first_pinned_segno = first_pinned_segno();
     for (const auto& segment : table_) {

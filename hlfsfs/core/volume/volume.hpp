@@ -20,6 +20,7 @@
 #include "base/dataplane.hpp"
 #include "log/format.hpp"
 #include "log/segment.hpp"
+#include "log/snapshot_format.hpp"
 #include "ring/ring.hpp"
 #include "volume/core.hpp"
 #include "volume/overlay.hpp"
@@ -119,11 +120,12 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void room_made(bool enough);
     void supply_descriptor(std::uint32_t index, int fd, int error);
 
-    // Merges what is frozen and returns the slot's bytes and number to write; nullopt when nothing changed. Waits for
-    // I/O. Throws std::system_error (ENOSPC: the old checkpoint stays valid and nothing is lost).
+    // Merges what was frozen first and returns the slot's bytes and number to write; nullopt when nothing changed. The
+    // head is frozen, too, behind what snapshots froze. Waits for I/O. Throws std::system_error (ENOSPC: the old
+    // checkpoint stays valid and nothing is lost).
     std::optional<std::pair<int, std::vector<std::byte>>> checkpoint();
-    // The slot is durable: the merged map takes over.
-    void checkpoint_installed();
+    // The slot is durable: the merged map takes over. Tells whether there is more to merge.
+    bool checkpoint_installed();
     void checkpoint_failed() noexcept;
 
     // The newest checkpoint once more, for the slot of the older one: what only the older one keeps from the cleaner is
@@ -145,12 +147,13 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     // not in the table. A crash between the two leaves them.
     [[nodiscard]] std::vector<std::uint64_t> orphans(const std::vector<std::uint64_t>& segnos) const;
     struct Cleaned {
-        std::uint64_t blocks = 0;        // payload and summaries
-        std::uint64_t live_blocks = 0;   // that a map leads to
-        std::uint64_t dead_blocks = 0;   // look: what punching would free now
-        std::uint64_t freed_blocks = 0;  // punched now
-        std::uint64_t moved_blocks = 0;  // written again at the log's end
-        bool removable = false;          // no map leads into it: release_segment(), then the file may go
+        std::uint64_t blocks = 0;         // payload and summaries
+        std::uint64_t live_blocks = 0;    // that a map leads to
+        std::uint64_t pinned_blocks = 0;  // of these, that a snapshot's does
+        std::uint64_t dead_blocks = 0;    // look: what punching would free now
+        std::uint64_t freed_blocks = 0;   // punched now
+        std::uint64_t moved_blocks = 0;   // written again at the log's end
+        bool removable = false;           // no map leads into it: release_segment(), then the file may go
     };
     enum class CleanHow { look, punch, move };
     // Looks up every block of a candidate in both kept maps. punch: gives the space of runs of at least `min_run`
@@ -185,6 +188,28 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     };
     [[nodiscard]] Stats stats() const;
 
+    // --- snapshots (snapshots.cpp); what changes them waits, and is durable on return
+    struct SnapshotInfo {
+        std::uint64_t id = 0;
+        std::uint64_t parent_id = 0;
+        std::uint64_t group_id = 0;
+        std::string name;
+        std::uint64_t sequence = 0;  // the first that it does not hold
+        std::uint64_t time_ns = 0;
+        std::uint64_t mtime_ns = 0;
+        std::uint64_t size_bytes = 0;
+    };
+    // The oldest first.
+    [[nodiscard]] std::vector<SnapshotInfo> snapshots() const;
+    // Holds every request acknowledged before. Throws std::system_error: EEXIST (the id or the name), EINVAL (no such
+    // name can be), EROFS, ENOSPC, EIO (not known to be durable).
+    void create_snapshot(std::uint64_t id, const std::string& name, std::uint64_t group_id);
+    // Who reads it goes on. Throws std::system_error as create_snapshot(), ENOENT.
+    void remove_snapshot(std::uint64_t id);
+    void rename_snapshot(std::uint64_t id, const std::string& name);
+    // Read-only. nullptr: there is none.
+    [[nodiscard]] std::shared_ptr<DataVolume> open_snapshot(std::uint64_t id);
+
     // --- for the core's threads
     void work() noexcept;
     void tick(std::uint64_t now_ns) noexcept;
@@ -199,6 +224,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
   private:
     friend struct ReadOp;
     friend struct Mutation;
+    friend class SnapshotView;
 
     struct ChunkPlace {
         std::uint32_t segment_index = 0;
@@ -220,7 +246,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         std::uint64_t count;
         std::uint32_t first_page;
         const std::uint32_t* crcs;
-        std::uint64_t size_bytes;  // resize
+        std::uint64_t size_bytes;  // resize; snap: of `side`
+        const std::byte* side;     // snap
         std::uint64_t mtime_ns;    // ext times
         std::uint64_t ctime_ns;
     };
@@ -241,6 +268,14 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         } from;
         std::uint32_t crc;
         std::uint32_t mask;
+    };
+    struct Snapshot;
+    struct Frozen;
+    // A page table, and what has changed since it was written.
+    struct MapView {
+        OverlayStack changes;
+        Pointer root = kHole;
+        std::uint32_t levels = 0;
     };
     // What resolve() could not go on without.
     struct Missing {
@@ -274,7 +309,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void wake();
     void touch(std::uint64_t now_ns) noexcept;
     [[nodiscard]] std::uint64_t mapped_estimate() const;
+    [[nodiscard]] std::uint64_t overlay_entries() const;
     void maybe_checkpoint();
+    void request_checkpoint();
 
     // log (volume_log.cpp)
     LiveChunk* next_to_write();
@@ -304,13 +341,22 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void wait_disk(Lock& lock, std::uint64_t refusals);
 
     // reads (volume_read.cpp)
-    bool resolve(std::uint64_t first_block, std::uint32_t blocks, BlockSource* sources, Missing& missing);
+    // Of the head, or a snapshot.
+    [[nodiscard]] MapView map(const Snapshot* snapshot = nullptr) const;
+    void read_from(const std::shared_ptr<Snapshot>& snapshot, std::uint64_t offset, std::uint32_t size_bytes,
+                   bool may_wait, Completion& done) noexcept;
+    void seek_from(const std::shared_ptr<Snapshot>& snapshot, std::uint64_t offset, int whence,
+                   Completion& done) noexcept;
+    [[nodiscard]] std::uint64_t size_of(const Snapshot* snapshot) const;
+    bool resolve(const MapView& map, std::uint64_t first_block, std::uint32_t blocks, BlockSource* sources,
+                 Missing& missing);
     void release(BlockSource* sources, std::uint32_t blocks) noexcept;
-    std::optional<Pointer> base_pointer(std::uint64_t block, Missing& missing);
-    const Node* leaf_node(std::uint64_t leaf_no, Missing& missing, BlockCache::Frame*& pinned, bool& hole);
+    std::optional<Pointer> table_pointer(const MapView& map, std::uint64_t leaf_no, Missing& missing);
+    const Node* leaf_node(const MapView& map, std::uint64_t leaf_no, Missing& missing, BlockCache::Frame*& pinned,
+                          bool& hole);
     void start_read(ReadOp* op, bool may_wait = false) noexcept;
-    void load_missing(Lock& lock, const Missing& missing, ReadOp* op) noexcept;
-    void choose_ahead(ReadOp& op, std::uint64_t leaf_no);
+    void load_missing(Lock& lock, const MapView& map, const Missing& missing, ReadOp* op) noexcept;
+    void choose_ahead(const MapView& map, ReadOp& op, std::uint64_t leaf_no);
     void finish_read(ReadOp* op) noexcept;
     [[nodiscard]] BlockVersion version_of(std::uint64_t block) const;
     // error: what the disk said; 0: it gave something else than the map says.
@@ -352,16 +398,29 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
 
     // checkpoint (checkpoint.cpp)
     struct Merge;
-    struct Freeze;
     struct PendingCheckpoint;
     void freeze(Lock& lock);
+    Frozen& freeze_now();
     void load_node_waiting(Pointer pointer, Node& out);
     // Gives a chunk of nodes its sequences and its place, then lets `fill` complete the payload under the lock, and
     // queues it. Waits for space. Throws std::system_error.
     template <typename Fill>
     void place_node_chunk(std::vector<std::array<std::byte, kEntryBytes>> entries, std::byte* payload,
                           std::size_t payload_bytes, std::uint64_t generation, Fill fill);
+    template <typename Fill>
+    void place_chain(std::uint16_t kind, std::size_t blocks, std::uint64_t generation, Fill fill);
     void write_segment_table(std::uint64_t generation, const std::vector<std::int64_t>& live_delta, Checkpoint& record);
+
+    // snapshots (snapshots.cpp)
+    [[nodiscard]] Snapshot* find_snapshot(std::uint64_t id) const;
+    void check_new_name(const std::string& name) const;
+    void publish_snap(const SnapEntry& entry);
+    void change_snapshot(const SnapEntry& entry);
+    void republish_snap(const PublishItem& item);
+    Frozen* apply_snap(const SnapEntry& entry, std::uint64_t sequence);
+    void write_snapshot_directory(std::uint64_t generation, const Frozen& merged, PendingCheckpoint& pending);
+    void load_snapshots(const Checkpoint& checkpoint, const std::vector<std::pair<std::uint64_t, int>>& segments);
+    [[nodiscard]] std::vector<KeptMap> snapshot_maps();
 
     // recovery (recovery.cpp)
     struct Replay;
@@ -392,7 +451,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
 
     // map
     Overlay overlay_;
-    std::unique_ptr<Overlay> frozen_;
+    std::deque<std::unique_ptr<Frozen>> frozen_;                // the oldest first
+    std::vector<std::shared_ptr<Snapshot>> snapshots_;          // by sequence
+    std::vector<std::shared_ptr<Snapshot>> removed_snapshots_;  // that somebody may still read
     Pointer root_ = kHole;
     std::uint32_t levels_ = 0;
     std::uint64_t base_generation_ = 0;
@@ -468,7 +529,6 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     bool counted_parked_ = false;
 
     // checkpoint
-    std::unique_ptr<Freeze> freeze_;
     std::unique_ptr<PendingCheckpoint> pending_;
     bool checkpointing_ = false;
     bool checkpoint_requested_ = false;

@@ -38,6 +38,8 @@ constexpr std::uint32_t kFastSlots = 1024;
 constexpr std::uint64_t kFastNsPerSlot = 200'000;
 constexpr std::uint64_t kCheapCheckpointBytes = std::uint64_t{256} << 20;
 constexpr std::uint64_t kCheapShare = 64;
+// So much may be frozen for snapshots before a checkpoint merges it.
+constexpr std::size_t kFewFrozen = 4;
 constexpr std::uint64_t kRefusalNs = 100'000'000;
 constexpr std::uint64_t kRetryNs = 200'000'000;
 constexpr std::uint64_t kRetryBrokenNs = 1'000'000'000;
@@ -369,7 +371,7 @@ Volume::Admission Volume::admit(std::size_t entries, std::size_t blocks, std::si
         return Admission::wait;
     }
     if (core_.overlay_entries.load(std::memory_order_relaxed) > core_.options().max_overlay_entries &&
-        overlay_.entries() + (frozen_ ? frozen_->entries() : 0) + blocks > kFloorEntries) {
+        overlay_entries() + blocks > kFloorEntries) {
         maybe_checkpoint();
         return Admission::wait;
     }
@@ -466,12 +468,16 @@ void Volume::publish(std::span<const PublishItem> items, std::atomic<std::uint64
                 times_given = true;
                 break;
             }
+            case EntryKind::snap:
+                entry.aux = static_cast<std::uint16_t>(chunk.side_bytes / 8);
+                append_side(chunk, item.side, item.size_bytes);
+                break;
             default:
                 break;
         }
         chunk.entries[count + i] = encode(entry);
     }
-    if (items.front().kind == EntryKind::relocate) {
+    if (items.front().kind == EntryKind::relocate || items.front().kind == EntryKind::snap) {
         // The same content: nothing happened that a reader could see.
         chunk.time_ns = mtime_ns_;
     } else if (!times_given) {
@@ -529,7 +535,12 @@ void Volume::maybe_checkpoint() {
                          !overlay_.empty();
     // Where few nodes would be written for much of the log: what was overwritten meanwhile is free the sooner.
     const bool cheap = log_bytes > kCheapCheckpointBytes && overlay_.leaves() * kBlockBytes * kCheapShare < log_bytes;
-    if (!many_entries && !long_log && !pressed && !cheap)
+    if (many_entries || long_log || pressed || cheap || frozen_.size() > kFewFrozen)
+        request_checkpoint();
+}
+
+void Volume::request_checkpoint() {
+    if (checkpoint_requested_ || checkpointing_)
         return;
     checkpoint_requested_ = true;
     Event event;

@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <utility>
 
+#include "volume/checkpoint.hpp"
 #include "volume/mutation.hpp"
 #include "volume/read_op.hpp"
 #include "volume/volume.hpp"
@@ -32,13 +33,44 @@ ReadOp::~ReadOp() {
         volume->core_.buffers().give(node_buffer, node_buffer_bytes());
 }
 
+Volume::MapView Volume::map(const Snapshot* snapshot) const {
+    MapView map;
+    if (snapshot != nullptr && snapshot->frozen == nullptr) {
+        map.root = snapshot->entry.record.root;
+        map.levels = static_cast<std::uint32_t>(snapshot->entry.record.levels);
+        return map;
+    }
+    map.root = root_;
+    map.levels = levels_;
+    bool holds = snapshot == nullptr;
+    if (holds)
+        map.changes.add_below(overlay_);
+    for (auto frozen = frozen_.rbegin(); frozen != frozen_.rend(); ++frozen) {
+        holds = holds || frozen->get() == snapshot->frozen;
+        if (holds)
+            map.changes.add_below((*frozen)->overlay);
+    }
+    return map;
+}
+
+std::uint64_t Volume::size_of(const Snapshot* snapshot) const {
+    return snapshot != nullptr ? snapshot->entry.record.size_bytes : size_bytes_;
+}
+
+std::uint64_t Volume::overlay_entries() const {
+    std::uint64_t entries = overlay_.entries();
+    for (const auto& frozen : frozen_)
+        entries += frozen->overlay.entries();
+    return entries;
+}
+
 // The pointer to the leaf `leaf_no`, walking from the root through cached nodes. kHole where a subtree is missing;
 // nullopt (and `missing`) where a node must be loaded first.
-std::optional<Pointer> Volume::base_pointer(std::uint64_t leaf_no, Missing& missing) {
-    if (levels_ == 0 || leaf_no >= span_of(levels_ - 1))
+std::optional<Pointer> Volume::table_pointer(const MapView& map, std::uint64_t leaf_no, Missing& missing) {
+    if (map.levels == 0 || leaf_no >= span_of(map.levels - 1))
         return kHole;
-    Pointer pointer = root_;
-    for (std::uint32_t level = levels_ - 1; level > 0; --level) {
+    Pointer pointer = map.root;
+    for (std::uint32_t level = map.levels - 1; level > 0; --level) {
         if (pointer == kHole)
             return kHole;
         if (pointer_segment(pointer) >= table_.size() || !table_[pointer_segment(pointer)]) {
@@ -60,8 +92,9 @@ std::optional<Pointer> Volume::base_pointer(std::uint64_t leaf_no, Missing& miss
 
 // The leaf itself, pinned in `pinned`; nullptr with `hole` set where there is none, nullptr alone where it must be
 // loaded.
-const Node* Volume::leaf_node(std::uint64_t leaf_no, Missing& missing, BlockCache::Frame*& pinned, bool& hole) {
-    const auto pointer = base_pointer(leaf_no, missing);
+const Node* Volume::leaf_node(const MapView& map, std::uint64_t leaf_no, Missing& missing, BlockCache::Frame*& pinned,
+                              bool& hole) {
+    const auto pointer = table_pointer(map, leaf_no, missing);
     if (!pointer)
         return nullptr;
     if (*pointer == kHole) {
@@ -78,36 +111,21 @@ const Node* Volume::leaf_node(std::uint64_t leaf_no, Missing& missing, BlockCach
 }
 
 // Finds every block's content. False: something must be loaded first, named in `missing`; nothing is held then.
-bool Volume::resolve(std::uint64_t first_block, std::uint32_t blocks, BlockSource* sources, Missing& missing) {
+bool Volume::resolve(const MapView& map, std::uint64_t first_block, std::uint32_t blocks, BlockSource* sources,
+                     Missing& missing) {
     std::uint32_t done = 0;
     while (done < blocks) {
         const std::uint64_t leaf_no = (first_block + done) >> kNodeShift;
         const auto from = static_cast<std::uint32_t>((first_block + done) & (kNodeEntries - 1));
         const std::uint32_t here = std::min(blocks - done, kNodeEntries - from);
-        const Overlay* layers[2] = {&overlay_, frozen_.get()};
-        const Overlay::Leaf* leaves[2] = {};
-        bool punched[2] = {};
-        for (int i = 0; i < 2; ++i) {
-            if (layers[i] == nullptr)
-                continue;
-            leaves[i] = layers[i]->leaf(leaf_no);
-            punched[i] = layers[i]->leaf_punched(leaf_no);
-        }
+        const OverlayStack::Leaf changes(map.changes, leaf_no);
         BlockCache::Frame* frame = nullptr;
         const Node* node = nullptr;
         bool base_hole = false;
         for (std::uint32_t i = 0; i < here; ++i) {
             BlockSource& source = sources[done + i];
             source = {};
-            std::optional<BlockRef> ref;
-            for (int k = 0; k < 2 && !ref; ++k) {
-                const Overlay::Item* item = leaves[k] != nullptr ? leaves[k]->find(from + i) : nullptr;
-                if (item != nullptr) {
-                    ref = item->ref();
-                } else if (punched[k]) {
-                    ref = BlockRef{.chunk = 0, .index = 0, .hole = true, .crc = 0};
-                }
-            }
+            const auto ref = changes.find(from + i);
             Segment* segment = nullptr;
             if (ref) {
                 if (ref->hole)
@@ -126,7 +144,7 @@ bool Volume::resolve(std::uint64_t first_block, std::uint32_t blocks, BlockSourc
                 source.mask = UINT32_MAX;
             } else {
                 if (node == nullptr && !base_hole)
-                    node = leaf_node(leaf_no, missing, frame, base_hole);
+                    node = leaf_node(map, leaf_no, missing, frame, base_hole);
                 if (base_hole)
                     continue;
                 if (node == nullptr) {
@@ -170,24 +188,27 @@ void Volume::release(BlockSource* sources, std::uint32_t blocks) noexcept {
 }
 
 BlockVersion Volume::version_of(std::uint64_t block) const {
-    auto ref = overlay_.find(block);
-    if (!ref && frozen_)
-        ref = frozen_->find(block);
-    if (ref)
+    if (const auto ref = map().changes.find(block))
         return {.kind = BlockVersion::Kind::overlay, .ref = *ref, .base_generation = 0};
     return {.kind = BlockVersion::Kind::base, .ref = {}, .base_generation = base_generation_};
 }
 
 void Volume::read(std::uint64_t offset, std::uint32_t size_bytes, bool may_wait, Completion& done) noexcept {
+    read_from(nullptr, offset, size_bytes, may_wait, done);
+}
+
+void Volume::read_from(const std::shared_ptr<Snapshot>& snapshot, std::uint64_t offset, std::uint32_t size_bytes,
+                       bool may_wait, Completion& done) noexcept {
     std::array<BlockSource, kRequestBlocks> sources;
     reads_.fetch_add(1, std::memory_order_relaxed);
     Lock lock(mutex_);
-    if (offset >= size_bytes_ || size_bytes == 0) {
+    const std::uint64_t end_bytes = size_of(snapshot.get());
+    if (offset >= end_bytes || size_bytes == 0) {
         lock.unlock();
         done.complete_data(nullptr, 0, 0);
         return;
     }
-    size_bytes = static_cast<std::uint32_t>(std::min<std::uint64_t>(size_bytes, size_bytes_ - offset));
+    size_bytes = static_cast<std::uint32_t>(std::min<std::uint64_t>(size_bytes, end_bytes - offset));
     read_bytes_.fetch_add(size_bytes, std::memory_order_relaxed);
     const std::uint64_t first = offset >> kBlockShift;
     const auto blocks = static_cast<std::uint32_t>(((offset + size_bytes - 1) >> kBlockShift) - first + 1);
@@ -197,7 +218,7 @@ void Volume::read(std::uint64_t offset, std::uint32_t size_bytes, bool may_wait,
         return;
     }
     Missing missing;
-    const bool resolved = resolve(first, blocks, sources.data(), missing);
+    const bool resolved = resolve(map(snapshot.get()), first, blocks, sources.data(), missing);
     lock.unlock();
     const auto is_stored = [](const BlockSource& source) { return source.kind == SourceKind::stored; };
     if (resolved && std::none_of(sources.begin(), sources.begin() + blocks, is_stored)) {
@@ -220,6 +241,7 @@ void Volume::read(std::uint64_t offset, std::uint32_t size_bytes, bool may_wait,
         release(sources.data(), blocks);
     auto* op = new ReadOp;
     op->volume = shared_from_this();
+    op->snapshot = snapshot;
     op->done = &done;
     op->offset = offset;
     op->size_bytes = size_bytes;
@@ -281,11 +303,12 @@ void Volume::start_read(ReadOp* op, bool may_wait) noexcept {
     Lock lock(mutex_);
     op->begin_reading();
     Missing missing;
+    const MapView map = this->map(op->snapshot.get());
     op->sources.resize(op->blocks);
     if (op->purpose == ReadOp::Purpose::edge)
         op->mutation->edges[op->edge].version = version_of(op->first_block);
-    if (!resolve(op->first_block, op->blocks, op->sources.data(), missing)) {
-        load_missing(lock, missing, op);
+    if (!resolve(map, op->first_block, op->blocks, op->sources.data(), missing)) {
+        load_missing(lock, map, missing, op);
         return;
     }
     // Descriptors first: one that is missing sends us round again.
@@ -366,11 +389,11 @@ void Volume::data_read_done(ReadRequest* request, std::int32_t result) noexcept 
 }
 
 // The leaves that one read takes along with `op.node`, which is leaf `leaf_no`.
-void Volume::choose_ahead(ReadOp& op, std::uint64_t leaf_no) {
+void Volume::choose_ahead(const MapView& map, ReadOp& op, std::uint64_t leaf_no) {
     Missing missing;
     while (op.ahead_count < ReadOp::kMostAhead) {
         const std::uint32_t apart = op.ahead_count + 1;
-        const auto pointer = base_pointer(leaf_no + apart, missing);
+        const auto pointer = table_pointer(map, leaf_no + apart, missing);
         if (!pointer || *pointer == kHole || pointer_segment(*pointer) != pointer_segment(op.node) ||
             pointer_slot(*pointer) != pointer_slot(op.node) + apart)
             return;
@@ -378,7 +401,7 @@ void Volume::choose_ahead(ReadOp& op, std::uint64_t leaf_no) {
     }
 }
 
-void Volume::load_missing(Lock& lock, const Missing& missing, ReadOp* op) noexcept {
+void Volume::load_missing(Lock& lock, const MapView& map, const Missing& missing, ReadOp* op) noexcept {
     Segment* segment =
         pointer_segment(missing.node) < table_.size() ? table_[pointer_segment(missing.node)].get() : nullptr;
     if (segment == nullptr) {
@@ -394,7 +417,7 @@ void Volume::load_missing(Lock& lock, const Missing& missing, ReadOp* op) noexce
     op->node_segment = segment;
     op->ahead_count = 0;
     if (missing.leaf_no && op->reads_ahead() && !op->ahead_failed)
-        choose_ahead(*op, *missing.leaf_no);
+        choose_ahead(map, *op, *missing.leaf_no);
     lock.unlock();
     if (op->node_buffer == nullptr)
         op->node_buffer = core_.buffers().take(op->node_buffer_bytes());
@@ -482,12 +505,18 @@ void Volume::finish_read(ReadOp* op) noexcept {
 }
 
 void Volume::seek(std::uint64_t offset, int whence, Completion& done) noexcept {
+    seek_from(nullptr, offset, whence, done);
+}
+
+void Volume::seek_from(const std::shared_ptr<Snapshot>& snapshot, std::uint64_t offset, int whence,
+                       Completion& done) noexcept {
     if (whence != SEEK_DATA && whence != SEEK_HOLE) {
         done.complete(-EINVAL);
         return;
     }
     auto* op = new ReadOp;
     op->volume = shared_from_this();
+    op->snapshot = snapshot;
     op->purpose = ReadOp::Purpose::seek;
     op->done = &done;
     op->offset = offset;
@@ -504,31 +533,31 @@ void Volume::seek_step(ReadOp* op) noexcept {
     };
     Lock lock(mutex_);
     op->begin_reading();
-    if (op->offset >= size_bytes_) {
+    MapView map = this->map(op->snapshot.get());
+    const std::uint64_t size_bytes = size_of(op->snapshot.get());
+    if (op->offset >= size_bytes) {
         lock.unlock();
         end_with(-ENXIO);
         return;
     }
-    const std::uint64_t end_block = (size_bytes_ + kBlockBytes - 1) >> kBlockShift;
+    const std::uint64_t end_block = (size_bytes + kBlockBytes - 1) >> kBlockShift;
     for (std::uint32_t leaves = 0; op->first_block < end_block; ++leaves) {
         if (leaves == kSeekLeavesPerStep) {
             lock.unlock();
             leaves = 0;
             lock.lock();
+            map = this->map(op->snapshot.get());
         }
         const std::uint64_t leaf_no = op->first_block >> kNodeShift;
-        const Overlay::Leaf* top = overlay_.leaf(leaf_no);
-        const Overlay::Leaf* below = frozen_ ? frozen_->leaf(leaf_no) : nullptr;
-        const bool top_punched = overlay_.leaf_punched(leaf_no);
-        const bool below_punched = frozen_ && frozen_->leaf_punched(leaf_no);
+        const OverlayStack::Leaf changes(map.changes, leaf_no);
         BlockCache::Frame* frame = nullptr;
         const Node* node = nullptr;
-        bool hole = top_punched || below_punched;
+        bool hole = changes.hides_table();
         if (!hole) {
             Missing missing;
-            node = leaf_node(leaf_no, missing, frame, hole);
+            node = leaf_node(map, leaf_no, missing, frame, hole);
             if (node == nullptr && !hole) {
-                load_missing(lock, missing, op);
+                load_missing(lock, map, missing, op);
                 return;
             }
         }
@@ -536,10 +565,8 @@ void Volume::seek_step(ReadOp* op) noexcept {
              ++i, ++op->first_block) {
             if (op->first_block >= end_block)
                 break;
-            const Overlay::Item* item = top != nullptr ? top->find(i) : nullptr;
-            if (item == nullptr && !top_punched && below != nullptr)
-                item = below->find(i);
-            const bool data = item != nullptr ? !item->ref().hole : (!hole && (*node)[i] != kHole);
+            const auto ref = changes.find(i);
+            const bool data = ref ? !ref->hole : !hole && (*node)[i] != kHole;
             if (data != want_data)
                 continue;
             if (frame != nullptr)
@@ -554,19 +581,18 @@ void Volume::seek_step(ReadOp* op) noexcept {
             // Nothing here: go on at the next leaf that anything maps, skipping whole subtrees that are holes.
             std::uint64_t next = op->first_block >> kNodeShift;
             while (next < (end_block + kNodeEntries - 1) >> kNodeShift) {
-                if (overlay_.leaf(next) != nullptr || (frozen_ && frozen_->leaf(next) != nullptr))
+                const auto changed = map.changes.next_entries(next);
+                if (changed == next)
                     break;
                 std::uint64_t after = next + 1;
-                if (overlay_.leaf_punched(next)) {
-                    after = overlay_.punched_until(next);
-                } else if (frozen_ && frozen_->leaf_punched(next)) {
-                    after = frozen_->punched_until(next);
-                } else if (levels_ == 0 || next >= span_of(levels_ - 1)) {
+                if (const auto until = map.changes.punched_until(next)) {
+                    after = *until;
+                } else if (map.levels == 0 || next >= span_of(map.levels - 1)) {
                     after = UINT64_MAX;
                 } else {
-                    Pointer pointer = root_;
+                    Pointer pointer = map.root;
                     bool unknown = false;
-                    for (std::uint32_t level = levels_ - 1; level > 0 && pointer != kHole && !unknown; --level) {
+                    for (std::uint32_t level = map.levels - 1; level > 0 && pointer != kHole && !unknown; --level) {
                         Segment* segment =
                             pointer_segment(pointer) < table_.size() ? table_[pointer_segment(pointer)].get() : nullptr;
                         BlockCache::Frame* inner = segment != nullptr
@@ -585,21 +611,14 @@ void Volume::seek_step(ReadOp* op) noexcept {
                     if (unknown || pointer != kHole)
                         break;
                 }
-                if (const auto other = overlay_.next_entries(next); other)
-                    after = std::min(after, std::max(*other, next + 1));
-                if (frozen_) {
-                    if (const auto other = frozen_->next_entries(next); other)
-                        after = std::min(after, std::max(*other, next + 1));
-                }
-                next = after;
+                next = changed ? std::min(after, *changed) : after;
             }
             op->first_block =
                 std::max(op->first_block, next >= (end_block >> kNodeShift) + 1 ? end_block : next << kNodeShift);
         }
     }
-    const auto size = static_cast<std::int64_t>(size_bytes_);
     lock.unlock();
-    end_with(want_data ? -ENXIO : size);
+    end_with(want_data ? -ENXIO : static_cast<std::int64_t>(size_bytes));
 }
 
 VolumeAttr Volume::attr() const noexcept {
@@ -622,14 +641,15 @@ VolumeAttr Volume::attr() const noexcept {
 // discarded still counts, but never more than the volume's size less these leaves.
 std::uint64_t Volume::mapped_estimate() const {
     std::int64_t estimate = mapped_blocks_;
-    for (const Overlay* overlay : {&overlay_, static_cast<const Overlay*>(frozen_.get())}) {
-        if (overlay == nullptr)
-            continue;
-        const auto data = static_cast<std::int64_t>(overlay->data_entries());
+    const auto count = [&](const Overlay& overlay) {
+        const auto data = static_cast<std::int64_t>(overlay.data_entries());
         estimate += data;
         if (levels_ > 0)
-            estimate -= static_cast<std::int64_t>(overlay->entries()) - data;
-    }
+            estimate -= static_cast<std::int64_t>(overlay.entries()) - data;
+    };
+    count(overlay_);
+    for (const auto& frozen : frozen_)
+        count(frozen->overlay);
     const std::uint64_t size_blocks = (size_bytes_ + kBlockBytes - 1) >> kBlockShift;
     std::uint64_t most = size_blocks;
     for (const auto& [first, end] : overlay_.punched()) {

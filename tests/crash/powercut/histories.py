@@ -20,13 +20,17 @@ EVERYTHING_ONCE: History = [
     ["write", "a", 100 * BLOCK, 64 * BLOCK, 4, False],
     ["write", "a", 10 * BLOCK, 512, 6, True],
     ["punch", "a", 20 * BLOCK + 100, 30 * BLOCK, True],
+    ["snapshot", "a", "one"],
     ["checkpoint", "a"],
     ["write", "a", 12345, 1 << 20, 8, False],
+    ["snapshot", "a", "two"],
     ["write", "a", 20 * BLOCK, 1 << 20, 9, False],
     ["write", "a", 0, 1 << 20, 11, False],
     ["flush", "a"],
     ["write", "a", 64 * BLOCK, 1 << 20, 12, False],
     ["resize", "a", 100 * BLOCK + 7],
+    ["snapshot", "a", "three"],
+    ["rename_snapshot", "a", "two", "2"],
     ["write", "a", 0, 3 * BLOCK, 13, False],
     ["takeover"],
     ["write", "a", 4 * BLOCK, 2 * BLOCK, 16, False],
@@ -43,7 +47,10 @@ EVERYTHING_ONCE: History = [
     ["write", "a", 3 * BLOCK, 200 * BLOCK, 26, False],
     ["write", "a", 2 * BLOCK, 200 * BLOCK, 27, False],
     ["clean", "a"],
+    ["unsnapshot", "a", "2"],
     ["write", "a", 2 * BLOCK, 100 * BLOCK, 28, False],
+    ["idle", "a"],
+    ["clean", "a"],
     ["forget", "a"],
     ["mkdir", "p"],
     ["create", "p/b"],
@@ -74,6 +81,14 @@ def _write(rng: random.Random, path: str) -> Operation:
     return ["write", path, offset, size_bytes, rng.randrange(1 << 20), rng.random() < 0.1]
 
 
+def _snapshot(rng: random.Random, path: str) -> Operation:
+    name, other = rng.sample("uvwxyz", 2)
+    return rng.choices(
+        [["snapshot", path, name], ["unsnapshot", path, name], ["rename_snapshot", path, name, other]],
+        weights=[4, 2, 1],
+    )[0]
+
+
 def _operation(rng: random.Random) -> Operation:
     path, other = rng.choice(_PATHS), rng.choice(_PATHS)
     offset = rng.randrange(MAX_BLOCKS * BLOCK)
@@ -87,6 +102,7 @@ def _operation(rng: random.Random) -> Operation:
             ["resize", path, offset],
             [rng.choice(["checkpoint", "checkpoint", "idle"]), path],
             ["clean", path],
+            _snapshot(rng, path),
             ["write_failing", *_write(rng, path)[1:-1], rng.choice(["write", "sync"])],
             ["forget", path],
             ["takeover"],
@@ -96,7 +112,7 @@ def _operation(rng: random.Random) -> Operation:
             ["unlink", path],
             rng.choice([["mkdir", "p"], ["rmdir", "p"], ["open", path], ["release"]]),
         ],
-        weights=[40, 8, 8, 4, 3, 6, 3, 2, 3, 2, 1, 3, 3, 2, 3],
+        weights=[40, 8, 8, 4, 3, 6, 3, 6, 2, 3, 2, 1, 3, 3, 2, 3],
     )[0]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from hlfsfs.engine import Engine, EngineOptions, Volume
 from hlfsfs.errors import StoreFailed
 from hlfsfs.pool import AttributeChanges, Defaults
+from hlfsfs.pool.changes import new_id
 from hlfsfs.store.disk import Disk
 from tests.crash.powercut.shim import Shim
 from tests.engine.contents import content, written, zeroed
@@ -165,6 +166,15 @@ class Player:
         """Gets back what space can be had."""
         self.world.engine.clean(self.volume(path))
 
+    def snapshot(self, path: str, name: str) -> None:
+        self.volume(path).create_snapshot(name.encode(), new_id())
+
+    def rename_snapshot(self, path: str, name: str, new_name: str) -> None:
+        self.volume(path).rename_snapshot(name.encode(), new_name.encode())
+
+    def unsnapshot(self, path: str, name: str) -> None:
+        self.volume(path).remove_snapshot(name.encode())
+
     def forget(self, path: str) -> None:
         """Closes the volume, if nobody has it open."""
         self.world.names.forget([self.world.names.resolve(path.encode())])
@@ -207,6 +217,23 @@ def _resize(now: bytes, size_bytes: int) -> Iterator[bytes]:
     yield now[:size_bytes].ljust(size_bytes, b"\0")
 
 
+# What a change makes of a volume's snapshots, by name, from those that are given and the content of the volume.
+Snapshots = dict[str, str]
+SnapshotChange = Callable[..., Snapshots]
+
+
+def _snapshot(now: Snapshots, content: str, name: str) -> Snapshots:
+    return {**now, name: content}
+
+
+def _rename_snapshot(now: Snapshots, _content: str, name: str, new_name: str) -> Snapshots:
+    return {new_name if each == name else each: content for each, content in now.items()}
+
+
+def _unsnapshot(now: Snapshots, _content: str, name: str) -> Snapshots:
+    return {each: content for each, content in now.items() if each != name}
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of operation.
@@ -214,6 +241,7 @@ class Kind:
     Attributes:
         run: does it.
         change: what it makes of the content of the volume at its path.
+        snapshots: what it makes of that volume's snapshots; durable once it is done.
         durable: what it makes durable of what was acknowledged before it, itself included: the volume at its path, or
             all of them. A write does if its last argument says so.
         alone: flushes begun earlier end first.
@@ -221,6 +249,7 @@ class Kind:
 
     run: Callable[..., None]
     change: Change | None = None
+    snapshots: SnapshotChange | None = None
     durable: str = ""
     alone: bool = False
 
@@ -244,6 +273,9 @@ KINDS = {
     "checkpoint": Kind(Player.checkpoint, durable="path", alone=True),
     "idle": Kind(Player.idle, durable="path", alone=True),
     "clean": Kind(Player.clean, durable="path", alone=True),
+    "snapshot": Kind(Player.snapshot, snapshots=_snapshot, durable="path"),
+    "rename_snapshot": Kind(Player.rename_snapshot, snapshots=_rename_snapshot, durable="path"),
+    "unsnapshot": Kind(Player.unsnapshot, snapshots=_unsnapshot, durable="path"),
     "forget": Kind(Player.forget, alone=True),
     "takeover": Kind(Player.takeover, durable="all", alone=True),
     "reopen": Kind(Player.reopen, durable="all", alone=True),

@@ -10,22 +10,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.crash.powercut.operations import KINDS, History
+from tests.crash.powercut.operations import KINDS, History, Snapshots
 from tests.crash.powercut.worker import Found, digest
 from tests.pool.views import View
 
 
 @dataclass
 class _Volume:
-    """Contents in order, each from the event on by which it may be there; at which event how many of them must be."""
+    """Contents in order, each from the event on by which it may be there; at which event how many of them must be.
+
+    Snapshots in order, each state with the events between which it came to be.
+    """
 
     now: bytes = b""
     contents: list[tuple[int, str]] = field(default_factory=list)
     floors: list[tuple[int, int]] = field(default_factory=list)
+    snapshots: list[tuple[int, int, Snapshots]] = field(default_factory=lambda: [(-1, -1, {})])
 
     def allowed(self, cut: int) -> list[str]:
         floor = max((index for event, index in self.floors if event < cut), default=0)
         return [content for event, content in self.contents[floor:] if event < cut]
+
+    def allowed_snapshots(self, cut: int) -> list[Snapshots]:
+        last = max(i for i, (_, done, _) in enumerate(self.snapshots) if done < cut)
+        return [state for do, _, state in self.snapshots[last:] if do < cut]
 
 
 @dataclass
@@ -50,7 +58,8 @@ class Oracle:
         self._begin = self._names = _view_of(made)
         for node_id, content in made["made"].items():
             # What it is does not matter: a history that goes on with a store empties what it writes to first.
-            self._volumes[int(node_id)] = _Volume(contents=[(-1, content)])
+            snapshots = [(-1, -1, made["snapshots"][node_id])]
+            self._volumes[int(node_id)] = _Volume(contents=[(-1, content)], snapshots=snapshots)
         for event, note in notes:
             if "do" in note:
                 self._operation(event, note["do"], *done[note["do"]])
@@ -73,6 +82,10 @@ class Oracle:
             found = self._names.get(arguments[0].encode()) if arguments else None
             if found and kind.change is not None:
                 self._change(self._volumes[found[1]], do, kind.change(self._volumes[found[1]].now, *arguments[1:]))
+            if found and kind.snapshots is not None:
+                volume = self._volumes[found[1]]
+                now = kind.snapshots(volume.snapshots[-1][2], volume.contents[-1][1], *arguments[1:])
+                volume.snapshots.append((do, done, now))
             for volume in self._made_durable(kind.durable, found and found[1], arguments):
                 volume.floors.append((done, len(volume.contents) - 1))
         self._names = after
@@ -129,6 +142,10 @@ class Oracle:
             allowed = self._volumes[node_id].allowed(cut)
             if content not in allowed:
                 return f"volume {node_id:016x} is {self._about(node_id, content)}, not one of {allowed}"
+        for node_id, snapshots in found.snapshots.items():
+            possible = self._volumes[node_id].allowed_snapshots(cut)
+            if snapshots not in possible:
+                return f"volume {node_id:016x} has the snapshots {snapshots}, not one of {possible}"
         return ""
 
     def _about(self, node_id: int, content: str) -> str:
@@ -152,6 +169,8 @@ def complaint_again(first: Found, found: Found, *, probed: bool) -> str:
         return found.trouble
     if found.names != first.names:
         return f"names are {found.names}, not {first.names}"
+    if found.snapshots != first.snapshots:
+        return f"snapshots are {found.snapshots}, not {first.snapshots}"
     for node_id, content in found.digests.items():
         allowed = [first.probed[node_id]] if probed else [first.digests[node_id], first.probed[node_id]]
         if content not in allowed:

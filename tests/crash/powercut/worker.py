@@ -18,7 +18,7 @@ from unittest.mock import patch
 from hlfsfs.engine import Volume, rings
 from hlfsfs.errors import HlfsError
 from hlfsfs.store.ring_file import list_rings, remove_ring
-from tests.crash.powercut.operations import KINDS, OPTIONS, CutWorld, History, Player, make_world
+from tests.crash.powercut.operations import KINDS, OPTIONS, CutWorld, History, Player, Snapshots, make_world
 from tests.crash.powercut.shim import Shim, built
 from tests.engine.contents import BLOCK, content, written
 from tests.pool.views import View, check_whole, view
@@ -39,6 +39,7 @@ class Found:
     Attributes:
         names: what it shows.
         digests: contents, right after the recovery.
+        snapshots: those of each volume, by name; the same once something more was written.
         probed: contents once something more was written to each volume, and flushed.
         trouble: what must not be: damage, leftovers, or an error.
     """
@@ -46,6 +47,7 @@ class Found:
     def __init__(self) -> None:
         self.names: View = {}
         self.digests: Digests = {}
+        self.snapshots: dict[int, Snapshots] = {}
         self.probed: Digests = {}
         self.trouble = ""
 
@@ -68,7 +70,8 @@ class Host:
         world = make_world(root, segment_shift)
         player = Player(world, self._shim)
         digests = {volume.id: digest(volume.read(0, volume.size_bytes)) for volume in volumes_of(world)}
-        self._shim.note(made=digests, names=_names(world))
+        snapshots = {volume.id: snapshots_of(volume) for volume in volumes_of(world)}
+        self._shim.note(made=digests, snapshots=snapshots, names=_names(world))
         for number, (name, *arguments) in enumerate(history):
             kind = KINDS[name]
             if kind.alone:
@@ -119,6 +122,7 @@ class Host:
             assert not volume.damage, volume.damage
             contents[volume.id] = volume.read(0, volume.size_bytes)
             found.digests[volume.id] = digest(contents[volume.id])
+            found.snapshots[volume.id] = snapshots_of(volume)
         if traced:
             self._shim.note(recovered=True)
         for volume in volumes:
@@ -128,6 +132,7 @@ class Host:
             volume.flush()
             assert volume.read(offset, len(data)) == data, "a write after a recovery reads back as something else"
             found.probed[volume.id] = digest(written(contents[volume.id], offset, data))
+            assert snapshots_of(volume) == found.snapshots[volume.id], "a write changed a snapshot"
         if traced:
             self._shim.note(probed=True)
 
@@ -135,6 +140,14 @@ class Host:
 def volumes_of(world: CutWorld) -> list[Volume]:
     """All that have a name, attached."""
     return [world.names.volume(node_id) for kind, node_id, _ in view(world).values() if kind == "volume"]
+
+
+def snapshots_of(volume: Volume) -> Snapshots:
+    """What they hold, by name."""
+    return {
+        snapshot.name.decode(): digest(volume.read_snapshot(snapshot.name, 0, snapshot.size_bytes))
+        for snapshot in volume.snapshots()
+    }
 
 
 def _names(world: CutWorld) -> dict[str, tuple[str, int, int]]:

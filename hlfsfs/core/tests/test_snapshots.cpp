@@ -1,0 +1,505 @@
+// Snapshots against plain byte arrays: at rest, under load, after crashes, and with the cleaner at work.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <catch2/catch.hpp>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "harness.hpp"
+#include "log/snapshot_format.hpp"
+
+using namespace hlfs;
+using namespace hlfs::testing;
+
+namespace {
+
+constexpr std::size_t kMiB = std::size_t{1} << 20;
+
+int error_of(const std::function<void()>& call) {
+    try {
+        call();
+    } catch (const std::system_error& error) {
+        return error.code().value();
+    }
+    return 0;
+}
+
+Bytes read_all(DataVolume& volume) {
+    const auto size_bytes = volume.attr().size_bytes;
+    Bytes all;
+    for (std::uint64_t at = 0; at < size_bytes; at += kMiB) {
+        Wait wait;
+        volume.read(at, static_cast<std::uint32_t>(std::min<std::uint64_t>(kMiB, size_bytes - at)), false, wait);
+        if (wait.result() < 0)
+            throw std::runtime_error("a read failed with " + std::to_string(wait.result()));
+        all.insert(all.end(), wait.data().begin(), wait.data().end());
+    }
+    return all;
+}
+
+// A volume, its snapshots, and what they must hold.
+struct Tree {
+    Bytes head;
+    std::map<std::uint64_t, Bytes> snapshots;
+
+    void check(Volume& volume) const {
+        REQUIRE(holds(volume, head));
+        std::vector<std::uint64_t> ids;
+        for (const auto& info : volume.snapshots())
+            ids.push_back(info.id);
+        std::sort(ids.begin(), ids.end());
+        std::vector<std::uint64_t> wanted;
+        for (const auto& [id, content] : snapshots)
+            wanted.push_back(id);
+        REQUIRE(ids == wanted);
+        for (const auto& [id, content] : snapshots) {
+            INFO("snapshot " << id);
+            REQUIRE(same(read_all(*volume.open_snapshot(id)), content));
+        }
+    }
+};
+
+bool both_valid(const Log& log) {
+    return std::all_of(log.slots.begin(), log.slots.end(), [](const Bytes& slot) {
+        try {
+            return decode_checkpoint(slot).has_value();
+        } catch (const FormatError&) {
+            return false;
+        }
+    });
+}
+
+std::string name_of(std::uint64_t id) {
+    return "s" + std::to_string(id);
+}
+
+}  // namespace
+
+TEST_CASE("a snapshot holds what was written before it, and nothing written after it") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    auto host = std::make_unique<Host>();
+    auto volume = host->open(log).volume;
+    Tree tree;
+    const auto put = [&](std::uint64_t offset, std::size_t size_bytes, std::uint64_t stamp) {
+        const Change change{.offset = offset, .size_bytes = size_bytes, .stamp = stamp};
+        REQUIRE(change.run(*host, log, *volume) == 0);
+        change.apply(tree.head);
+    };
+    put(0, 300'000, 1);
+    volume->create_snapshot(11, "first", 0);
+    tree.snapshots[11] = tree.head;
+    tree.check(*volume);
+    put(100'000, 300'000, 2);
+    volume->create_snapshot(12, "second", 0);
+    tree.snapshots[12] = tree.head;
+    const auto mtime_ns = volume->attr().mtime_ns;
+    put(4096, 8192, 3);
+    REQUIRE(fallocate_range(*volume, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 200'000) == 0);
+    std::fill_n(tree.head.begin(), 200'000, std::byte{0});
+    REQUIRE(resize(*volume, 250'000) == 0);
+    tree.head.resize(250'000);
+    tree.check(*volume);
+    const auto infos = volume->snapshots();
+    CHECK(infos.at(0).name == "first");
+    CHECK(infos.at(0).parent_id == 0);
+    CHECK(infos.at(1).parent_id == 11);
+    CHECK(infos.at(1).mtime_ns == mtime_ns);
+    CHECK(infos.at(1).time_ns >= mtime_ns);
+    CHECK(volume->open_snapshot(12)->attr().mtime_ns == mtime_ns);
+
+    SECTION("after each checkpoint") {
+        while (host->checkpoint(log))
+            tree.check(*volume);
+    }
+    SECTION("after a clean end") {
+        host->close(log);
+        volume.reset();
+        host = std::make_unique<Host>();
+        volume = host->open(log).volume;
+        tree.check(*volume);
+    }
+    SECTION("after the death of the process") {
+        auto [left_log, left_ring] = host->after_death(log);
+        Host successor;
+        const auto opened = successor.open(*left_log, left_ring->ring());
+        tree.check(*opened.volume);
+        successor.close(*left_log);
+    }
+    SECTION("after a power cut, which loses what was not flushed and no snapshot") {
+        Random random(7);
+        const auto left = log.after_power_cut(random, FaultyDisk::Fate::all_lost);
+        Host successor;
+        const auto opened = successor.open(*left);
+        tree.head = tree.snapshots.at(12);
+        tree.check(*opened.volume);
+        successor.close(*left);
+    }
+    SECTION("one that is removed is gone, and stays so") {
+        const auto view = volume->open_snapshot(11);
+        volume->remove_snapshot(11);
+        CHECK(volume->open_snapshot(11) == nullptr);
+        CHECK(same(read_all(*view), tree.snapshots.at(11)));
+        tree.snapshots.erase(11);
+        tree.check(*volume);
+        Random random(7);
+        const auto left = log.after_power_cut(random, FaultyDisk::Fate::all_lost);
+        Host successor;
+        const auto opened = successor.open(*left);
+        tree.check(*opened.volume);
+        successor.close(*left);
+    }
+    host->drop(log);
+}
+
+TEST_CASE("names and numbers of snapshots are held to their rules") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Host host;
+    const auto volume = host.open(log).volume;
+    REQUIRE(write(host, *volume, 0, pattern(kBlockBytes, 1)) > 0);
+    volume->create_snapshot(5, "five", 0);
+    CHECK(error_of([&] { volume->create_snapshot(6, "five", 0); }) == EEXIST);
+    CHECK(error_of([&] { volume->create_snapshot(5, "six", 0); }) == EEXIST);
+    for (const char* name : {"", ".", "..", "a/b", "a%b", "a@b", "a\nb", "a\x7f"})
+        CHECK(error_of([&] { volume->create_snapshot(6, name, 0); }) == EINVAL);
+    CHECK(error_of([&] { volume->create_snapshot(6, std::string(256, 'x'), 0); }) == EINVAL);
+    volume->create_snapshot(6, std::string(255, 'x'), 0);
+    CHECK(error_of([&] { volume->remove_snapshot(7); }) == ENOENT);
+    CHECK(error_of([&] { volume->rename_snapshot(7, "seven"); }) == ENOENT);
+    CHECK(error_of([&] { volume->rename_snapshot(6, "five"); }) == EEXIST);
+    volume->rename_snapshot(6, "six");
+    volume->rename_snapshot(6, "six");
+    volume->remove_snapshot(5);
+    volume->create_snapshot(7, "five", 0);
+    const auto named = [](Volume& of) {
+        std::map<std::string, std::uint64_t> ids;
+        for (const auto& info : of.snapshots())
+            ids[info.name] = info.id;
+        return ids;
+    };
+    const std::map<std::string, std::uint64_t> wanted{{"six", 6}, {"five", 7}};
+    CHECK(named(*volume) == wanted);
+    Random random(3);
+    const auto left = log.after_power_cut(random, FaultyDisk::Fate::all_lost);
+    {
+        Host successor;
+        CHECK(named(*successor.open(*left).volume) == wanted);
+        successor.close(*left);
+    }
+    Host third;
+    CHECK(named(*third.open(*left).volume) == wanted);
+    third.close(*left);
+    host.close(log);
+}
+
+TEST_CASE("a snapshot can be read and nothing else") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Host host;
+    const auto volume = host.open(log).volume;
+    REQUIRE(write(host, *volume, kMiB, pattern(kBlockBytes, 1)) > 0);
+    volume->create_snapshot(5, "five", 0);
+    REQUIRE(write(host, *volume, 0, pattern(kBlockBytes, 2)) > 0);
+    const auto view = volume->open_snapshot(5);
+    const auto result_of = [&](const std::function<void(Completion&)>& ask) {
+        Wait wait;
+        ask(wait);
+        return wait.result();
+    };
+    CHECK(result_of([&](Completion& done) { view->resize(0, done); }) == -EROFS);
+    CHECK(result_of([&](Completion& done) { view->fallocate(0, 0, 4096, done); }) == -EROFS);
+    CHECK(result_of([&](Completion& done) { view->flush(done); }) == 0);
+    const auto pages = host.core().take_pages(1);
+    REQUIRE(pages);
+    CHECK(result_of([&](Completion& done) { view->write(0, 4096, *pages, false, nullptr, done); }) == -EROFS);
+    CHECK(result_of([&](Completion& done) { view->seek(0, SEEK_DATA, done); }) == static_cast<std::int64_t>(kMiB));
+    CHECK(result_of([&](Completion& done) { view->seek(kMiB, SEEK_HOLE, done); }) ==
+          static_cast<std::int64_t>(kMiB + kBlockBytes));
+    CHECK(view->attr().size_bytes == kMiB + kBlockBytes);
+    CHECK((view->attr().mode & 0222) == 0);
+    host.close(log);
+    CHECK(host.core().ring().pages_in_use() == 0);
+}
+
+TEST_CASE("snapshots in a row wait for checkpoints, and none is lost") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Tree tree;
+    auto host = std::make_unique<Host>();
+    auto volume = host->open(log).volume;
+    for (std::uint64_t id = 1; id <= 60; ++id) {
+        const Change change{.offset = id * 37 % 50 * 4096, .size_bytes = 10'000, .stamp = id};
+        REQUIRE(change.run(*host, log, *volume) == 0);
+        change.apply(tree.head);
+        volume->create_snapshot(id, name_of(id), 0);
+        tree.snapshots[id] = tree.head;
+    }
+    tree.check(*volume);
+    host->close(log);
+    volume.reset();
+    host = std::make_unique<Host>();
+    volume = host->open(log).volume;
+    tree.check(*volume);
+    host->close(log);
+}
+
+TEST_CASE("the cleaner takes nothing that a snapshot holds, and all of it once that is removed") {
+    FaultyDisk::instance().reset();
+    const auto how = GENERATE(Volume::CleanHow::punch, Volume::CleanHow::move);
+    Log log(1);
+    Tree tree;
+    auto host = std::make_unique<Host>();
+    auto volume = host->open(log).volume;
+    const auto fill = [&](std::uint64_t stamp) {
+        for (std::uint64_t i = 0; i < 12; ++i) {
+            const Change change{.offset = i * kMiB, .size_bytes = kMiB, .stamp = stamp + i};
+            REQUIRE(change.run(*host, log, *volume) == 0);
+            change.apply(tree.head);
+        }
+    };
+    const auto clean = [&] {
+        for (int i = 0; i < 4; ++i) {
+            // So that both checkpoints have it behind them.
+            REQUIRE(write(*host, *volume, 0, Bytes(tree.head.begin(), tree.head.begin() + 4096)) > 0);
+            while (host->checkpoint(log)) {
+            }
+            host->clean(log, how);
+        }
+    };
+    fill(100);
+    volume->create_snapshot(1, "one", 0);
+    tree.snapshots[1] = tree.head;
+    fill(200);
+    clean();
+    tree.check(*volume);
+    host->close(log);
+    volume.reset();
+    host = std::make_unique<Host>();
+    volume = host->open(log).volume;
+    tree.check(*volume);
+    const std::uint64_t with_snapshot = log.allocated_bytes();
+    CHECK(with_snapshot > 24 * kMiB);
+    volume->remove_snapshot(1);
+    tree.snapshots.clear();
+    clean();
+    tree.check(*volume);
+    CHECK(log.allocated_bytes() + 10 * kMiB < with_snapshot);
+    host->close(log);
+}
+
+TEST_CASE("the cleaner takes nothing of a snapshot whose removal is not durable yet") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1);
+    Tree tree;
+    auto host = std::make_unique<Host>();
+    auto volume = host->open(log).volume;
+    const auto fill = [&](std::uint64_t stamp) {
+        for (std::uint64_t i = 0; i < 12; ++i) {
+            const Change change{.offset = i * kMiB, .size_bytes = kMiB, .stamp = stamp + i};
+            REQUIRE(change.run(*host, log, *volume) == 0);
+            change.apply(tree.head);
+        }
+    };
+    fill(100);
+    volume->create_snapshot(1, "one", 0);
+    tree.snapshots[1] = tree.head;
+    fill(200);
+    for (std::uint64_t i = 0; i < 3; ++i) {
+        REQUIRE(write(*host, *volume, 0, Bytes(tree.head.begin(), tree.head.begin() + 4096)) > 0);
+        while (host->checkpoint(log)) {
+        }
+    }
+    disk.hold_syncs();
+    std::thread remover([&] { volume->remove_snapshot(1); });
+    CHECK(wait_until([&] { return volume->snapshots().empty(); }));
+    CHECK(host->clean(log, Volume::CleanHow::punch).freed_blocks < 256);
+    Random random(5);
+    const auto left = log.after_power_cut(random, FaultyDisk::Fate::all_lost);
+    disk.release_syncs();
+    remover.join();
+    Host successor;
+    const auto opened = successor.open(*left);
+    tree.check(*opened.volume);
+    successor.close(*left);
+    const std::uint64_t before_bytes = log.allocated_bytes();
+    host->clean(log, Volume::CleanHow::punch);
+    CHECK(log.allocated_bytes() + 8 * kMiB < before_bytes);
+    host->drop(log);
+}
+
+TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and power cuts") {
+    const std::uint64_t seed = test_seed("snapshots");
+    Random random(seed);
+    constexpr std::uint64_t kMaxBytes = 6 * kMiB;
+    for (int round = 0; round < test_rounds(6); ++round) {
+        FaultyDisk::instance().reset();
+        auto log = std::make_unique<Log>(1, 21 + static_cast<std::uint32_t>(random() % 2));
+        auto host = std::make_unique<Host>();
+        auto volume = host->open(*log).volume;
+        Tree tree;
+        std::uint64_t next_id = 1;
+        for (std::uint64_t step = 0; step < 120; ++step) {
+            INFO("round " << round << " step " << step);
+            switch (random() % 12) {
+                case 0:
+                case 1:
+                    if (tree.snapshots.size() < 8) {
+                        volume->create_snapshot(next_id, name_of(next_id), 0);
+                        tree.snapshots[next_id++] = tree.head;
+                    }
+                    break;
+                case 2:
+                    if (!tree.snapshots.empty() && random() % 2 == 0) {
+                        const auto it = std::next(tree.snapshots.begin(),
+                                                  static_cast<std::ptrdiff_t>(random() % tree.snapshots.size()));
+                        volume->remove_snapshot(it->first);
+                        tree.snapshots.erase(it);
+                    }
+                    break;
+                case 3:
+                    host->clean(*log, random() % 2 == 0 ? Volume::CleanHow::punch : Volume::CleanHow::move);
+                    break;
+                case 4: {
+                    // What snapshots say is durable; of the head, so much as was flushed.
+                    const bool lose = random() % 2 == 0;
+                    REQUIRE(flush(*volume) == 0);
+                    std::unique_ptr<Log> left;
+                    std::unique_ptr<LeftRing> ring;
+                    if (lose) {
+                        left = log->after_power_cut(random);
+                    } else {
+                        std::tie(left, ring) = host->after_death(*log);
+                    }
+                    volume.reset();
+                    host->drop(*log);
+                    host.reset();
+                    log = std::move(left);
+                    if (random() % 2 == 0 && both_valid(*log))
+                        log->slots.at(random() % 2).assign(kCheckpointSlotBytes, std::byte{0x5a});
+                    host = std::make_unique<Host>();
+                    const auto opened = host->open(*log, ring ? ring->ring() : nullptr);
+                    REQUIRE_FALSE(opened.report.read_only);
+                    volume = opened.volume;
+                    break;
+                }
+                case 5:
+                    host->checkpoint(*log);
+                    break;
+                default: {
+                    const Change change = Change::random(random, step + 1, kMaxBytes, tree.head.size());
+                    REQUIRE(change.run(*host, *log, *volume) == 0);
+                    change.apply(tree.head);
+                }
+            }
+            if (step % 10 == 9)
+                tree.check(*volume);
+        }
+        tree.check(*volume);
+        host->close(*log);
+    }
+}
+
+TEST_CASE("a snapshot under load holds a prefix of what each writer wrote") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    auto host = std::make_unique<Host>();
+    auto volume = host->open(log).volume;
+    constexpr std::uint64_t kWriters = 3;
+    constexpr std::uint64_t kBlocksEach = 64;
+    REQUIRE(resize(*volume, kWriters * kBlocksEach * kBlockBytes) == 0);
+    std::atomic<bool> stop{false};
+    std::vector<std::thread> writers;
+    std::array<std::atomic<std::uint64_t>, kWriters> acknowledged{};
+    for (std::uint64_t w = 0; w < kWriters; ++w) {
+        writers.emplace_back([&, w] {
+            // Block i of the writer gets n with n = i modulo the number of blocks, n one after another.
+            for (std::uint64_t n = 1; !stop; ++n) {
+                Bytes block(kBlockBytes);
+                std::memcpy(block.data(), &n, sizeof n);
+                if (write(*host, *volume, (w * kBlocksEach + n % kBlocksEach) * kBlockBytes, block) < 0)
+                    return;
+                acknowledged[w] = n;
+            }
+        });
+    }
+    for (std::uint64_t id = 1; id <= 20; ++id) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        std::array<std::uint64_t, kWriters> before{};
+        for (std::uint64_t w = 0; w < kWriters; ++w)
+            before[w] = acknowledged[w];
+        volume->create_snapshot(id, name_of(id), 0);
+        const Bytes content = read_all(*volume->open_snapshot(id));
+        for (std::uint64_t w = 0; w < kWriters; ++w) {
+            std::uint64_t newest = 0;
+            std::array<std::uint64_t, kBlocksEach> stamps{};
+            for (std::uint64_t i = 0; i < kBlocksEach; ++i) {
+                std::memcpy(&stamps[i], content.data() + (w * kBlocksEach + i) * kBlockBytes, sizeof stamps[i]);
+                newest = std::max(newest, stamps[i]);
+            }
+            REQUIRE(newest >= before[w]);
+            for (std::uint64_t n = newest; n > 0 && n + kBlocksEach > newest; --n)
+                REQUIRE(stamps[n % kBlocksEach] == n);
+        }
+    }
+    stop = true;
+    for (std::thread& writer : writers)
+        writer.join();
+    host->close(log);
+}
+
+TEST_CASE("directory and entries of snapshots are read as they were written, or refused") {
+    std::vector<DirectoryEntry> entries;
+    for (std::uint64_t id = 1; id <= 100; ++id) {
+        DirectoryEntry entry;
+        entry.record.id = id;
+        entry.record.size_bytes = id * 4096;
+        entry.name = std::string(id, 'n');
+        entries.push_back(entry);
+    }
+    const auto blocks = encode_directory(entries);
+    CHECK(blocks.size() > 4);
+    std::size_t at = 0;
+    for (const auto& block : blocks) {
+        for (const DirectoryEntry& entry : decode_directory_block(block)) {
+            CHECK(entry.record.id == entries.at(at).record.id);
+            CHECK(entry.record.size_bytes == entries.at(at).record.size_bytes);
+            CHECK(entry.name == entries.at(at++).name);
+        }
+    }
+    CHECK(at == entries.size());
+
+    const std::uint64_t seed = test_seed("snapshot formats");
+    Random random(seed);
+    const auto side = encode(SnapEntry{.header = {.operation = SnapOperation::create, .id = 9}, .name = "name"});
+    REQUIRE(decode_snap_entry(side));
+    CHECK(snap_entry_bytes(side) == side.size());
+    CHECK_FALSE(decode_snap_entry(std::span(side).first(side.size() - 1)));
+    for (int i = 0; i < test_rounds(2000); ++i) {
+        auto bad_side = side;
+        bad_side.at(random() % bad_side.size()) = std::byte(random() & 0xff);
+        if (const auto entry = decode_snap_entry(bad_side))
+            CHECK(is_snapshot_name(entry->name));
+        auto bad_block = blocks.at(random() % blocks.size());
+        for (int k = 0; k < 4; ++k)
+            bad_block.at(random() % 200) = std::byte(random() & 0xff);
+        try {
+            for (const DirectoryEntry& entry : decode_directory_block(bad_block))
+                CHECK(is_snapshot_name(entry.name));
+        } catch (const FormatError&) {
+        }
+    }
+}

@@ -1,0 +1,313 @@
+// Snapshots: what a volume held at one moment, kept by its log.
+//
+// Crash rules: a snapshot is an entry of the log, which holds all that stands before it. It exists once that entry is
+// durable, as a whole or not at all. What was written before it is frozen apart from what is written after it, until a
+// checkpoint has merged it: the root of the merged map is the snapshot's then, and stands in the directory that this
+// checkpoint leads to. A replay freezes at the entry again. Entries and directory may tell the same: one that creates
+// what is known, or changes what is not, changes nothing.
+#include "volume/snapshots.hpp"
+
+#include <algorithm>
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+#include "log/log_scan.hpp"
+
+namespace hlfs {
+
+namespace {
+
+// What is frozen and not merged; who takes snapshots faster waits.
+constexpr std::size_t kMostFrozen = 8;
+// Their directory fits in one chunk.
+constexpr std::size_t kMostSnapshots = 10'000;
+
+[[noreturn]] void fail(int error, const char* what) {
+    throw std::system_error(error, std::generic_category(), what);
+}
+
+}  // namespace
+
+// A snapshot as the channel sees it.
+class SnapshotView final : public DataVolume {
+  public:
+    SnapshotView(std::shared_ptr<Volume> volume, std::shared_ptr<Volume::Snapshot> snapshot)
+        : volume_(std::move(volume)), snapshot_(std::move(snapshot)) {}
+
+    void read(std::uint64_t offset, std::uint32_t size_bytes, bool may_wait, Completion& done) noexcept override {
+        volume_->read_from(snapshot_, offset, size_bytes, may_wait, done);
+    }
+    void write(std::uint64_t, std::uint32_t, PageRun payload, bool, std::atomic<std::uint64_t>*,
+               Completion& done) noexcept override {
+        volume_->core_.ring().free_pages(payload);
+        done.complete(-EROFS);
+    }
+    // All of it is durable.
+    void flush(Completion& done) noexcept override { done.complete(0); }
+    void fallocate(int, std::uint64_t, std::uint64_t, Completion& done) noexcept override { done.complete(-EROFS); }
+    void resize(std::uint64_t, Completion& done) noexcept override { done.complete(-EROFS); }
+    void seek(std::uint64_t offset, int whence, Completion& done) noexcept override {
+        volume_->seek_from(snapshot_, offset, whence, done);
+    }
+    [[nodiscard]] VolumeAttr attr() const noexcept override {
+        VolumeAttr attr = volume_->attr();
+        const Volume::Lock lock(volume_->mutex_);
+        const SnapshotRecord& record = snapshot_->entry.record;
+        attr.id = record.id;
+        attr.size_bytes = record.size_bytes;
+        attr.allocated_bytes = record.mapped_blocks * kBlockBytes;
+        attr.mtime_ns = attr.atime_ns = record.mtime_ns;
+        attr.ctime_ns = record.time_ns;
+        attr.mode &= ~std::uint32_t{0222};
+        attr.nlink = 1;
+        return attr;
+    }
+
+  private:
+    std::shared_ptr<Volume> volume_;
+    std::shared_ptr<Volume::Snapshot> snapshot_;
+};
+
+std::vector<Volume::SnapshotInfo> Volume::snapshots() const {
+    const Lock lock(mutex_);
+    std::vector<SnapshotInfo> found;
+    for (const auto& snapshot : snapshots_) {
+        const SnapshotRecord& record = snapshot->entry.record;
+        found.push_back({.id = record.id,
+                         .parent_id = record.parent_id,
+                         .group_id = record.group_id,
+                         .name = snapshot->entry.name,
+                         .sequence = record.sequence,
+                         .time_ns = record.time_ns,
+                         .mtime_ns = record.mtime_ns,
+                         .size_bytes = record.size_bytes});
+    }
+    return found;
+}
+
+std::shared_ptr<DataVolume> Volume::open_snapshot(std::uint64_t id) {
+    const Lock lock(mutex_);
+    for (const auto& snapshot : snapshots_) {
+        if (snapshot->entry.record.id == id)
+            return std::make_shared<SnapshotView>(shared_from_this(), snapshot);
+    }
+    return nullptr;
+}
+
+Volume::Snapshot* Volume::find_snapshot(std::uint64_t id) const {
+    for (const auto& snapshot : snapshots_) {
+        if (snapshot->entry.record.id == id)
+            return snapshot.get();
+    }
+    return nullptr;
+}
+
+void Volume::check_new_name(const std::string& name) const {
+    if (!is_snapshot_name(name))
+        fail(EINVAL, "no name for a snapshot");
+    const auto same = [&name](const auto& snapshot) { return snapshot->entry.name == name; };
+    if (std::any_of(snapshots_.begin(), snapshots_.end(), same))
+        fail(EEXIST, "there is a snapshot of that name");
+}
+
+void Volume::create_snapshot(std::uint64_t id, const std::string& name, std::uint64_t group_id) {
+    SnapEntry entry{.header = {.operation = SnapOperation::create, .id = id, .group_id = group_id}, .name = name};
+    const std::size_t side_bytes = encode(entry).size();
+    Lock lock(mutex_);
+    const std::uint64_t refusals = refusals_;
+    for (;;) {
+        if (read_only_)
+            fail(EROFS, "the volume is read-only");
+        check_new_name(name);
+        if (id == 0 || find_snapshot(id) != nullptr)
+            fail(EEXIST, "there is a snapshot of that id");
+        if (snapshots_.size() >= kMostSnapshots)
+            fail(EDQUOT, "the volume has as many snapshots as there may be");
+        if (frozen_.size() >= kMostFrozen) {
+            request_checkpoint();
+        } else if (!broken_ && seal_open()) {
+            const Admission admission = admit(1, 0, side_bytes);
+            if (admission == Admission::ok)
+                break;
+            if (admission == Admission::refused)
+                fail(space_refused_, "no space for a snapshot");
+        } else {
+            want_segment();
+        }
+        wake();
+        wait_disk(lock, refusals);
+    }
+    // The chunk that was opened for it is empty: nothing stands between what is frozen and the entry.
+    entry.header.parent_id = snapshots_.empty() ? 0 : snapshots_.back()->entry.record.id;
+    entry.header.time_ns = realtime_ns();
+    entry.header.mtime_ns = mtime_ns_;
+    Frozen* const frozen = apply_snap(entry, next_sequence_);
+    publish_snap(entry);
+    // What is merged with it makes the entry needless.
+    if (frozen != nullptr)
+        frozen->publishes = publishes_;
+    wait_durable(lock, next_number());
+}
+
+void Volume::remove_snapshot(std::uint64_t id) {
+    change_snapshot({.header = {.operation = SnapOperation::remove, .id = id}, .name = {}});
+}
+
+void Volume::rename_snapshot(std::uint64_t id, const std::string& name) {
+    change_snapshot({.header = {.operation = SnapOperation::rename, .id = id}, .name = name});
+}
+
+void Volume::change_snapshot(const SnapEntry& entry) {
+    Lock lock(mutex_);
+    const std::uint64_t refusals = refusals_;
+    for (;;) {
+        if (read_only_)
+            fail(EROFS, "the volume is read-only");
+        const Snapshot* const snapshot = find_snapshot(entry.header.id);
+        if (snapshot == nullptr)
+            fail(ENOENT, "there is no such snapshot");
+        if (entry.header.operation == SnapOperation::rename && snapshot->entry.name != entry.name)
+            check_new_name(entry.name);
+        const Admission admission = admit(1, 0, encode(entry).size());
+        if (admission == Admission::ok)
+            break;
+        if (admission == Admission::refused)
+            fail(space_refused_, "no space to change a snapshot");
+        wake();
+        wait_disk(lock, refusals);
+    }
+    apply_snap(entry, next_sequence_);
+    publish_snap(entry);
+    wait_durable(lock, next_number());
+}
+
+// What a dead process's ring holds, in the order of its entries.
+void Volume::republish_snap(const PublishItem& item) {
+    const auto entry = decode_snap_entry({item.side, item.size_bytes});
+    Lock lock(mutex_);
+    const std::uint64_t refusals = refusals_;
+    for (;;) {
+        if (frozen_.size() + 2 > OverlayStack::kMost)
+            throw FormatError("the ring holds more snapshots than a process takes");
+        if (!broken_ && seal_open()) {
+            const Admission admission = admit(1, 0, item.size_bytes);
+            if (admission == Admission::ok)
+                break;
+            if (admission == Admission::refused)
+                fail(space_refused_, "writing the log");
+        } else {
+            want_segment();
+        }
+        wake();
+        wait_disk(lock, refusals);
+    }
+    apply_snap(*entry, next_sequence_);
+    publish({&item, 1}, nullptr);
+}
+
+// There is room for it.
+void Volume::publish_snap(const SnapEntry& entry) {
+    const std::vector<std::byte> side = encode(entry);
+    PublishItem item{};
+    item.kind = EntryKind::snap;
+    item.side = side.data();
+    item.size_bytes = side.size();
+    publish({&item, 1}, nullptr);
+}
+
+// Does what an entry at `sequence` says. Returns what had to be frozen for it, if anything.
+Volume::Frozen* Volume::apply_snap(const SnapEntry& entry, std::uint64_t sequence) {
+    const auto at = std::find_if(snapshots_.begin(), snapshots_.end(), [&entry](const auto& snapshot) {
+        return snapshot->entry.record.id == entry.header.id;
+    });
+    if (entry.header.operation != SnapOperation::create) {
+        if (at == snapshots_.end())
+            return nullptr;
+        if (entry.header.operation == SnapOperation::rename) {
+            (*at)->entry.name = entry.name;
+            return nullptr;
+        }
+        (*at)->removed_in_chunk = open_ != nullptr ? open_->number : 0;
+        removed_snapshots_.push_back(std::move(*at));
+        snapshots_.erase(at);
+        for (const auto& segment : table_) {
+            if (segment)
+                segment->pinned_blocks = 0;
+        }
+        return nullptr;
+    }
+    if (at != snapshots_.end())
+        return nullptr;
+    const auto& snapshot = snapshots_.emplace_back(std::make_shared<Snapshot>());
+    snapshot->entry.name = entry.name;
+    SnapshotRecord& record = snapshot->entry.record;
+    record.id = entry.header.id;
+    record.parent_id = entry.header.parent_id;
+    record.group_id = entry.header.group_id;
+    record.sequence = sequence;
+    record.time_ns = entry.header.time_ns;
+    record.mtime_ns = entry.header.mtime_ns;
+    record.size_bytes = size_bytes_;
+    if (overlay_.empty() && frozen_.empty()) {
+        snapshot->merged(root_, levels_, mapped_blocks_);
+        return nullptr;
+    }
+    Frozen* const made = overlay_.empty() ? nullptr : &freeze_now();
+    record.mapped_blocks = mapped_estimate();
+    snapshot->frozen = frozen_.back().get();
+    frozen_.back()->snapshots.push_back(snapshot);
+    return made;
+}
+
+void Volume::load_snapshots(const Checkpoint& checkpoint, const std::vector<std::pair<std::uint64_t, int>>& segments) {
+    Pointer pointer = checkpoint.snapshot_directory_root;
+    for (std::uint32_t blocks = 0; pointer != kHole; ++blocks) {
+        if (blocks == kMaxPayloadBlocks)
+            throw FormatError("snapshot directory: endless chain");
+        const Segment* const segment =
+            pointer_segment(pointer) < table_.size() ? table_[pointer_segment(pointer)].get() : nullptr;
+        const auto at = std::find_if(segments.begin(), segments.end(), [segment](const auto& s) {
+            return segment != nullptr && s.first == segment->identity.segno;
+        });
+        if (at == segments.end())
+            throw FormatError("snapshot directory: a segment is missing");
+        WindowReader reader(at->second);
+        const auto block = reader.at(pointer_slot(pointer), 1);
+        if (block.size() != kBlockBytes || (crc32c_block(block.data()) & kCheckMask) != pointer_check(pointer))
+            throw FormatError("snapshot directory damaged");
+        for (DirectoryEntry& entry : decode_directory_block(block)) {
+            if (snapshots_.size() >= kMostSnapshots || find_snapshot(entry.record.id) != nullptr)
+                throw FormatError("snapshot directory malformed");
+            auto snapshot = std::make_shared<Snapshot>();
+            snapshot->entry = std::move(entry);
+            snapshots_.push_back(std::move(snapshot));
+        }
+        ChainHeader header;
+        std::memcpy(&header, block.data(), sizeof header);
+        pointer = header.next;
+    }
+}
+
+// The maps that keep blocks from the cleaner beside the two checkpoints'. What is not merged yet stands in segments
+// that are not cleaned, and above the newest checkpoint's.
+std::vector<Volume::KeptMap> Volume::snapshot_maps() {
+    std::erase_if(removed_snapshots_, [this](const auto& snapshot) {
+        return snapshot.use_count() == 1 && snapshot->removed_in_chunk < durable_number_;
+    });
+    std::vector<KeptMap> maps;
+    const auto add = [&maps](const auto& snapshot) {
+        const SnapshotRecord& record = snapshot->entry.record;
+        const bool known = !maps.empty() && maps.back().root == record.root;
+        if (snapshot->frozen == nullptr && record.root != kHole && !known)
+            maps.push_back({.root = record.root,
+                            .levels = static_cast<std::uint32_t>(record.levels),
+                            .generation = 0,
+                            .replay_start = {}});
+    };
+    std::for_each(snapshots_.begin(), snapshots_.end(), add);
+    std::for_each(removed_snapshots_.begin(), removed_snapshots_.end(), add);
+    return maps;
+}
+
+}  // namespace hlfs

@@ -1,0 +1,26 @@
+// A snapshot while its volume is open.
+#pragma once
+
+#include <cstdint>
+
+#include "volume/checkpoint.hpp"
+#include "volume/volume.hpp"
+
+namespace hlfs {
+
+// Guarded by the volume's mutex but for what is constant: id, parent, group, sequence, times, size.
+struct Volume::Snapshot {
+    DirectoryEntry entry;            // its root is valid once it is merged
+    const Frozen* frozen = nullptr;  // what it ends with; nullptr: merged
+    // Removed by an entry of that chunk: until it is durable a power cut brings the snapshot back.
+    std::uint64_t removed_in_chunk = 0;
+
+    void merged(Pointer root, std::uint32_t levels, std::int64_t mapped) {
+        entry.record.root = root;
+        entry.record.levels = levels;
+        entry.record.mapped_blocks = static_cast<std::uint64_t>(mapped);
+        frozen = nullptr;
+    }
+};
+
+}  // namespace hlfs
