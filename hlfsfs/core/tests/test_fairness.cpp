@@ -146,7 +146,8 @@ TEST_CASE("a volume may hold some pages however full another keeps the ring") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
     HostOptions options;
-    options.geometry = {.slots = 16, .chunks = 64, .ring_extents = 4, .spill_extents = 16};
+    // Descriptors enough for each write alone in its chunk.
+    options.geometry = {.slots = 16, .chunks = 256, .ring_extents = 4, .spill_extents = 16};
     Pair pair(options);
     disk.hold_syncs();
     {
