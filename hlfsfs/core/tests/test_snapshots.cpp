@@ -344,8 +344,8 @@ TEST_CASE("the cleaner takes nothing of a snapshot whose removal is not durable 
 TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and power cuts") {
     const std::uint64_t seed = test_seed("snapshots");
     Random random(seed);
-    constexpr std::uint64_t kMaxBytes = 6 * kMiB;
-    for (int round = 0; round < test_rounds(6); ++round) {
+    constexpr std::uint64_t kMaxBytes = 2 * kMiB;
+    for (int round = 0; round < test_rounds(3); ++round) {
         FaultyDisk::instance().reset();
         auto log = std::make_unique<Log>(1, 21 + static_cast<std::uint32_t>(random() % 2));
         auto host = std::make_unique<Host>();
@@ -357,7 +357,7 @@ TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and
             switch (random() % 12) {
                 case 0:
                 case 1:
-                    if (tree.snapshots.size() < 8) {
+                    if (tree.snapshots.size() < 5) {
                         volume->create_snapshot(next_id, name_of(next_id), 0);
                         tree.snapshots[next_id++] = tree.head;
                     }
@@ -405,7 +405,7 @@ TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and
                     change.apply(tree.head);
                 }
             }
-            if (step % 10 == 9)
+            if (step % 20 == 19)
                 tree.check(*volume);
         }
         tree.check(*volume);
