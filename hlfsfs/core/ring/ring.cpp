@@ -248,8 +248,9 @@ void Ring::verify(const ChunkDescriptor& chunk) const {
     bool sound = count <= kChunkMaxEntries;
     for (std::uint32_t i = 0; sound && i < count; ++i) {
         const Entry entry = decode_entry(chunk.entries[i].data());
-        const std::size_t side_at = std::min(std::size_t{entry.aux} * 8, std::size_t{kChunkSideBytes});
-        const std::size_t side = side_bytes_of(entry.kind, std::span(chunk.side).subspan(side_at));
+        const std::size_t side_at = std::size_t{entry.aux} * 8;
+        const std::size_t side =
+            side_at <= kChunkSideBytes ? side_bytes_of(entry.kind, std::span(chunk.side).subspan(side_at)) : 0;
         blocks += entry.stored_blocks;
         side_bytes += side;
         const bool data = entry.kind == EntryKind::data || entry.kind == EntryKind::relocate;
