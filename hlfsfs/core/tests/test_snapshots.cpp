@@ -71,6 +71,15 @@ struct Tree {
     }
 };
 
+// Twelve MiB anew.
+void fill(Host& host, Log& log, Volume& volume, Tree& tree, std::uint64_t stamp) {
+    for (std::uint64_t i = 0; i < 12; ++i) {
+        const Change change{.offset = i * kMiB, .size_bytes = kMiB, .stamp = stamp + i};
+        REQUIRE(change.run(host, log, volume) == 0);
+        change.apply(tree.head);
+    }
+}
+
 bool both_valid(const Log& log) {
     return std::all_of(log.slots.begin(), log.slots.end(), [](const Bytes& slot) {
         try {
@@ -263,13 +272,6 @@ TEST_CASE("the cleaner takes nothing that a snapshot holds, and all of it once t
     Tree tree;
     auto host = std::make_unique<Host>();
     auto volume = host->open(log).volume;
-    const auto fill = [&](std::uint64_t stamp) {
-        for (std::uint64_t i = 0; i < 12; ++i) {
-            const Change change{.offset = i * kMiB, .size_bytes = kMiB, .stamp = stamp + i};
-            REQUIRE(change.run(*host, log, *volume) == 0);
-            change.apply(tree.head);
-        }
-    };
     const auto clean = [&] {
         for (int i = 0; i < 4; ++i) {
             // So that both checkpoints have it behind them.
@@ -279,10 +281,10 @@ TEST_CASE("the cleaner takes nothing that a snapshot holds, and all of it once t
             host->clean(log, how);
         }
     };
-    fill(100);
+    fill(*host, log, *volume, tree, 100);
     volume->create_snapshot(1, "one", 0);
     tree.snapshots[1] = tree.head;
-    fill(200);
+    fill(*host, log, *volume, tree, 200);
     clean();
     tree.check(*volume);
     host->close(log);
@@ -307,17 +309,10 @@ TEST_CASE("the cleaner takes nothing of a snapshot whose removal is not durable 
     Tree tree;
     auto host = std::make_unique<Host>();
     auto volume = host->open(log).volume;
-    const auto fill = [&](std::uint64_t stamp) {
-        for (std::uint64_t i = 0; i < 12; ++i) {
-            const Change change{.offset = i * kMiB, .size_bytes = kMiB, .stamp = stamp + i};
-            REQUIRE(change.run(*host, log, *volume) == 0);
-            change.apply(tree.head);
-        }
-    };
-    fill(100);
+    fill(*host, log, *volume, tree, 100);
     volume->create_snapshot(1, "one", 0);
     tree.snapshots[1] = tree.head;
-    fill(200);
+    fill(*host, log, *volume, tree, 200);
     for (std::uint64_t i = 0; i < 3; ++i) {
         REQUIRE(write(*host, *volume, 0, Bytes(tree.head.begin(), tree.head.begin() + 4096)) > 0);
         while (host->checkpoint(log)) {
