@@ -1,5 +1,5 @@
 // How snapshots are stored: entries of the log that change them, and the directory that a checkpoint leads to.
-// docs/FORMAT.md, "Snapshots".
+// docs/FORMAT.md, sections 4 and 7.
 #pragma once
 
 #include <cstddef>
