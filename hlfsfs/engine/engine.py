@@ -26,6 +26,7 @@ from hlfsfs.errors import (
     HlfsError,
     LogDamaged,
     NoSpace,
+    NoSuchSnapshot,
     NoSuchVolume,
     StoreFailed,
     UnknownFeature,
@@ -406,6 +407,18 @@ class Engine:
         """Forgets a volume that is being deleted, durable or not."""
         with self._exclusive(volume_id), self._cleaner.kept_away(volume_id):
             self._forget(volume_id)
+
+    def open_snapshot(self, volume: Volume, snapshot_id: int, node_id: int) -> None:
+        """Has the channel find a snapshot of an attached volume as a node, until `close_snapshot`.
+
+        The caller keeps the volume attached meanwhile. Raises NoSuchSnapshot.
+        """
+        if not self.core.publish_snapshot(node_id, volume.native, snapshot_id):
+            raise NoSuchSnapshot(f"{volume.what}, snapshot {snapshot_id:016x}")
+
+    def close_snapshot(self, node_id: int) -> None:
+        """Ends `open_snapshot`."""
+        self.core.remove_snapshot(node_id)
 
     def _forget(self, volume_id: int) -> None:
         self.core.remove_volume(volume_id)

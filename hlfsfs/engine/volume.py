@@ -5,9 +5,10 @@ All methods block, may be called from any thread, and raise nothing but HlfsErro
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -52,7 +53,12 @@ class VolumeAttr:
 class Snapshot:
     """What a volume held at one moment, `time_ns`; it was last written to at `mtime_ns`.
 
-    `parent_id` is the snapshot before it, `group_id` is shared by those that were taken together; 0: none.
+    Attributes:
+        parent_id: of the snapshot before it; 0: none.
+        group_id: shared by those that were taken together; 0: none.
+        ctime_ns: when its name or owner was last given.
+        allocated_bytes: what is mapped, exact once a checkpoint has merged it.
+        mode: permission bits.
     """
 
     id: int
@@ -61,7 +67,31 @@ class Snapshot:
     group_id: int
     time_ns: int
     mtime_ns: int
+    ctime_ns: int
     size_bytes: int
+    allocated_bytes: int
+    mode: int
+    uid: int
+    gid: int
+
+
+_SNAPSHOT_FIELDS = [field.name for field in fields(Snapshot)]
+
+
+def _snapshot_of(info: "_core.SnapshotInfo") -> Snapshot:
+    return Snapshot(**{name: getattr(info, name) for name in _SNAPSHOT_FIELDS})
+
+
+def _read_all(read: Callable[[int, int], bytes], offset: int, size_bytes: int) -> bytes:
+    """In requests of the native volume, up to what it ends with."""
+    parts = []
+    while size_bytes > 0:
+        part = read(offset, min(size_bytes, REQUEST_BYTES))
+        parts.append(part)
+        offset, size_bytes = offset + len(part), size_bytes - len(part)
+        if not part:
+            break
+    return b"".join(parts)
 
 
 class Volume:
@@ -101,15 +131,8 @@ class Volume:
 
     def read(self, offset: int, size_bytes: int) -> bytes:
         """Reads up to `size_bytes`, fewer at the end of the volume."""
-        parts = []
         with self._errors():
-            while size_bytes > 0:
-                part = self.native.read(offset, min(size_bytes, REQUEST_BYTES))
-                parts.append(part)
-                offset, size_bytes = offset + len(part), size_bytes - len(part)
-                if not part:
-                    break
-        return b"".join(parts)
+            return _read_all(self.native.read, offset, size_bytes)
 
     def write(self, offset: int, data: bytes, dsync: bool = False) -> int:
         """Writes all of `data`; it survives the death of every process, and with `dsync` power loss.
@@ -152,10 +175,25 @@ class Volume:
 
     def snapshots(self) -> list[Snapshot]:
         """The oldest first."""
-        names = [field.name for field in fields(Snapshot)]
-        return [Snapshot(**{name: getattr(info, name) for name in names}) for info in self.native.snapshots()]
+        return [_snapshot_of(info) for info in self.native.snapshots()]
 
-    def create_snapshot(self, name: bytes, snapshot_id: int, group_id: int = 0) -> None:
+    def snapshot(self, snapshot_id: int) -> Snapshot:
+        """Raises NoSuchSnapshot."""
+        info = self.native.snapshot(snapshot_id)
+        if info is None:
+            raise NoSuchSnapshot(self._what_of(f"{snapshot_id:016x}"))
+        return _snapshot_of(info)
+
+    def snapshot_named(self, name: bytes) -> Snapshot:
+        """Raises NoSuchSnapshot."""
+        info = self.native.snapshot_named(name)
+        if info is None:
+            raise NoSuchSnapshot(self._what_of(name))
+        return _snapshot_of(info)
+
+    def create_snapshot(  # noqa: PLR0917 - an owner is three numbers
+        self, name: bytes, snapshot_id: int, mode: int = 0o400, uid: int = 0, gid: int = 0, group_id: int = 0
+    ) -> None:
         """Keeps what was acknowledged before as it is now; durable on return, and after a crash whole or not there.
 
         `snapshot_id` is a new stable id.
@@ -165,43 +203,33 @@ class Volume:
             StoreFailed: there is one, not known to be durable.
         """
         with self._snapshot_errors(name):
-            self.native.create_snapshot(snapshot_id, name, group_id)
+            self.native.create_snapshot(snapshot_id, name, group_id, mode, uid, gid)
 
-    def remove_snapshot(self, name: bytes) -> None:
+    def remove_snapshot(self, snapshot_id: int) -> None:
         """Durable on return; who reads it goes on. What only it held is freed later. Raises NoSuchSnapshot."""
-        with self._snapshot_errors(name):
-            self.native.remove_snapshot(self._snapshot_id(name))
+        with self._snapshot_errors(f"{snapshot_id:016x}"):
+            self.native.remove_snapshot(snapshot_id)
 
-    def rename_snapshot(self, name: bytes, new_name: bytes) -> None:
+    def rename_snapshot(self, snapshot_id: int, new_name: bytes) -> None:
         """Durable on return. Raises NoSuchSnapshot, NameExists, RefusedName."""
-        snapshot_id = self._snapshot_id(name)
         with self._snapshot_errors(new_name):
             self.native.rename_snapshot(snapshot_id, new_name)
 
-    def read_snapshot(self, name: bytes, offset: int, size_bytes: int) -> bytes:
+    def set_snapshot_owner(self, snapshot_id: int, mode: int, uid: int, gid: int) -> None:
+        """Durable on return. Raises NoSuchSnapshot."""
+        with self._snapshot_errors(f"{snapshot_id:016x}"):
+            self.native.set_snapshot_owner(snapshot_id, mode, uid, gid)
+
+    def read_snapshot(self, snapshot_id: int, offset: int, size_bytes: int) -> bytes:
         """Reads up to `size_bytes`, fewer at its end. Raises NoSuchSnapshot."""
-        parts = []
-        snapshot_id = self._snapshot_id(name)
-        with self._snapshot_errors(name):
-            while size_bytes > 0:
-                part = self.native.read_snapshot(snapshot_id, offset, min(size_bytes, REQUEST_BYTES))
-                parts.append(part)
-                offset, size_bytes = offset + len(part), size_bytes - len(part)
-                if not part:
-                    break
-        return b"".join(parts)
+        with self._snapshot_errors(f"{snapshot_id:016x}"):
+            return _read_all(partial(self.native.read_snapshot, snapshot_id), offset, size_bytes)
 
-    def _snapshot_id(self, name: bytes) -> int:
-        for info in self.native.snapshots():
-            if info.name == name:
-                return info.id
-        raise NoSuchSnapshot(self._what_of(name))
-
-    def _what_of(self, snapshot_name: bytes) -> str:
-        return f"{self.what}, snapshot {printable(snapshot_name)!r}"
+    def _what_of(self, snapshot: bytes | str) -> str:
+        return f"{self.what}, snapshot {printable(snapshot)!r}"
 
     @contextmanager
-    def _snapshot_errors(self, name: bytes) -> Iterator[None]:
+    def _snapshot_errors(self, name: bytes | str) -> Iterator[None]:
         try:
             yield
         except OSError as exc:
@@ -212,7 +240,7 @@ class Volume:
                     raise NoSuchSnapshot(self._what_of(name)) from exc
                 case errno.EINVAL:
                     why = "a snapshot's name has 1 to 255 bytes, no `/`, `%`, `@` or control character"
-                    raise RefusedName(name, why) from exc
+                    raise RefusedName(os.fsencode(name), why) from exc
                 case errno.EDQUOT:
                     raise TooManySnapshots(self.what) from exc
                 case _:

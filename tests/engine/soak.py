@@ -101,7 +101,8 @@ class EngineTarget(Target):
     def _volume(self, name: str) -> Volume:
         if name not in self._open:
             node = self._names.lookup(ROOT, name.encode()).id
-            self._open[name] = (node, self._names.open(node, os.O_RDWR))
+            self._names.open(node, os.O_RDWR)
+            self._open[name] = (node, self._names.volume(node))
         return self._open[name][1]
 
     def create(self, name: str) -> None:

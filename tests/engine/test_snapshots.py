@@ -43,8 +43,8 @@ def test_what_it_holds_stays_through_writes_cleaning_and_ends(world: World) -> N
         checkpointed_often(world)
         world.engine.clean(world.volume)
         world.expect_whole()
-        assert world.volume.read_snapshot(b"first", 0, SIZE_BYTES) == first
-        assert world.volume.read_snapshot(b"second", 0, SIZE_BYTES) == second
+        assert world.volume.read_snapshot(FIRST, 0, SIZE_BYTES) == first
+        assert world.volume.read_snapshot(SECOND, 0, SIZE_BYTES) == second
         world.reopen()
     assert [(each.name, each.parent_id, each.size_bytes) for each in world.volume.snapshots()] == [
         (b"first", 0, SIZE_BYTES),
@@ -61,7 +61,7 @@ def test_its_space_comes_back_once_it_is_removed(world: World) -> None:
     world.engine.clean(world.volume)
     kept_bytes = world.log_bytes()
     assert kept_bytes > 2 * SIZE_BYTES
-    world.volume.remove_snapshot(b"first")
+    world.volume.remove_snapshot(FIRST)
     world.engine.clean(world.volume)
     assert world.log_bytes() < kept_bytes - SIZE_BYTES + 4 * MIB
     world.expect_whole()
@@ -74,14 +74,16 @@ def test_names(world: World) -> None:
         world.volume.create_snapshot(b"first", SECOND)
     with pytest.raises(RefusedName, match="choose another name"):
         world.volume.create_snapshot(b"a/b", SECOND)
-    with pytest.raises(NoSuchSnapshot, match="snapshot 'second': no such snapshot"):
-        world.volume.remove_snapshot(b"second")
+    with pytest.raises(NoSuchSnapshot, match=f"snapshot '{SECOND:016x}': no such snapshot"):
+        world.volume.remove_snapshot(SECOND)
+    with pytest.raises(NoSuchSnapshot, match="snapshot 'second'"):
+        world.volume.snapshot_named(b"second")
     with pytest.raises(NoSuchSnapshot):
-        world.volume.read_snapshot(b"second", 0, BLOCK)
-    world.volume.rename_snapshot(b"first", b"\xff\xfe")
+        world.volume.read_snapshot(SECOND, 0, BLOCK)
+    world.volume.rename_snapshot(FIRST, b"\xff\xfe")
     assert [each.name for each in world.volume.snapshots()] == [b"\xff\xfe"]
     with pytest.raises(NoSuchSnapshot):
-        world.volume.rename_snapshot(b"first", b"third")
+        world.volume.rename_snapshot(SECOND, b"third")
 
 
 def test_damage_that_only_a_snapshot_has_is_found(world: World) -> None:

@@ -248,6 +248,9 @@ void bind_core(nb::module_& m) {
             nb::arg("id"), nb::arg("log_uuid"), nb::kw_only(), nb::arg("segment_shift"), nb::arg("read_only"),
             nb::keep_alive<0, 1>())
         .def("publish_volume", &Core::publish_volume, nb::arg("volume"))
+        .def("publish_snapshot", &Core::publish_snapshot, nb::arg("node_id"), nb::arg("volume"), nb::arg("snapshot_id"),
+             nb::call_guard<nb::gil_scoped_release>())
+        .def("remove_snapshot", &Core::remove_snapshot, nb::arg("node_id"), nb::call_guard<nb::gil_scoped_release>())
         .def("remove_volume", &Core::remove_volume, nb::arg("id"), nb::call_guard<nb::gil_scoped_release>())
         .def("next_event", &Core::next_event, nb::arg("timeout_ms"), nb::call_guard<nb::gil_scoped_release>())
         .def("stop_events", &Core::stop_events)
@@ -270,6 +273,15 @@ void bind_core(nb::module_& m) {
         });
 }
 
+std::optional<Volume::SnapshotInfo> find_snapshot(const Volume& volume, const auto& wanted) {
+    const nb::gil_scoped_release unlocked;
+    for (Volume::SnapshotInfo& info : volume.snapshots()) {
+        if (wanted(info))
+            return std::move(info);
+    }
+    return std::nullopt;
+}
+
 void bind_snapshots(nb::class_<Volume>& volume, nb::module_& m) {
     nb::class_<Volume::SnapshotInfo>(m, "SnapshotInfo")
         .def_ro("id", &Volume::SnapshotInfo::id)
@@ -279,16 +291,41 @@ void bind_snapshots(nb::class_<Volume>& volume, nb::module_& m) {
                      [](const Volume::SnapshotInfo& info) { return nb::bytes(info.name.data(), info.name.size()); })
         .def_ro("time_ns", &Volume::SnapshotInfo::time_ns)
         .def_ro("mtime_ns", &Volume::SnapshotInfo::mtime_ns)
-        .def_ro("size_bytes", &Volume::SnapshotInfo::size_bytes);
+        .def_ro("ctime_ns", &Volume::SnapshotInfo::ctime_ns)
+        .def_ro("size_bytes", &Volume::SnapshotInfo::size_bytes)
+        .def_ro("allocated_bytes", &Volume::SnapshotInfo::allocated_bytes)
+        .def_ro("mode", &Volume::SnapshotInfo::mode)
+        .def_ro("uid", &Volume::SnapshotInfo::uid)
+        .def_ro("gid", &Volume::SnapshotInfo::gid);
     volume.def("snapshots", &Volume::snapshots, nb::call_guard<nb::gil_scoped_release>())
         .def(
+            "snapshot",
+            [](const Volume& self, std::uint64_t id) {
+                return find_snapshot(self, [id](const auto& info) { return info.id == id; });
+            },
+            nb::arg("id"))
+        .def(
+            "snapshot_named",
+            [](const Volume& self, const nb::bytes& name) {
+                const std::string_view wanted(name.c_str(), name.size());
+                return find_snapshot(self, [wanted](const auto& info) { return info.name == wanted; });
+            },
+            nb::arg("name"))
+        .def(
             "create_snapshot",
-            [](Volume& self, std::uint64_t id, const nb::bytes& name, std::uint64_t group_id) {
+            [](Volume& self, std::uint64_t id, const nb::bytes& name, std::uint64_t group_id, std::uint32_t mode,
+               std::uint32_t uid, std::uint32_t gid) {
                 const std::string copy(name.c_str(), name.size());
                 const nb::gil_scoped_release unlocked;
-                self.create_snapshot(id, copy, group_id);
+                self.create_snapshot(id, copy, group_id, {.mode = mode, .uid = uid, .gid = gid});
             },
-            nb::arg("id"), nb::arg("name"), nb::arg("group_id"))
+            nb::arg("id"), nb::arg("name"), nb::arg("group_id"), nb::arg("mode"), nb::arg("uid"), nb::arg("gid"))
+        .def(
+            "set_snapshot_owner",
+            [](Volume& self, std::uint64_t id, std::uint32_t mode, std::uint32_t uid, std::uint32_t gid) {
+                self.set_snapshot_owner(id, {.mode = mode, .uid = uid, .gid = gid});
+            },
+            nb::arg("id"), nb::arg("mode"), nb::arg("uid"), nb::arg("gid"), nb::call_guard<nb::gil_scoped_release>())
         .def("remove_snapshot", &Volume::remove_snapshot, nb::arg("id"), nb::call_guard<nb::gil_scoped_release>())
         .def(
             "rename_snapshot",
@@ -305,7 +342,7 @@ void bind_snapshots(nb::class_<Volume>& volume, nb::module_& m) {
                 std::int64_t result = -ENOENT;
                 {
                     const nb::gil_scoped_release unlocked;
-                    if (const auto view = self.open_snapshot(id)) {
+                    if (const auto view = self.open_snapshot(id, id)) {
                         view->read(offset, size_bytes, true, waiter);
                         result = waiter.wait();
                     }

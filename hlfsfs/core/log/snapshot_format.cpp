@@ -7,6 +7,7 @@ namespace hlfs {
 namespace {
 
 constexpr std::size_t kSideHead = 8;  // SnapSideHeader's fields up to `id`
+constexpr std::uint32_t kModeBits = 07777;
 
 constexpr std::size_t padded(std::size_t bytes) noexcept {
     return (bytes + 7) / 8 * 8;
@@ -51,10 +52,11 @@ std::optional<SnapEntry> decode_snap_entry(std::span<const std::byte> side) {
     std::memcpy(&entry.header, side.data(), sizeof entry.header);
     const SnapSideHeader& header = entry.header;
     if (kSideHead + header.length_bytes != sizeof header + padded(header.name_bytes) ||
-        kSideHead + header.length_bytes > side.size() || header.id == 0)
+        kSideHead + header.length_bytes > side.size() || header.id == 0 || header.mode > kModeBits)
         return std::nullopt;
     switch (header.operation) {
         case SnapOperation::remove:
+        case SnapOperation::set_owner:
             return header.name_bytes == 0 ? std::optional(std::move(entry)) : std::nullopt;
         case SnapOperation::create:
         case SnapOperation::rename: {
@@ -120,7 +122,7 @@ std::vector<DirectoryEntry> decode_directory_block(std::span<const std::byte> bl
         const SnapshotRecord& record = entry.record;
         if (record.length_bytes != sizeof record + padded(record.name_bytes) ||
             at + record.length_bytes > kBlockBytes || record.id == 0 || record.levels > kMaxLevels ||
-            record.size_bytes > kMaxMappedBytes)
+            record.size_bytes > kMaxMappedBytes || record.mode > kModeBits)
             throw FormatError("snapshot directory malformed");
         auto name = name_at(block.subspan(at + sizeof record), record.name_bytes);
         if (!name)

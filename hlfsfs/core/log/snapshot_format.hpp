@@ -16,21 +16,25 @@ namespace hlfs {
 
 inline constexpr std::size_t kMaxSnapshotNameBytes = 255;
 
-enum class SnapOperation : std::uint16_t { create = 1, remove = 2, rename = 3 };
+enum class SnapOperation : std::uint16_t { create = 1, remove = 2, rename = 3, set_owner = 4 };
 
 // The side data of a snap entry, with the name behind it, zero-padded to 8 bytes.
 struct SnapSideHeader {
     SnapOperation operation = SnapOperation::create;
     std::uint16_t length_bytes = 0;  // of what follows these first 8 bytes, padding included
-    std::uint16_t name_bytes = 0;    // remove: 0
+    std::uint16_t name_bytes = 0;    // remove, set_owner: 0
     std::uint16_t reserved = 0;
     std::uint64_t id = 0;
     std::uint64_t parent_id = 0;  // create: the snapshot that the volume's content came from; 0: none
     std::uint64_t group_id = 0;   // create: of snapshots that were taken together; 0: none
-    std::uint64_t time_ns = 0;    // create
+    std::uint64_t time_ns = 0;    // when that was asked for; remove: 0
     std::uint64_t mtime_ns = 0;   // create: when the volume was last written to
+    std::uint32_t mode = 0;       // create, set_owner: permission bits
+    std::uint32_t uid = 0;
+    std::uint32_t gid = 0;
+    std::uint32_t reserved2 = 0;
 };
-static_assert(sizeof(SnapSideHeader) == 48);
+static_assert(sizeof(SnapSideHeader) == 64);
 
 // What no path, URI or terminal gives a meaning of its own: 1 to 255 bytes, no `/`, `%`, `@` or control character.
 bool is_snapshot_name(std::string_view name) noexcept;
@@ -64,7 +68,11 @@ struct SnapshotRecord {
     std::uint64_t mapped_blocks = 0;
     Pointer root = kHole;
     std::uint64_t levels = 0;
-    std::uint64_t reserved[3] = {};
+    std::uint64_t ctime_ns = 0;  // of its name or owner
+    std::uint32_t mode = 0;
+    std::uint32_t uid = 0;
+    std::uint32_t gid = 0;
+    std::uint32_t reserved = 0;
 };
 static_assert(sizeof(SnapshotRecord) == 112);
 

@@ -66,7 +66,7 @@ struct Tree {
         REQUIRE(ids == wanted);
         for (const auto& [id, content] : snapshots) {
             INFO("snapshot " << id);
-            REQUIRE(same(read_all(*volume.open_snapshot(id)), content));
+            REQUIRE(same(read_all(*volume.open_snapshot(id, id)), content));
         }
     }
 };
@@ -77,6 +77,15 @@ void fill(Host& host, Log& log, Volume& volume, Tree& tree, std::uint64_t stamp)
         const Change change{.offset = i * kMiB, .size_bytes = kMiB, .stamp = stamp + i};
         REQUIRE(change.run(host, log, volume) == 0);
         change.apply(tree.head);
+    }
+}
+
+// So that the cleaner may touch all that was written.
+void put_behind_checkpoints(Host& host, Log& log, Volume& volume, const Tree& tree) {
+    for (int i = 0; i < 3; ++i) {
+        REQUIRE(write(host, volume, 0, Bytes(tree.head.begin(), tree.head.begin() + 4096)) > 0);
+        while (host.checkpoint(log)) {
+        }
     }
 }
 
@@ -108,11 +117,11 @@ TEST_CASE("a snapshot holds what was written before it, and nothing written afte
         change.apply(tree.head);
     };
     put(0, 300'000, 1);
-    volume->create_snapshot(11, "first", 0);
+    volume->create_snapshot(11, "first", 0, {});
     tree.snapshots[11] = tree.head;
     tree.check(*volume);
     put(100'000, 300'000, 2);
-    volume->create_snapshot(12, "second", 0);
+    volume->create_snapshot(12, "second", 0, {});
     tree.snapshots[12] = tree.head;
     const auto mtime_ns = volume->attr().mtime_ns;
     put(4096, 8192, 3);
@@ -127,7 +136,7 @@ TEST_CASE("a snapshot holds what was written before it, and nothing written afte
     CHECK(infos.at(1).parent_id == 11);
     CHECK(infos.at(1).mtime_ns == mtime_ns);
     CHECK(infos.at(1).time_ns >= mtime_ns);
-    CHECK(volume->open_snapshot(12)->attr().mtime_ns == mtime_ns);
+    CHECK(volume->open_snapshot(12, 12)->attr().mtime_ns == mtime_ns);
 
     SECTION("after each checkpoint") {
         while (host->checkpoint(log))
@@ -157,9 +166,9 @@ TEST_CASE("a snapshot holds what was written before it, and nothing written afte
         successor.close(*left);
     }
     SECTION("one that is removed is gone, and stays so") {
-        const auto view = volume->open_snapshot(11);
+        const auto view = volume->open_snapshot(11, 11);
         volume->remove_snapshot(11);
-        CHECK(volume->open_snapshot(11) == nullptr);
+        CHECK(volume->open_snapshot(11, 11) == nullptr);
         CHECK(same(read_all(*view), tree.snapshots.at(11)));
         tree.snapshots.erase(11);
         tree.check(*volume);
@@ -173,26 +182,38 @@ TEST_CASE("a snapshot holds what was written before it, and nothing written afte
     host->drop(log);
 }
 
-TEST_CASE("names and numbers of snapshots are held to their rules") {
+TEST_CASE("names, numbers and owners of snapshots are held to their rules") {
     FaultyDisk::instance().reset();
     Log log(1);
     Host host;
     const auto volume = host.open(log).volume;
     REQUIRE(write(host, *volume, 0, pattern(kBlockBytes, 1)) > 0);
-    volume->create_snapshot(5, "five", 0);
-    CHECK(error_of([&] { volume->create_snapshot(6, "five", 0); }) == EEXIST);
-    CHECK(error_of([&] { volume->create_snapshot(5, "six", 0); }) == EEXIST);
+    volume->create_snapshot(5, "five", 0, {});
+    CHECK(error_of([&] { volume->create_snapshot(6, "five", 0, {}); }) == EEXIST);
+    CHECK(error_of([&] { volume->create_snapshot(5, "six", 0, {}); }) == EEXIST);
     for (const char* name : {"", ".", "..", "a/b", "a%b", "a@b", "a\nb", "a\x7f"})
-        CHECK(error_of([&] { volume->create_snapshot(6, name, 0); }) == EINVAL);
-    CHECK(error_of([&] { volume->create_snapshot(6, std::string(256, 'x'), 0); }) == EINVAL);
-    volume->create_snapshot(6, std::string(255, 'x'), 0);
+        CHECK(error_of([&] { volume->create_snapshot(6, name, 0, {}); }) == EINVAL);
+    CHECK(error_of([&] { volume->create_snapshot(6, std::string(256, 'x'), 0, {}); }) == EINVAL);
+    volume->create_snapshot(6, std::string(255, 'x'), 0, {});
     CHECK(error_of([&] { volume->remove_snapshot(7); }) == ENOENT);
     CHECK(error_of([&] { volume->rename_snapshot(7, "seven"); }) == ENOENT);
     CHECK(error_of([&] { volume->rename_snapshot(6, "five"); }) == EEXIST);
     volume->rename_snapshot(6, "six");
     volume->rename_snapshot(6, "six");
     volume->remove_snapshot(5);
-    volume->create_snapshot(7, "five", 0);
+    volume->create_snapshot(7, "five", 0, {.mode = 0440, .uid = 1, .gid = 2});
+    CHECK(error_of([&] { volume->set_snapshot_owner(5, {}); }) == ENOENT);
+    volume->set_snapshot_owner(6, {.mode = 0604, .uid = 3, .gid = 4});
+    const auto check_owners = [](Volume& of) {
+        const auto six = of.open_snapshot(6, 66)->attr();
+        CHECK(six.id == 66);
+        CHECK(six.mode == (0100000 | 0604));
+        CHECK((six.uid == 3 && six.gid == 4));
+        CHECK(six.ctime_ns > six.mtime_ns);
+        const auto five = of.open_snapshot(7, 7)->attr();
+        CHECK(five.mode == (0100000 | 0440));
+        CHECK((five.uid == 1 && five.gid == 2));
+    };
     const auto named = [](Volume& of) {
         std::map<std::string, std::uint64_t> ids;
         for (const auto& info : of.snapshots())
@@ -205,11 +226,15 @@ TEST_CASE("names and numbers of snapshots are held to their rules") {
     const auto left = log.after_power_cut(random, FaultyDisk::Fate::all_lost);
     {
         Host successor;
-        CHECK(named(*successor.open(*left).volume) == wanted);
+        const auto opened = successor.open(*left);
+        CHECK(named(*opened.volume) == wanted);
+        check_owners(*opened.volume);
         successor.close(*left);
     }
     Host third;
-    CHECK(named(*third.open(*left).volume) == wanted);
+    const auto opened = third.open(*left);
+    CHECK(named(*opened.volume) == wanted);
+    check_owners(*opened.volume);
     third.close(*left);
     host.close(log);
 }
@@ -220,9 +245,9 @@ TEST_CASE("a snapshot can be read and nothing else") {
     Host host;
     const auto volume = host.open(log).volume;
     REQUIRE(write(host, *volume, kMiB, pattern(kBlockBytes, 1)) > 0);
-    volume->create_snapshot(5, "five", 0);
+    volume->create_snapshot(5, "five", 0, {});
     REQUIRE(write(host, *volume, 0, pattern(kBlockBytes, 2)) > 0);
-    const auto view = volume->open_snapshot(5);
+    const auto view = volume->open_snapshot(5, 5);
     const auto result_of = [&](const std::function<void(Completion&)>& ask) {
         Wait wait;
         ask(wait);
@@ -253,7 +278,7 @@ TEST_CASE("snapshots in a row wait for checkpoints, and none is lost") {
         const Change change{.offset = id * 37 % 50 * 4096, .size_bytes = 10'000, .stamp = id};
         REQUIRE(change.run(*host, log, *volume) == 0);
         change.apply(tree.head);
-        volume->create_snapshot(id, name_of(id), 0);
+        volume->create_snapshot(id, name_of(id), 0, {});
         tree.snapshots[id] = tree.head;
     }
     tree.check(*volume);
@@ -274,15 +299,13 @@ TEST_CASE("the cleaner takes nothing that a snapshot holds, and all of it once t
     auto volume = host->open(log).volume;
     const auto clean = [&] {
         for (int i = 0; i < 4; ++i) {
-            // So that both checkpoints have it behind them.
-            REQUIRE(write(*host, *volume, 0, Bytes(tree.head.begin(), tree.head.begin() + 4096)) > 0);
-            while (host->checkpoint(log)) {
-            }
-            host->clean(log, how);
+            put_behind_checkpoints(*host, log, *volume, tree);
+            // What was moved last is there twice until both checkpoints know its new place.
+            host->clean(log, i < 2 ? how : Volume::CleanHow::punch);
         }
     };
     fill(*host, log, *volume, tree, 100);
-    volume->create_snapshot(1, "one", 0);
+    volume->create_snapshot(1, "one", 0, {});
     tree.snapshots[1] = tree.head;
     fill(*host, log, *volume, tree, 200);
     clean();
@@ -302,6 +325,31 @@ TEST_CASE("the cleaner takes nothing that a snapshot holds, and all of it once t
     host->close(log);
 }
 
+TEST_CASE("a segment of which a snapshot holds a little is punched, where one of the head alone is moved") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Tree tree;
+    Host host;
+    const auto volume = host.open(log).volume;
+    constexpr std::size_t kHeld = std::size_t{64} << 10;
+    fill(host, log, *volume, tree, 100);
+    const auto overwrite = [&](std::size_t from, std::uint64_t stamp) {
+        for (std::uint64_t i = 0; i < 12; ++i) {
+            const Change change{.offset = i * kMiB + from, .size_bytes = kMiB - from, .stamp = stamp + i};
+            REQUIRE(change.run(host, log, *volume) == 0);
+            change.apply(tree.head);
+        }
+    };
+    overwrite(kHeld, 200);
+    volume->create_snapshot(1, "one", 0, {});
+    tree.snapshots[1] = tree.head;
+    overwrite(0, 300);
+    put_behind_checkpoints(host, log, *volume, tree);
+    CHECK(host.clean(log, Volume::CleanHow::move).freed_blocks * kBlockBytes > 5 * kMiB);
+    tree.check(*volume);
+    host.close(log);
+}
+
 TEST_CASE("the cleaner takes nothing of a snapshot whose removal is not durable yet") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();
@@ -310,14 +358,10 @@ TEST_CASE("the cleaner takes nothing of a snapshot whose removal is not durable 
     auto host = std::make_unique<Host>();
     auto volume = host->open(log).volume;
     fill(*host, log, *volume, tree, 100);
-    volume->create_snapshot(1, "one", 0);
+    volume->create_snapshot(1, "one", 0, {});
     tree.snapshots[1] = tree.head;
     fill(*host, log, *volume, tree, 200);
-    for (std::uint64_t i = 0; i < 3; ++i) {
-        REQUIRE(write(*host, *volume, 0, Bytes(tree.head.begin(), tree.head.begin() + 4096)) > 0);
-        while (host->checkpoint(log)) {
-        }
-    }
+    put_behind_checkpoints(*host, log, *volume, tree);
     disk.hold_syncs();
     std::thread remover([&] { volume->remove_snapshot(1); });
     CHECK(wait_until([&] { return volume->snapshots().empty(); }));
@@ -353,7 +397,7 @@ TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and
                 case 0:
                 case 1:
                     if (tree.snapshots.size() < 5) {
-                        volume->create_snapshot(next_id, name_of(next_id), 0);
+                        volume->create_snapshot(next_id, name_of(next_id), 0, {});
                         tree.snapshots[next_id++] = tree.head;
                     }
                     break;
@@ -436,8 +480,8 @@ TEST_CASE("a snapshot under load holds a prefix of what each writer wrote") {
         std::array<std::uint64_t, kWriters> before{};
         for (std::uint64_t w = 0; w < kWriters; ++w)
             before[w] = acknowledged[w];
-        volume->create_snapshot(id, name_of(id), 0);
-        const Bytes content = read_all(*volume->open_snapshot(id));
+        volume->create_snapshot(id, name_of(id), 0, {});
+        const Bytes content = read_all(*volume->open_snapshot(id, id));
         for (std::uint64_t w = 0; w < kWriters; ++w) {
             std::uint64_t newest = 0;
             std::array<std::uint64_t, kBlocksEach> stamps{};

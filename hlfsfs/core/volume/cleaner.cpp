@@ -92,7 +92,7 @@ struct Volume::Survey {
         std::uint16_t level = kData;
         bool live = false;       // a kept map leads here
         bool in_newest = false;  // the newest one does
-        bool pinned = false;     // a snapshot does: to move it would free nothing
+        bool pinned = false;     // a snapshot does
     };
     std::vector<Block> blocks;  // by slot
     std::uint64_t base_generation = 0;
@@ -102,6 +102,7 @@ struct Volume::Survey {
     std::uint64_t log_blocks = 0;
     bool footer = false;
     bool has_snapshots = false;
+    std::uint64_t snapshots_forgotten = 0;
     std::uint32_t end_slot = 0;  // of what may be punched
 };
 
@@ -159,8 +160,9 @@ bool Volume::cleanable(const Segment& segment) const {
            !segment.syncing && segment.footer_body.empty() && segment.identity.segno < first_pinned_segno();
 }
 
-std::vector<Volume::CleanCandidate> Volume::clean_candidates() const {
+std::vector<Volume::CleanCandidate> Volume::clean_candidates() {
     const Lock lock(mutex_);
+    forget_removed_snapshots();
     std::vector<CleanCandidate> found;
     if (read_only_ || !opened_)
         return found;
@@ -207,8 +209,10 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
         survey.base_generation = base_generation_;
         newest = {.root = root_, .levels = levels_, .generation = generation_, .replay_start = {}};
         older = older_.value_or(newest);
+        forget_removed_snapshots();
         snapshots = snapshot_maps();
         survey.has_snapshots = !snapshots.empty();
+        survey.snapshots_forgotten = snapshots_forgotten_;
     }
     const SegmentHeader header = read_segment_header(fd);
     if (header.log_uuid != config_.log_uuid || header.segno != segno || header.table_index != index)
@@ -266,7 +270,7 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
 
 Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how, std::uint32_t min_run) {
     const Survey found = survey(index, fd);
-    Cleaned cleaned{.blocks = found.log_blocks, .live_blocks = found.live, .pinned_blocks = found.pinned};
+    Cleaned cleaned{.blocks = found.log_blocks, .live_blocks = found.live};
     {
         const Lock lock(mutex_);
         Segment& segment = *table_[index];
@@ -276,12 +280,17 @@ Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how,
             found.live == 0 && (found.footer || (segment.live_blocks_hint == 0 && !found.has_snapshots));
         if (base_generation_ == found.base_generation && found.footer)
             segment.live_blocks_hint = found.in_newest;
-        segment.pinned_blocks = found.pinned;
+        // Otherwise it may tell of a snapshot that is gone, and nobody would look again.
+        if (snapshots_forgotten_ == found.snapshots_forgotten)
+            segment.pinned_blocks = found.pinned;
     }
     if (cleaned.removable || how == CleanHow::look) {
         cleaned.dead_blocks = cleaned.removable ? allocated_bytes(fd) / kBlockBytes : count_dead(found, fd);
         return cleaned;
     }
+    // What a snapshot leads into stays where it is, and the segment with it.
+    if (found.pinned != 0)
+        how = CleanHow::punch;
     if (how == CleanHow::punch) {
         cleaned.freed_blocks = punch_dead(found, fd, min_run);
     } else {
@@ -424,7 +433,7 @@ std::uint64_t Volume::move_live(const Survey& survey, int fd) {
         batch.clear();
     };
     for (const Survey::Block& block : survey.blocks) {
-        if (!block.in_newest || block.pinned)
+        if (!block.in_newest)
             continue;
         if (block.level != kData) {
             const Lock lock(mutex_);

@@ -91,6 +91,26 @@ void Core::publish_volume(const std::shared_ptr<Volume>& volume) {
     findable_[volume->id()] = volume;
 }
 
+bool Core::publish_snapshot(std::uint64_t node_id, const std::shared_ptr<Volume>& volume, std::uint64_t snapshot_id) {
+    const auto view = volume->open_snapshot(snapshot_id, node_id);
+    if (view == nullptr)
+        return false;
+    const std::unique_lock lock(volumes_mutex_);
+    // One that is there counts the handles.
+    findable_.try_emplace(node_id, view);
+    return true;
+}
+
+void Core::remove_snapshot(std::uint64_t node_id) noexcept {
+    std::shared_ptr<DataVolume> removed;
+    const std::unique_lock lock(volumes_mutex_);
+    if (const auto it = findable_.find(node_id); it != findable_.end()) {
+        // Its end may want other locks.
+        removed = std::move(it->second);
+        findable_.erase(it);
+    }
+}
+
 void Core::remove_volume(std::uint64_t id) noexcept {
     std::shared_ptr<Volume> removed;
     {

@@ -82,6 +82,9 @@ class Core final : public VolumeTable {
     std::shared_ptr<Volume> add_volume(const VolumeConfig& config);
     // Makes the volume findable by the channel; only after its recovery.
     void publish_volume(const std::shared_ptr<Volume>& volume);
+    // Makes a snapshot of an attached volume findable by the channel; false: there is no such snapshot.
+    bool publish_snapshot(std::uint64_t node_id, const std::shared_ptr<Volume>& volume, std::uint64_t snapshot_id);
+    void remove_snapshot(std::uint64_t node_id) noexcept;
     // What it still waits for ends with ESHUTDOWN.
     void remove_volume(std::uint64_t id) noexcept;
     // Waits for the next event; nullopt after `timeout_ms`, or at once when stopped.
@@ -150,7 +153,7 @@ class Core final : public VolumeTable {
 
     mutable std::shared_mutex volumes_mutex_;  // guards volumes_ and findable_
     std::unordered_map<std::uint64_t, std::shared_ptr<Volume>> volumes_;
-    std::unordered_map<std::uint64_t, std::shared_ptr<Volume>> findable_;
+    std::unordered_map<std::uint64_t, std::shared_ptr<DataVolume>> findable_;  // by node id
 
     std::atomic<bool> relief_wanted_{false};
     std::atomic<bool> parked_wanted_{false};

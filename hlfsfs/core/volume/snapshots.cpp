@@ -7,6 +7,8 @@
 // what is known, or changes what is not, changes nothing.
 #include "volume/snapshots.hpp"
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <system_error>
@@ -27,13 +29,25 @@ constexpr std::size_t kMostSnapshots = 10'000;
     throw std::system_error(error, std::generic_category(), what);
 }
 
+// Does what an entry says that gives a snapshot another name or owner.
+void change(DirectoryEntry& snapshot, const SnapEntry& entry) {
+    if (entry.header.operation == SnapOperation::rename) {
+        snapshot.name = entry.name;
+    } else {
+        snapshot.record.mode = entry.header.mode;
+        snapshot.record.uid = entry.header.uid;
+        snapshot.record.gid = entry.header.gid;
+    }
+    snapshot.record.ctime_ns = entry.header.time_ns;
+}
+
 }  // namespace
 
 // A snapshot as the channel sees it.
 class SnapshotView final : public DataVolume {
   public:
-    SnapshotView(std::shared_ptr<Volume> volume, std::shared_ptr<Volume::Snapshot> snapshot)
-        : volume_(std::move(volume)), snapshot_(std::move(snapshot)) {}
+    SnapshotView(std::shared_ptr<Volume> volume, std::shared_ptr<Volume::Snapshot> snapshot, std::uint64_t node_id)
+        : volume_(std::move(volume)), snapshot_(std::move(snapshot)), node_id_(node_id) {}
 
     void read(std::uint64_t offset, std::uint32_t size_bytes, bool may_wait, Completion& done) noexcept override {
         volume_->read_from(snapshot_, offset, size_bytes, may_wait, done);
@@ -54,12 +68,14 @@ class SnapshotView final : public DataVolume {
         VolumeAttr attr = volume_->attr();
         const Volume::Lock lock(volume_->mutex_);
         const SnapshotRecord& record = snapshot_->entry.record;
-        attr.id = record.id;
+        attr.id = node_id_;
         attr.size_bytes = record.size_bytes;
         attr.allocated_bytes = record.mapped_blocks * kBlockBytes;
         attr.mtime_ns = attr.atime_ns = record.mtime_ns;
-        attr.ctime_ns = record.time_ns;
-        attr.mode &= ~std::uint32_t{0222};
+        attr.ctime_ns = record.ctime_ns;
+        attr.mode = S_IFREG | record.mode;
+        attr.uid = record.uid;
+        attr.gid = record.gid;
         attr.nlink = 1;
         return attr;
     }
@@ -67,6 +83,7 @@ class SnapshotView final : public DataVolume {
   private:
     std::shared_ptr<Volume> volume_;
     std::shared_ptr<Volume::Snapshot> snapshot_;
+    const std::uint64_t node_id_;
 };
 
 std::vector<Volume::SnapshotInfo> Volume::snapshots() const {
@@ -81,16 +98,21 @@ std::vector<Volume::SnapshotInfo> Volume::snapshots() const {
                          .sequence = record.sequence,
                          .time_ns = record.time_ns,
                          .mtime_ns = record.mtime_ns,
-                         .size_bytes = record.size_bytes});
+                         .ctime_ns = record.ctime_ns,
+                         .size_bytes = record.size_bytes,
+                         .allocated_bytes = record.mapped_blocks * kBlockBytes,
+                         .mode = record.mode,
+                         .uid = record.uid,
+                         .gid = record.gid});
     }
     return found;
 }
 
-std::shared_ptr<DataVolume> Volume::open_snapshot(std::uint64_t id) {
+std::shared_ptr<DataVolume> Volume::open_snapshot(std::uint64_t id, std::uint64_t node_id) {
     const Lock lock(mutex_);
     for (const auto& snapshot : snapshots_) {
         if (snapshot->entry.record.id == id)
-            return std::make_shared<SnapshotView>(shared_from_this(), snapshot);
+            return std::make_shared<SnapshotView>(shared_from_this(), snapshot, node_id);
     }
     return nullptr;
 }
@@ -111,8 +133,14 @@ void Volume::check_new_name(const std::string& name) const {
         fail(EEXIST, "there is a snapshot of that name");
 }
 
-void Volume::create_snapshot(std::uint64_t id, const std::string& name, std::uint64_t group_id) {
-    SnapEntry entry{.header = {.operation = SnapOperation::create, .id = id, .group_id = group_id}, .name = name};
+void Volume::create_snapshot(std::uint64_t id, const std::string& name, std::uint64_t group_id, Ownership owner) {
+    SnapEntry entry{.header = {.operation = SnapOperation::create,
+                               .id = id,
+                               .group_id = group_id,
+                               .mode = owner.mode,
+                               .uid = owner.uid,
+                               .gid = owner.gid},
+                    .name = name};
     const std::size_t side_bytes = encode(entry).size();
     Lock lock(mutex_);
     const std::uint64_t refusals = refusals_;
@@ -155,7 +183,17 @@ void Volume::remove_snapshot(std::uint64_t id) {
 }
 
 void Volume::rename_snapshot(std::uint64_t id, const std::string& name) {
-    change_snapshot({.header = {.operation = SnapOperation::rename, .id = id}, .name = name});
+    change_snapshot({.header = {.operation = SnapOperation::rename, .id = id, .time_ns = realtime_ns()}, .name = name});
+}
+
+void Volume::set_snapshot_owner(std::uint64_t id, Ownership owner) {
+    change_snapshot({.header = {.operation = SnapOperation::set_owner,
+                                .id = id,
+                                .time_ns = realtime_ns(),
+                                .mode = owner.mode,
+                                .uid = owner.uid,
+                                .gid = owner.gid},
+                     .name = {}});
 }
 
 void Volume::change_snapshot(const SnapEntry& entry) {
@@ -224,17 +262,13 @@ Volume::Frozen* Volume::apply_snap(const SnapEntry& entry, std::uint64_t sequenc
     if (entry.header.operation != SnapOperation::create) {
         if (at == snapshots_.end())
             return nullptr;
-        if (entry.header.operation == SnapOperation::rename) {
-            (*at)->entry.name = entry.name;
+        if (entry.header.operation != SnapOperation::remove) {
+            change((*at)->entry, entry);
             return nullptr;
         }
         (*at)->removed_in_chunk = open_ != nullptr ? open_->number : 0;
         removed_snapshots_.push_back(std::move(*at));
         snapshots_.erase(at);
-        for (const auto& segment : table_) {
-            if (segment)
-                segment->pinned_blocks = 0;
-        }
         return nullptr;
     }
     if (at != snapshots_.end())
@@ -246,7 +280,10 @@ Volume::Frozen* Volume::apply_snap(const SnapEntry& entry, std::uint64_t sequenc
     record.parent_id = entry.header.parent_id;
     record.group_id = entry.header.group_id;
     record.sequence = sequence;
-    record.time_ns = entry.header.time_ns;
+    record.time_ns = record.ctime_ns = entry.header.time_ns;
+    record.mode = entry.header.mode;
+    record.uid = entry.header.uid;
+    record.gid = entry.header.gid;
     record.mtime_ns = entry.header.mtime_ns;
     record.size_bytes = size_bytes_;
     if (overlay_.empty() && frozen_.empty()) {
@@ -289,12 +326,23 @@ void Volume::load_snapshots(const Checkpoint& checkpoint, const std::vector<std:
     }
 }
 
-// The maps that keep blocks from the cleaner beside the two checkpoints'. What is not merged yet stands in segments
-// that are not cleaned, and above the newest checkpoint's.
-std::vector<Volume::KeptMap> Volume::snapshot_maps() {
-    std::erase_if(removed_snapshots_, [this](const auto& snapshot) {
+// A removed one is kept while a power cut would bring it back, or somebody reads it.
+void Volume::forget_removed_snapshots() {
+    const auto forgotten = std::erase_if(removed_snapshots_, [this](const auto& snapshot) {
         return snapshot.use_count() == 1 && snapshot->removed_in_chunk < durable_number_;
     });
+    if (forgotten == 0)
+        return;
+    ++snapshots_forgotten_;
+    for (const auto& segment : table_) {
+        if (segment)
+            segment->pinned_blocks = 0;
+    }
+}
+
+// The maps that keep blocks from the cleaner beside the two checkpoints'. What is not merged yet stands in segments
+// that are not cleaned, and above the newest checkpoint's.
+std::vector<Volume::KeptMap> Volume::snapshot_maps() const {
     std::vector<KeptMap> maps;
     const auto add = [&maps](const auto& snapshot) {
         const SnapshotRecord& record = snapshot->entry.record;

@@ -142,18 +142,17 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         bool moved = false;                  // what it holds has been written again; a checkpoint will tell
     };
     // Segments that both kept checkpoints have behind them, so that only their maps lead there.
-    [[nodiscard]] std::vector<CleanCandidate> clean_candidates() const;
+    [[nodiscard]] std::vector<CleanCandidate> clean_candidates();
     // Of these segments of the log, those that were released and still have a file: behind both kept checkpoints, and
     // not in the table. A crash between the two leaves them.
     [[nodiscard]] std::vector<std::uint64_t> orphans(const std::vector<std::uint64_t>& segnos) const;
     struct Cleaned {
-        std::uint64_t blocks = 0;         // payload and summaries
-        std::uint64_t live_blocks = 0;    // that a map leads to
-        std::uint64_t pinned_blocks = 0;  // of these, that a snapshot's does
-        std::uint64_t dead_blocks = 0;    // look: what punching would free now
-        std::uint64_t freed_blocks = 0;   // punched now
-        std::uint64_t moved_blocks = 0;   // written again at the log's end
-        bool removable = false;           // no map leads into it: release_segment(), then the file may go
+        std::uint64_t blocks = 0;        // payload and summaries
+        std::uint64_t live_blocks = 0;   // that a map leads to
+        std::uint64_t dead_blocks = 0;   // look: what punching would free now
+        std::uint64_t freed_blocks = 0;  // punched now
+        std::uint64_t moved_blocks = 0;  // written again at the log's end
+        bool removable = false;          // no map leads into it: release_segment(), then the file may go
     };
     enum class CleanHow { look, punch, move };
     // Looks up every block of a candidate in both kept maps. punch: gives the space of runs of at least `min_run`
@@ -197,18 +196,30 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         std::uint64_t sequence = 0;  // the first that it does not hold
         std::uint64_t time_ns = 0;
         std::uint64_t mtime_ns = 0;
+        std::uint64_t ctime_ns = 0;  // of its name or owner
         std::uint64_t size_bytes = 0;
+        std::uint64_t allocated_bytes = 0;
+        std::uint32_t mode = 0;
+        std::uint32_t uid = 0;
+        std::uint32_t gid = 0;
+    };
+    // `mode`: permission bits.
+    struct Ownership {
+        std::uint32_t mode = 0400;
+        std::uint32_t uid = 0;
+        std::uint32_t gid = 0;
     };
     // The oldest first.
     [[nodiscard]] std::vector<SnapshotInfo> snapshots() const;
     // Holds every request acknowledged before. Throws std::system_error: EEXIST (the id or the name), EINVAL (no such
     // name can be), EROFS, ENOSPC, EIO (not known to be durable).
-    void create_snapshot(std::uint64_t id, const std::string& name, std::uint64_t group_id);
+    void create_snapshot(std::uint64_t id, const std::string& name, std::uint64_t group_id, Ownership owner);
     // Who reads it goes on. Throws std::system_error as create_snapshot(), ENOENT.
     void remove_snapshot(std::uint64_t id);
     void rename_snapshot(std::uint64_t id, const std::string& name);
-    // Read-only. nullptr: there is none.
-    [[nodiscard]] std::shared_ptr<DataVolume> open_snapshot(std::uint64_t id);
+    void set_snapshot_owner(std::uint64_t id, Ownership owner);
+    // Read-only; `node_id` is what its attributes tell. nullptr: there is none.
+    [[nodiscard]] std::shared_ptr<DataVolume> open_snapshot(std::uint64_t id, std::uint64_t node_id);
 
     // --- for the core's threads
     void work() noexcept;
@@ -420,7 +431,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     Frozen* apply_snap(const SnapEntry& entry, std::uint64_t sequence);
     void write_snapshot_directory(std::uint64_t generation, const Frozen& merged, PendingCheckpoint& pending);
     void load_snapshots(const Checkpoint& checkpoint, const std::vector<std::pair<std::uint64_t, int>>& segments);
-    [[nodiscard]] std::vector<KeptMap> snapshot_maps();
+    [[nodiscard]] std::vector<KeptMap> snapshot_maps() const;
+    void forget_removed_snapshots();
 
     // recovery (recovery.cpp)
     struct Replay;
@@ -453,7 +465,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     Overlay overlay_;
     std::deque<std::unique_ptr<Frozen>> frozen_;                // the oldest first
     std::vector<std::shared_ptr<Snapshot>> snapshots_;          // by sequence
-    std::vector<std::shared_ptr<Snapshot>> removed_snapshots_;  // that somebody may still read
+    std::vector<std::shared_ptr<Snapshot>> removed_snapshots_;  // kept by readers, or until that is durable
+    std::uint64_t snapshots_forgotten_ = 0;                     // of those: pins that were found earlier may be gone
     Pointer root_ = kHole;
     std::uint32_t levels_ = 0;
     std::uint64_t base_generation_ = 0;

@@ -170,10 +170,12 @@ class Player:
         self.volume(path).create_snapshot(name.encode(), new_id())
 
     def rename_snapshot(self, path: str, name: str, new_name: str) -> None:
-        self.volume(path).rename_snapshot(name.encode(), new_name.encode())
+        volume = self.volume(path)
+        volume.rename_snapshot(volume.snapshot_named(name.encode()).id, new_name.encode())
 
     def unsnapshot(self, path: str, name: str) -> None:
-        self.volume(path).remove_snapshot(name.encode())
+        volume = self.volume(path)
+        volume.remove_snapshot(volume.snapshot_named(name.encode()).id)
 
     def forget(self, path: str) -> None:
         """Closes the volume, if nobody has it open."""

@@ -145,7 +145,7 @@ def volumes_of(world: CutWorld) -> list[Volume]:
 def snapshots_of(volume: Volume) -> Snapshots:
     """What they hold, by name."""
     return {
-        snapshot.name.decode(): digest(volume.read_snapshot(snapshot.name, 0, snapshot.size_bytes))
+        snapshot.name.decode(): digest(volume.read_snapshot(snapshot.id, 0, snapshot.size_bytes))
         for snapshot in volume.snapshots()
     }
 
