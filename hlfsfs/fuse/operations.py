@@ -20,6 +20,7 @@ from hlfsfs.errors import NotDurable, to_errno
 from hlfsfs.pool.attributes import AttributeChanges, Attributes
 from hlfsfs.pool.attributes import EntryAttributes as PoolEntry
 from hlfsfs.pool.namespace import Namespace
+from hlfsfs.pool.node_ids import stable_id
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class ControlOperations(pyfuse3.Operations):
         unknown = _FIRST_UNKNOWN_OFFSET
         for name, entry in self.namespace.readdir(node_id):
             if entry.id >= 1 << 32:
-                listing.append((entry.id, name, entry))
+                listing.append((stable_id(entry.id), name, entry))
             else:
                 listing.append((unknown, name, entry))
                 unknown += 1
@@ -179,12 +180,9 @@ class ControlOperations(pyfuse3.Operations):
     async def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        def create_and_open() -> Attributes:
-            made = self.namespace.create(parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid)
-            self.namespace.open(made.id, flags)
-            return made
-
-        made = await self.call(create_and_open)
+        made = await self.call(
+            self.namespace.create_open, parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid, flags
+        )
         return self.opened(made.id, flags), entry_of(made)
 
     async def mknod(
@@ -224,7 +222,7 @@ class ControlOperations(pyfuse3.Operations):
         _refuse(errno.EPERM)
 
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        _refuse(errno.EINVAL)
+        return FileNameT(await self.call(self.namespace.readlink, inode))
 
     # --- handles ----------------------------------------------------------------------------------------------
 
@@ -280,17 +278,17 @@ class DataOperations(ControlOperations):
             return _listed_entry(entry)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        return await self.call(lambda: self.namespace.volume(fh).read(off, size))
+        return await self.call(lambda: self.namespace.file(fh).read(off, size))
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         dsync = fh in self._durable
-        return await self.call(lambda: self.namespace.volume(fh).write(off, buf, dsync=dsync))
+        return await self.call(lambda: self.namespace.file(fh).write(off, buf, dsync=dsync))
 
     async def flush(self, fh: FileHandleT) -> None:
-        await self.call(lambda: self.namespace.volume(fh).flush())
+        await self.call(lambda: self.namespace.file(fh).flush())
 
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        await self.call(lambda: self.namespace.volume(fh).flush())
+        await self.call(lambda: self.namespace.file(fh).flush())
 
 
 def changes_of(attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields) -> AttributeChanges:
@@ -319,8 +317,10 @@ def entry_of(attributes: Attributes) -> pyfuse3.EntryAttributes:
     entry.st_atime_ns = attributes.atime_ns
     entry.st_mtime_ns = attributes.mtime_ns
     entry.st_ctime_ns = attributes.ctime_ns
-    entry.entry_timeout = ENTRY_TIMEOUT_S
-    entry.attr_timeout = ATTR_TIMEOUT_S
+    # What stands for a volume or its newest snapshot changes with these, and the kernel does not know.
+    follows = attributes.kind in {"snapshots", "link"}
+    entry.entry_timeout = 0 if follows else ENTRY_TIMEOUT_S
+    entry.attr_timeout = 0 if follows else ATTR_TIMEOUT_S
     return entry
 
 
@@ -337,7 +337,13 @@ def _as_listed(attributes: Attributes) -> PoolEntry:
 
 
 def _type_bits(kind: str) -> int:
-    return stat.S_IFDIR if kind == "pool" else stat.S_IFREG
+    match kind:
+        case "pool" | "snapshots":
+            return stat.S_IFDIR
+        case "link":
+            return stat.S_IFLNK
+        case _:
+            return stat.S_IFREG
 
 
 def _errno_of(exc: Exception) -> int:

@@ -77,7 +77,7 @@ class NativePlane:
         """Recovers a volume whose handle is older than this process, and lets its requests go on."""
         number = 0
         try:
-            namespace.volume(node_id)
+            namespace.file(node_id)
         except Exception as exc:  # noqa: BLE001
             number = to_errno(exc)
             log.error("a volume in use cannot be attached: %s", exc)

@@ -1,7 +1,8 @@
 """The namespace: pools, volumes and their permissions; knows nothing of FUSE."""
 
-from hlfsfs.pool.attributes import ROOT_ID, UNKNOWN_ID, AttributeChanges, Attributes, Defaults, EntryAttributes
+from hlfsfs.pool.attributes import AttributeChanges, Attributes, Defaults, EntryAttributes
 from hlfsfs.pool.namespace import Namespace
+from hlfsfs.pool.node_ids import ROOT_ID, UNKNOWN_ID
 from hlfsfs.pool.sweep import SweepReport
 from hlfsfs.pool.xattrs import CLEAN as CLEAN_ATTRIBUTE
 from hlfsfs.pool.xattrs import STATS as STATS_ATTRIBUTE

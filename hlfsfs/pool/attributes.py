@@ -6,12 +6,8 @@ from typing import Literal
 
 from hlfsfs.errors import NotPermitted
 
-Kind = Literal["pool", "volume"]
-
-# Node id of the mount's root, whatever pool that is.
-ROOT_ID = 1
-# Shown for a name whose id cannot be read: below every id given out, and not to be looked up.
-UNKNOWN_ID = 0xFFFFFFFF
+# `snapshots`: a directory of them; `link`: `latest` in there.
+Kind = Literal["pool", "volume", "snapshots", "snapshot", "link"]
 
 
 @dataclass(frozen=True)

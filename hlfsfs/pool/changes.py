@@ -194,12 +194,16 @@ class Changes:
 
         Durable steps: record (unlinked-open), name; later log, record. A crash before the name is gone leaves a volume
         the sweep makes live again; one after it leaves what the sweep deletes.
+
+        Raises:
+            VolumeBusy: it has snapshots.
         """
         with self._shared.changing:
             self.check_writable(parent)
             node = self.child(parent, name)
             if not isinstance(node, VolumeNode):
                 raise NotAVolume(self._shared.what(node))
+            self._volumes.require_no_snapshots(node)
             self.doom(node)
             try:
                 with self._shared.showing(lambda: self._shared.tree.detach(node)):

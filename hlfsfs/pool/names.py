@@ -4,6 +4,7 @@ from hlfsfs.errors import NameTooLong, RefusedName
 
 SNAPSHOTS = b".snapshots"
 META = b".hlfs"
+LATEST = b"latest"
 NAME_LIMIT_BYTES = 255
 
 
@@ -26,4 +27,16 @@ def check_new_name(name: bytes, *, in_store_root: bool) -> None:
         raise RefusedName(name, "holds the store's own files")
     if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
         raise RefusedName(name, "is no file name")
+    check_length(name)
+
+
+def check_new_snapshot_name(name: bytes) -> None:
+    """Checks a name that a snapshot is about to be given; what the log does not take either is left to that.
+
+    Raises:
+        RefusedName: it stands for something else.
+        NameTooLong: it has more than 255 bytes.
+    """
+    if name == LATEST:
+        raise RefusedName(name, "stands for the newest snapshot")
     check_length(name)

@@ -1,7 +1,8 @@
 """The namespace: everything one can do with the names of pools and volumes, and with what they name.
 
 Synchronous and thread-safe; raises HlfsError only. Names are bytes. Nodes are told by id: a volume's or pool's stable
-id, but 1 for the pool the namespace is rooted at. No method needs an earlier look-up in the same process.
+id, but 1 for the pool the namespace is rooted at; what belongs to snapshots by the numbers of `node_ids`. No method
+needs an earlier look-up in the same process.
 
 Threads: see `tree.Shared` for the two locks. Neither is held while a volume does I/O.
 """
@@ -10,13 +11,15 @@ import os
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from hlfsfs.errors import HlfsError, NotAPool, NotAVolume
-from hlfsfs.pool.attributes import ROOT_ID, AttributeChanges, Attributes, Defaults, EntryAttributes, Ownership
+from hlfsfs.errors import HlfsError, NotAPool, NotAVolume, NotPermitted, NotSupported, ReadOnly
+from hlfsfs.pool.attributes import AttributeChanges, Attributes, Defaults, EntryAttributes, Ownership
 from hlfsfs.pool.changes import Changes
 from hlfsfs.pool.cleaning import Cleaning
-from hlfsfs.pool.names import check_length
-from hlfsfs.pool.properties import Properties
+from hlfsfs.pool.names import SNAPSHOTS, check_length
+from hlfsfs.pool.node_ids import ROOT_ID, mark_of
+from hlfsfs.pool.properties import AnyNode, Properties
 from hlfsfs.pool.renames import Place, Renames
+from hlfsfs.pool.snapshots import PoolSnapshots, SnapshotFile, Snapshots, VolumeSnapshots, only_read
 from hlfsfs.pool.sweep import Sweep, SweepReport
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode, require_sound
 from hlfsfs.pool.volumes import Volumes
@@ -24,6 +27,9 @@ from hlfsfs.store import Store, StoreSpace
 
 if TYPE_CHECKING:
     from hlfsfs.engine import CleanReport, Engine, Volume
+
+# renameat2(2)'s.
+RENAME_NOREPLACE = 1
 
 
 class Namespace:
@@ -50,13 +56,14 @@ class Namespace:
         self._shared = Shared(store, engine)
         self._volumes = Volumes(self._shared)
         self._changes = Changes(self._shared, self._volumes, defaults or Defaults())
-        self._renames = Renames(self._shared, self._changes)
+        self._renames = Renames(self._shared, self._volumes, self._changes)
         root = require_sound(self._shared.tree.find(self._shared.tree.root, root_path))
         if not isinstance(root, PoolNode):
             raise NotAPool(self._shared.what(root))
         self._root = root
         self._cleaning = Cleaning(self._shared, self._volumes)
-        self._properties = Properties(self._shared, self._volumes, self._changes, self._cleaning, root)
+        self._snapshots = Snapshots(self._shared, self._volumes, self._changes, root)
+        self._properties = Properties(self._shared, self._volumes, self._changes, self._snapshots, self._cleaning)
 
     def sweep(self, held: Collection[int] = ()) -> SweepReport:
         """Settles what a crash left half-way, and deletes volumes that lost their name.
@@ -76,7 +83,9 @@ class Namespace:
 
     # --- finding ----------------------------------------------------------------------------------------------
 
-    def _node(self, node_id: int) -> Node:
+    def _node(self, node_id: int) -> AnyNode:
+        if mark_of(node_id):
+            return self._snapshots.node(node_id)
         with self._shared.lock:
             node = self._root if node_id == ROOT_ID else self._shared.tree.node(node_id)
         return self._shared.look_again(node)
@@ -84,23 +93,39 @@ class Namespace:
     def _pool(self, node_id: int) -> PoolNode:
         return self._as_pool(self._node(node_id))
 
-    def _as_pool(self, node: Node) -> PoolNode:
+    def _as_pool(self, node: AnyNode) -> PoolNode:
+        if isinstance(node, (PoolSnapshots, VolumeSnapshots)):
+            raise ReadOnly(self._snapshots.what(node), "only snapshots can be made, in .snapshots/VOLUME")
         if not isinstance(node, PoolNode):
-            raise NotAPool(self._shared.what(node))
+            raise NotAPool(self._what(node))
         node.require_record()
         return node
 
     def _volume(self, node_id: int) -> VolumeNode:
         node = self._node(node_id)
         if not isinstance(node, VolumeNode):
-            raise NotAVolume(self._shared.what(node))
+            raise NotAVolume(self._what(node))
         return node
+
+    def _what(self, node: AnyNode) -> str:
+        return self._shared.what(node) if isinstance(node, Node) else self._snapshots.what(node)
+
+    def _child(self, parent: AnyNode, name: bytes) -> AnyNode:
+        """Raises NoSuchName, NotAPool, Damaged."""
+        if not isinstance(parent, Node):
+            return self._snapshots.child(parent, name)
+        pool = self._as_pool(parent)
+        if name == b".":
+            return pool
+        if name == b"..":
+            return pool if pool is self._root or pool.parent is None else pool.parent
+        return PoolSnapshots(pool) if name == SNAPSHOTS else require_sound(self._changes.child(pool, name))
 
     def resolve(self, path: bytes) -> int:
         """Id of what a path below the namespace's root names. Raises NoSuchName, NotAPool, Damaged."""
-        node: Node = self._root
+        node: AnyNode = self._root
         for name in filter(None, path.split(b"/")):
-            node = require_sound(self._changes.child(self._as_pool(node), name))
+            node = self._child(node, name)
         return self._properties.shown_id(node)
 
     def lookup(self, parent_id: int, name: bytes) -> Attributes:
@@ -111,15 +136,14 @@ class Namespace:
             Damaged: the name, or what it names.
         """
         check_length(name)
-        parent = self._pool(parent_id)
-        if name in (b".", b".."):
-            above = None if name == b"." or parent is self._root else parent.parent
-            return self._properties.attributes(above or parent)
-        return self._properties.attributes(require_sound(self._changes.child(parent, name)))
+        return self._properties.attributes(self._child(self._node(parent_id), name))
 
     def readdir(self, node_id: int) -> list[tuple[bytes, EntryAttributes]]:
-        """All names in a pool, sorted; damaged ones too (look-up tells). Raises StaleId, NotAPool."""
-        pool = self._pool(node_id)
+        """All names in a pool but `.snapshots`, sorted; damaged ones too (look-up tells). Raises StaleId, NotAPool."""
+        node = self._node(node_id)
+        if not isinstance(node, Node):
+            return self._snapshots.entries(node)
+        pool = self._as_pool(node)
         with self._shared.lock:
             children = pool.require_children()
             return [(name, self._properties.entry(node)) for name, node in sorted(children.items())]
@@ -172,15 +196,34 @@ class Namespace:
     # --- changing names ---------------------------------------------------------------------------------------
 
     def create(self, parent_id: int, name: bytes, mode: int, uid: int, gid: int) -> Attributes:
-        """Makes an empty volume; durable. It is not open yet.
+        """Makes an empty volume, in a volume's directory of snapshots takes one; durable. It is not open yet.
 
         Raises:
             NameExists, RefusedName, NameTooLong: the name.
+            TooManySnapshots: it is not taken.
             NotPermitted: the mode.
             StaleId, NotAPool: the parent.
             ReadOnly, NoSpace: the store.
         """
-        return self._properties.attributes(self._changes.create(self._pool(parent_id), name, Ownership(mode, uid, gid)))
+        parent = self._node(parent_id)
+        if not isinstance(parent, Node):
+            return self._snapshots.attributes(self._snapshots.create(parent, name))
+        made = self._changes.create(self._as_pool(parent), name, Ownership(mode, uid, gid))
+        return self._properties.attributes(made)
+
+    def create_open(  # noqa: PLR0917 - what CREATE of FUSE has
+        self, parent_id: int, name: bytes, mode: int, uid: int, gid: int, flags: int
+    ) -> Attributes:
+        """`create`, then `open` with these flags, which a new snapshot takes as they are: `touch` opens for writing.
+
+        Raises:
+            ReadOnly: a snapshot, by who is going to write.
+        """
+        if mark_of(parent_id) and flags & (os.O_EXCL | os.O_TRUNC):
+            raise only_read(self._what(self._node(parent_id)))
+        made = self.create(parent_id, name, mode, uid, gid)
+        self.open(made.id, os.O_RDONLY if mark_of(made.id) else flags)
+        return made
 
     def mkdir(self, parent_id: int, name: bytes, mode: int, uid: int, gid: int) -> Attributes:
         """Makes an empty pool; durable. Raises as `create`."""
@@ -189,33 +232,52 @@ class Namespace:
         )
 
     def unlink(self, parent_id: int, name: bytes) -> None:
-        """Removes a volume's name, durable, and the volume with it once it is not open.
+        """Removes a volume's name, durable, and the volume with it once it is not open; or a snapshot.
 
         Raises:
+            VolumeBusy: the volume has snapshots, or the snapshot is open or held.
             NoSuchName, NotAVolume, StaleId, NotAPool: the name.
             Damaged: its record, so that nobody knows what to delete.
             ReadOnly: the store.
         """
-        self._changes.unlink(self._pool(parent_id), name)
+        parent = self._node(parent_id)
+        if isinstance(parent, Node):
+            self._changes.unlink(self._as_pool(parent), name)
+        else:
+            self._snapshots.remove(parent, name)
 
     def rmdir(self, parent_id: int, name: bytes) -> None:
         """Removes an empty pool; durable. Raises NoSuchName, NotAPool, PoolNotEmpty, StaleId, ReadOnly."""
         self._changes.remove_pool(self._pool(parent_id), name)
 
     def rename(self, old_parent_id: int, old: bytes, new_parent_id: int, new: bytes, flags: int = 0) -> None:
-        """Renames, also across pools; durable. `flags` are renameat2(2)'s. Raises as `Renames.rename`."""
-        places = Place(self._pool(old_parent_id), old), Place(self._pool(new_parent_id), new)
+        """Renames, also across pools; durable. `flags` are renameat2(2)'s.
+
+        Raises as `Renames.rename`; of a snapshot as `Snapshots.rename`.
+        """
+        old_parent, new_parent = self._node(old_parent_id), self._node(new_parent_id)
+        if not isinstance(old_parent, Node):
+            if flags & ~RENAME_NOREPLACE:
+                raise NotSupported(f"rename: flags {flags:#x} are not supported for snapshots")
+            self._snapshots.rename(old_parent, old, None if isinstance(new_parent, Node) else new_parent, new)
+            return
+        places = Place(self._as_pool(old_parent), old), Place(self._as_pool(new_parent), new)
         self._renames.rename(*places, flags)
 
     # --- opening ----------------------------------------------------------------------------------------------
 
-    def open(self, node_id: int, flags: int) -> "Volume":
-        """Opens a volume; its handle is its id. O_TRUNC in `flags` empties it.
+    def open(self, node_id: int, flags: int) -> "Volume | SnapshotFile":
+        """Opens a volume or snapshot; its handle is its id. O_TRUNC in `flags` empties a volume.
 
         Raises:
             StaleId, NotAVolume, Damaged: it cannot be opened.
             ReadOnly: for writing.
         """
+        if mark_of(node_id):
+            inner = self._snapshots.node(node_id)
+            if flags & (os.O_ACCMODE | os.O_TRUNC):
+                raise only_read(self._snapshots.what(inner))
+            return self._snapshots.open(inner)
         node = self._volume(node_id)
         volume = self._volumes.open(node, for_writing=bool(flags & (os.O_ACCMODE | os.O_TRUNC)))
         if flags & os.O_TRUNC:
@@ -228,10 +290,17 @@ class Namespace:
 
     def release(self, node_id: int) -> None:
         """Gives a handle back; the last one of a volume without a name deletes it. Unknown ids are fine."""
+        if mark_of(node_id):
+            self._snapshots.release(node_id)
+            return
         with self._shared.lock:
             node = self._shared.tree.by_id.get(node_id)
         if isinstance(node, VolumeNode):
             self._volumes.release(node)
+
+    def file(self, node_id: int) -> "Volume | SnapshotFile":
+        """What an open handle reads and writes, also one opened before a restart. Raises as `open`."""
+        return self._snapshots.file(self._snapshots.node(node_id)) if mark_of(node_id) else self.volume(node_id)
 
     def volume(self, node_id: int) -> "Volume":
         """The attached volume of an open handle, also of one opened before a restart. Raises as `open`."""
@@ -243,6 +312,13 @@ class Namespace:
         with self._shared.lock:
             nodes = [self._shared.tree.by_id.get(node_id) for node_id in node_ids]
         self._volumes.forget(node for node in nodes if isinstance(node, VolumeNode))
+
+    def readlink(self, node_id: int) -> bytes:
+        """What `latest` points to. Raises StaleId, NoSuchSnapshot, NotPermitted for what is no link."""
+        node = self._node(node_id)
+        if isinstance(node, Node):
+            raise NotPermitted(f"{self._shared.what(node)}: no symbolic link")
+        return self._snapshots.target(node)
 
     # --- extended attributes ----------------------------------------------------------------------------------
 

@@ -2,13 +2,16 @@
 
 import json
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hlfsfs.errors import NoAttribute, NotAVolume, SizeTooBig
-from hlfsfs.pool import xattrs
-from hlfsfs.pool.attributes import ROOT_ID, AttributeChanges, Attributes, EntryAttributes, check_volume_mode
+from hlfsfs.pool import snapshots, xattrs
+from hlfsfs.pool.attributes import AttributeChanges, Attributes, EntryAttributes, check_volume_mode
 from hlfsfs.pool.changes import Changes
 from hlfsfs.pool.cleaning import Cleaning
+from hlfsfs.pool.node_ids import ROOT_ID
+from hlfsfs.pool.snapshots import Snapshots
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
 from hlfsfs.store.records import PoolRecord, VolumeRecord
@@ -16,19 +19,26 @@ from hlfsfs.store.records import PoolRecord, VolumeRecord
 if TYPE_CHECKING:
     from hlfsfs.engine import Volume
 
+AnyNode = Node | snapshots.Node
+
 
 class Properties:
     """Reads from record, volume and store what stat(2) and getxattr(2) tell, and changes it there."""
 
-    def __init__(self, shared: Shared, volumes: Volumes, changes: Changes, cleaning: Cleaning, root: PoolNode) -> None:
+    def __init__(
+        self, shared: Shared, volumes: Volumes, changes: Changes, snapshots: Snapshots, cleaning: Cleaning
+    ) -> None:
         self._shared = shared
         self._volumes = volumes
         self._changes = changes
+        self._snapshots = snapshots
         self._cleaning = cleaning
-        self._root = root
+        self._root = snapshots.root
 
-    def shown_id(self, node: Node) -> int:
+    def shown_id(self, node: AnyNode) -> int:
         """The id by which users of the namespace know a node."""
+        if not isinstance(node, Node):
+            return self._snapshots.id_of(node)
         return ROOT_ID if node is self._root else node.id
 
     def entry(self, node: Node) -> EntryAttributes:
@@ -39,13 +49,15 @@ class Properties:
         owner = (record.mode, record.uid, record.gid) if record else (0, 0, 0)
         return EntryAttributes(node.id, "volume", *owner)
 
-    def attributes(self, node: Node) -> Attributes:
+    def attributes(self, node: AnyNode) -> Attributes:
         """What stat(2) tells; recovers a volume that is not attached."""
         if isinstance(node, VolumeNode):
             with self._volumes.using(node) as volume:
                 return self._volume_attributes(node, volume)
-        assert isinstance(node, PoolNode)
-        return self._pool_attributes(node)
+        if isinstance(node, Node):
+            assert isinstance(node, PoolNode)
+            return self._pool_attributes(node)
+        return self._snapshots.attributes(node)
 
     def _volume_attributes(self, node: VolumeNode, volume: "Volume") -> Attributes:
         found = volume.attr()
@@ -84,12 +96,14 @@ class Properties:
             ctime_ns=max(times.ctime_ns, record.ctime_ns),
         )
 
-    def change(self, node: Node, changes: AttributeChanges) -> None:
+    def change(self, node: AnyNode, changes: AttributeChanges) -> None:
         """See `Namespace.setattr`."""
         if isinstance(node, VolumeNode):
             self._change_volume(node, changes)
         elif isinstance(node, PoolNode):
             self._change_pool(node, changes)
+        elif not isinstance(node, Node):
+            self._snapshots.change(node, changes)
 
     def _change_volume(self, node: VolumeNode, changes: AttributeChanges) -> None:
         if changes.mode is not None:
@@ -127,43 +141,53 @@ class Properties:
 
     # --- extended attributes ----------------------------------------------------------------------------------
 
-    def getxattr(self, node: Node, name: bytes) -> bytes:
+    def getxattr(self, node: AnyNode, name: bytes) -> bytes:
         """See `Namespace.getxattr`."""
         text = xattrs.parse_name(name)
         if text == xattrs.STATS:
             return json.dumps(self.stats(node)).encode()
         if text == xattrs.CLEAN:
             return json.dumps(self._cleaning.state(self._volume(node)).as_json()).encode()
-        kept = self._record(node).xattrs
+        kept = self._kept(node)
         if text not in kept:
-            raise NoAttribute(self._shared.what(node), text)
+            raise NoAttribute(self._what(node), text)
         return kept[text]
 
-    def setxattr(self, node: Node, name: bytes, value: bytes, flags: int) -> None:
+    def setxattr(self, node: AnyNode, name: bytes, value: bytes, flags: int) -> None:
         """See `Namespace.setxattr`."""
         text = xattrs.parse_name(name)
         if text == xattrs.CLEAN:
             self._cleaning.order(self._volume(node), value)
             return
-        with self._shared.changing:
-            kept = self._record(node).xattrs
-            changed = xattrs.with_attribute(kept, text, value, flags, self._shared.what(node))
-            self._changes.update_record(node, {"xattrs": changed})
+        what = self._what(node)
+        self._change_kept(node, lambda kept: xattrs.with_attribute(kept, text, value, flags, what))
 
-    def removexattr(self, node: Node, name: bytes) -> None:
+    def removexattr(self, node: AnyNode, name: bytes) -> None:
         """See `Namespace.removexattr`."""
         text = xattrs.parse_name(name)
-        with self._shared.changing:
-            changed = xattrs.without_attribute(self._record(node).xattrs, text, self._shared.what(node))
-            self._changes.update_record(node, {"xattrs": changed})
+        what = self._what(node)
+        self._change_kept(node, lambda kept: xattrs.without_attribute(kept, text, what))
 
-    def listxattr(self, node: Node, *, privileged: bool) -> list[bytes]:
+    def listxattr(self, node: AnyNode, *, privileged: bool) -> list[bytes]:
         """See `Namespace.listxattr`."""
-        return xattrs.listed(self._record(node).xattrs, privileged=privileged)
+        return xattrs.listed(self._kept(node), privileged=privileged)
 
-    def _volume(self, node: Node) -> VolumeNode:
+    def _kept(self, node: AnyNode) -> dict[str, bytes]:
+        return self._record(node).xattrs if isinstance(node, Node) else self._snapshots.xattrs(node)
+
+    def _change_kept(self, node: AnyNode, change: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:
+        if not isinstance(node, Node):
+            self._snapshots.change_xattrs(node, change)
+            return
+        with self._shared.changing:
+            self._changes.update_record(node, {"xattrs": change(self._record(node).xattrs)})
+
+    def _what(self, node: AnyNode) -> str:
+        return self._shared.what(node) if isinstance(node, Node) else self._snapshots.what(node)
+
+    def _volume(self, node: AnyNode) -> VolumeNode:
         if not isinstance(node, VolumeNode):
-            raise NotAVolume(self._shared.what(node))
+            raise NotAVolume(self._what(node))
         return node
 
     def _record(self, node: Node) -> VolumeRecord | PoolRecord:
@@ -175,8 +199,10 @@ class Properties:
 
     # --- statistics -------------------------------------------------------------------------------------------
 
-    def stats(self, node: Node) -> dict[str, Any]:
+    def stats(self, node: AnyNode) -> dict[str, Any]:
         """See `Namespace.stats`."""
+        if not isinstance(node, Node):
+            return self._snapshots.stats(node)
         record = self._record(node)
         named = {"name": self._shared.what(node), "id": f"{record.id:016x}", "uuid": str(record.uuid)}
         if isinstance(node, VolumeNode):

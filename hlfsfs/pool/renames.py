@@ -17,6 +17,7 @@ from hlfsfs.errors import (
 )
 from hlfsfs.pool.changes import Changes, path_in, with_changes
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
+from hlfsfs.pool.volumes import Volumes
 from hlfsfs.store import Rename
 from hlfsfs.store.records import PoolRecord
 
@@ -38,8 +39,9 @@ class Place:
 class Renames:
     """Renaming; holds `Shared.changing` as all changes do."""
 
-    def __init__(self, shared: Shared, changes: Changes) -> None:
+    def __init__(self, shared: Shared, volumes: Volumes, changes: Changes) -> None:
         self._shared = shared
+        self._volumes = volumes
         self._changes = changes
 
     def rename(self, old: Place, new: Place, flags: int) -> None:
@@ -49,6 +51,7 @@ class Renames:
 
         Raises:
             NoSuchName, NameExists, NotAPool, NotAVolume, PoolNotEmpty: as rename(2) says.
+            VolumeBusy: the volume that would be replaced has snapshots.
             RefusedName: the new name, or a pool that would move into itself.
             NotSupported: other flags.
         """
@@ -122,6 +125,7 @@ class Renames:
 
     def _replace_volume(self, node: Node, target: VolumeNode, old: Place, new: Place) -> VolumeNode:
         """Durable steps: the victim's record (unlinked-open), the rename; later the victim's log and record."""
+        self._volumes.require_no_snapshots(target)
         self._changes.doom(target)
         try:
             with self._showing(node, new):

@@ -27,7 +27,7 @@ from hlfsfs.errors import (
     UnknownFeature,
     printable,
 )
-from hlfsfs.pool.attributes import UNKNOWN_ID
+from hlfsfs.pool.node_ids import UNKNOWN_ID
 from hlfsfs.store import NameEntry, Store
 from hlfsfs.store.records import ROOT_POOL_ID, PoolRecord, VolumeRecord
 

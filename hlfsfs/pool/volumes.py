@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from hlfsfs.errors import HlfsError, ReadOnly
+from hlfsfs.errors import Damaged, FormatVersion, HlfsError, ReadOnly, UnknownFeature, VolumeBusy
 from hlfsfs.pool.tree import Shared, VolumeNode
 
 if TYPE_CHECKING:
@@ -69,6 +69,24 @@ class Volumes:
             raise ReadOnly(what)
         if volume.read_only or node.require_record().ro_compat:
             raise ReadOnly(what, "opened read-only because of damage or of features of a newer hlfs; see hlfs check")
+
+    def require_no_snapshots(self, node: VolumeNode) -> None:
+        """Raises VolumeBusy where snapshots would go with the volume; one too damaged to tell has none to lose."""
+        if node.record is None or not node.record.had_snapshots:
+            return
+        try:
+            with self.using(node) as volume:
+                count = len(volume.snapshots())
+        except (Damaged, FormatVersion, UnknownFeature) as exc:
+            log.info("%s: it cannot be told whether it has snapshots: %s", self._shared.what(node), exc)
+            return
+        if count:
+            has = "a snapshot" if count == 1 else f"{count} snapshots"
+            remedy = "delete them first, with hlfs snapshot delete or with rm in .snapshots"
+            busy = VolumeBusy(self._shared.what(node), f"not removed: it has {has}; {remedy}")
+            # A system call answers no more than EBUSY.
+            log.warning("%s", busy)
+            raise busy
 
     def release(self, node: VolumeNode) -> None:
         """Gives a handle back; one from before a restart of the server may be unknown here."""

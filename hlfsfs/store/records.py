@@ -122,20 +122,37 @@ class Owned(Features, kw_only=True):
     xattrs: dict[str, bytes] = {}
 
 
+class SnapshotNotes(Record, kw_only=True):
+    """What a snapshot has beside what its volume's log says of it; one that has nothing needs none.
+
+    Attributes:
+        id: the snapshot's; one that is gone is forgotten when the notes change next.
+        holds: who wants it kept, in any words.
+    """
+
+    id: StableId
+    xattrs: dict[str, bytes] = {}
+    holds: list[str] = []
+
+
 class VolumeRecord(Owned, kw_only=True):
     """A volume. Its size and times live in its log and checkpoint only.
 
     `state` is `live` (has a name), `unlinked-open` (has no name or not yet; goes when nobody has it open) or
     `hidden` (has no name and stays, because clones read it).
+
+    `had_snapshots` is set, durably, before its first snapshot is taken: whether it has any now is for its log to say.
     """
 
-    nested: ClassVar[dict[str, type[Record]]] = {"logs": LogRef, "origin": Origin}
+    nested: ClassVar[dict[str, type[Record]]] = {"logs": LogRef, "origin": Origin, "snapshots": SnapshotNotes}
 
     state: VolumeState
     logs: list[LogRef]
     block_shift: Literal[12] = 12
     segment_shift: Annotated[int, msgspec.Meta(ge=21, le=27)] = 26
     origin: Origin | None = None
+    had_snapshots: bool = False
+    snapshots: list[SnapshotNotes] = []
 
     @property
     def log_uuid(self) -> UUID:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
-from hlfsfs.engine import CleanReport, VolumeAttr
-from hlfsfs.errors import SizeTooBig
+from hlfsfs.engine import CleanReport, Snapshot, VolumeAttr
+from hlfsfs.errors import NoSuchSnapshot, RefusedName, SizeTooBig
 from hlfsfs.store import Store
 from hlfsfs.store.records import VolumeRecord
 
@@ -26,6 +26,7 @@ class Stored:
     size_bytes: int = 0
     mtime_ns: int = 0
     ctime_ns: int = 0
+    snapshots: dict[int, tuple[Snapshot, bytes]] = field(default_factory=dict)
 
 
 @dataclass
@@ -92,12 +93,65 @@ class FakeVolume:
         now.mtime_ns = now.mtime_ns if mtime_ns is None else mtime_ns
         now.ctime_ns = now.ctime_ns if ctime_ns is None else ctime_ns
 
+    def snapshots(self) -> list[Snapshot]:
+        self._open()
+        return [snapshot for snapshot, _ in self._stored.snapshots.values()]
+
+    def snapshot(self, snapshot_id: int) -> Snapshot:
+        for found in self.snapshots():
+            if found.id == snapshot_id:
+                return found
+        raise NoSuchSnapshot(f"{snapshot_id:x}")
+
+    def snapshot_named(self, name: bytes) -> Snapshot:
+        for found in self.snapshots():
+            if found.name == name:
+                return found
+        raise NoSuchSnapshot(f"{name!r}")
+
+    def create_snapshot(  # noqa: PLR0917
+        self, name: bytes, snapshot_id: int, mode: int, uid: int, gid: int, group_id: int = 0
+    ) -> None:
+        _check_snapshot_name(name)
+        self.flush()
+        now, allocated_bytes = self._open(), self.attr().allocated_bytes
+        parent_id = self.snapshots()[-1].id if self._stored.snapshots else 0
+        times_ns = (time.time_ns(), now.mtime_ns, time.time_ns())
+        made = Snapshot(
+            *(snapshot_id, name, parent_id, group_id, *times_ns, now.size_bytes, allocated_bytes, mode, uid, gid)
+        )
+        self._stored.snapshots[snapshot_id] = (made, self.read(0, now.size_bytes))
+
+    def remove_snapshot(self, snapshot_id: int) -> None:
+        self.snapshot(snapshot_id)
+        del self._stored.snapshots[snapshot_id]
+
+    def rename_snapshot(self, snapshot_id: int, new_name: bytes) -> None:
+        _check_snapshot_name(new_name)
+        self._change_snapshot(snapshot_id, name=new_name)
+
+    def set_snapshot_owner(self, snapshot_id: int, mode: int, uid: int, gid: int) -> None:
+        self._change_snapshot(snapshot_id, mode=mode, uid=uid, gid=gid)
+
+    def _change_snapshot(self, snapshot_id: int, **changes: Any) -> None:
+        changed = replace(self.snapshot(snapshot_id), **changes, ctime_ns=time.time_ns())
+        self._stored.snapshots[snapshot_id] = (changed, self._stored.snapshots[snapshot_id][1])
+
+    def read_snapshot(self, snapshot_id: int, offset: int, size_bytes: int) -> bytes:
+        self.snapshot(snapshot_id)
+        return self._stored.snapshots[snapshot_id][1][offset : offset + size_bytes]
+
     def set_owner(self, mode: int, uid: int, gid: int, nlink: int) -> None:
         self._open()
         self.owner = (mode, uid, gid, nlink)
 
     def stats(self) -> dict[str, Any]:
         return {"size_bytes": self._open().size_bytes, "segments": 1, "checkpoint_time_ns": 0}
+
+
+def _check_snapshot_name(name: bytes) -> None:
+    if any(byte in b"/%@" or byte < 0x20 or byte == 0x7F for byte in name):
+        raise RefusedName(name, "no name of a snapshot")
 
 
 class FakeEngine:
@@ -108,6 +162,7 @@ class FakeEngine:
         self._store = store
         self._media = media
         self._attached: dict[int, FakeVolume] = {}
+        self.findable: set[int] = set()
         self._lock = threading.Lock()
 
     def create_log(self, record: VolumeRecord) -> None:
@@ -136,6 +191,13 @@ class FakeEngine:
             volume = self._attached.pop(volume_id)
             volume.flush()
             volume.closed = True
+
+    def open_snapshot(self, volume: FakeVolume, snapshot_id: int, node_id: int) -> None:
+        volume.snapshot(snapshot_id)
+        self.findable.add(node_id)
+
+    def close_snapshot(self, node_id: int) -> None:
+        self.findable.remove(node_id)
 
     def drop(self, volume_id: int) -> None:
         with self._lock:

@@ -1,0 +1,563 @@
+"""Snapshots as files: `.snapshots` in each pool, in it a directory for each volume, in that its snapshots and `latest`.
+
+Nothing of this is stored as names: a snapshot with its name, times and owner is the log's of its volume, what else it
+has is in the volume's record, and the directories are there because the volume is. So a crash leaves what the log and
+the record say, each of which changes wholly or not at all: a snapshot that is removed goes first, then its notes.
+
+Changes hold `Shared.changing` throughout, as those of other names do, so that no volume loses its name while a snapshot
+of it is being taken.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hlfsfs.errors import (
+    HlfsError,
+    NameExists,
+    NoSuchName,
+    NoSuchSnapshot,
+    NotPermitted,
+    ReadOnly,
+    StaleId,
+    VolumeBusy,
+    printable,
+)
+from hlfsfs.pool.attributes import AttributeChanges, Attributes, EntryAttributes, check_volume_mode
+from hlfsfs.pool.changes import Changes, new_id
+from hlfsfs.pool.names import LATEST, check_new_snapshot_name
+from hlfsfs.pool.node_ids import LATEST_MARK, ROOT_ID, SNAPSHOT_MARK, SNAPSHOTS_MARK, mark_of, marked, stable_id
+from hlfsfs.pool.tree import PoolNode, Shared, VolumeNode
+from hlfsfs.pool.volumes import Volumes
+from hlfsfs.store.records import SnapshotNotes
+
+if TYPE_CHECKING:
+    from hlfsfs.engine import Snapshot, Volume
+
+log = logging.getLogger(__name__)
+
+_READ_BITS = 0o444
+_WRITE_BITS = 0o222
+_SEARCH_BITS = 0o111
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSnapshots:
+    """`.snapshots` of a pool."""
+
+    pool: PoolNode
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeSnapshots:
+    """The directory of a volume's snapshots."""
+
+    volume: VolumeNode
+
+
+@dataclass(frozen=True, slots=True)
+class LatestLink:
+    """`latest` in there: a symbolic link to the newest one."""
+
+    volume: VolumeNode
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotNode:
+    """A snapshot."""
+
+    volume: VolumeNode
+    id: int
+
+
+Node = PoolSnapshots | VolumeSnapshots | LatestLink | SnapshotNode
+
+
+class SnapshotFile:
+    """A snapshot that is open, as `Volume` is one."""
+
+    def __init__(self, volume: "Volume", snapshot_id: int, what: str) -> None:
+        self._volume = volume
+        self._id = snapshot_id
+        self._what = what
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """Reads up to `size_bytes`, fewer at the end."""
+        return self._volume.read_snapshot(self._id, offset, size_bytes)
+
+    def write(self, offset: int, data: bytes, dsync: bool = False) -> int:
+        """Raises ReadOnly."""
+        raise only_read(self._what)
+
+    def flush(self) -> None:
+        """All of it is durable."""
+
+
+def only_read(what: str) -> ReadOnly:
+    """Why a snapshot cannot be written to."""
+    return ReadOnly(what, "a snapshot can only be read; copy it to have a volume")
+
+
+class Snapshots:
+    """All nodes below the `.snapshots` of a namespace's pools.
+
+    Attributes:
+        root: the pool that the namespace starts from.
+    """
+
+    def __init__(self, shared: Shared, volumes: Volumes, changes: Changes, root: PoolNode) -> None:
+        self._shared = shared
+        self._volumes = volumes
+        self._changes = changes
+        self.root = root
+        # Guarded by `Shared.lock`: whose a snapshot is, as far as anybody looked, and how many handles it has.
+        self._owners: dict[int, VolumeNode] = {}
+        self._handles: dict[int, int] = {}
+
+    # --- finding ----------------------------------------------------------------------------------------------
+
+    def node(self, node_id: int) -> Node:
+        """What has this marked id. Raises StaleId."""
+        mark, inner = mark_of(node_id), stable_id(node_id)
+        if mark == SNAPSHOT_MARK:
+            return SnapshotNode(self._owner(inner), inner)
+        with self._shared.lock:
+            found = self.root if inner == ROOT_ID else self._shared.tree.node(inner)
+        if isinstance(found, PoolNode) and mark == SNAPSHOTS_MARK:
+            return PoolSnapshots(found)
+        if isinstance(found, VolumeNode):
+            return VolumeSnapshots(found) if mark == SNAPSHOTS_MARK else LatestLink(found)
+        raise StaleId(node_id)
+
+    def _owner(self, snapshot_id: int) -> VolumeNode:
+        """Asks every volume where nobody has looked the snapshot up in this process."""
+        with self._shared.lock:
+            owner = self._owners.get(snapshot_id)
+            volumes = (
+                []
+                if owner is not None
+                else [
+                    node
+                    for node in self._shared.tree.volumes()
+                    if node.record is not None and node.record.had_snapshots
+                ]
+            )
+        for node in volumes:
+            try:
+                with self._volumes.using(node) as volume:
+                    self._learn(node, volume.snapshots())
+            except HlfsError as exc:
+                log.debug("%s: not asked for snapshot %016x: %s", self._shared.what(node), snapshot_id, exc)
+        with self._shared.lock:
+            owner = self._owners.get(snapshot_id)
+        if owner is None or owner.gone:
+            raise StaleId(marked(SNAPSHOT_MARK, snapshot_id))
+        return owner
+
+    def _learn(self, node: VolumeNode, snapshots: "list[Snapshot]") -> None:
+        with self._shared.lock:
+            self._owners.update({snapshot.id: node for snapshot in snapshots})
+
+    @contextmanager
+    def _using(self, node: SnapshotNode) -> Iterator[tuple["Volume", "Snapshot"]]:
+        """The attached volume and what it says of the snapshot. Raises StaleId, Damaged."""
+        with self._volumes.using(node.volume) as volume:
+            try:
+                snapshot = volume.snapshot(node.id)
+            except NoSuchSnapshot as exc:
+                raise StaleId(marked(SNAPSHOT_MARK, node.id)) from exc
+            yield volume, snapshot
+
+    def child(self, parent: Node, name: bytes) -> "Node | PoolNode":
+        """What has a name in a directory of snapshots. Raises NoSuchName."""
+        match parent:
+            case PoolSnapshots(pool):
+                if name in (b".", b".."):
+                    return parent if name == b"." else pool
+                found = self._changes.child(pool, name)
+                if isinstance(found, VolumeNode) and found.record is not None:
+                    return VolumeSnapshots(found)
+            case VolumeSnapshots(volume):
+                if name in (b".", b".."):
+                    return parent if name == b"." else PoolSnapshots(self._named(volume))
+                return self._snapshot_child(volume, name)
+        raise NoSuchName(self.what(parent, name), "volume")
+
+    def _snapshot_child(self, node: VolumeNode, name: bytes) -> Node:
+        with self._volumes.using(node) as volume:
+            if name == LATEST:
+                if not volume.snapshots():
+                    raise NoSuchSnapshot(self.what(VolumeSnapshots(node), name))
+                return LatestLink(node)
+            return SnapshotNode(node, self._snapshot_named(node, volume, name).id)
+
+    def _snapshot_named(self, node: VolumeNode, volume: "Volume", name: bytes) -> "Snapshot":
+        try:
+            found = volume.snapshot_named(name)
+        except NoSuchSnapshot as exc:
+            raise NoSuchSnapshot(self.what(VolumeSnapshots(node), name)) from exc
+        self._learn(node, [found])
+        return found
+
+    def _named(self, node: VolumeNode) -> PoolNode:
+        """The pool that a volume is in. Raises StaleId where it has no name any more."""
+        with self._shared.lock:
+            if node.parent is None:
+                raise StaleId(marked(SNAPSHOTS_MARK, node.id))
+            return node.parent
+
+    def entries(self, node: Node) -> list[tuple[bytes, EntryAttributes]]:
+        """All names in a directory of snapshots, sorted. Raises StaleId, NotAPool, Damaged."""
+        match node:
+            case PoolSnapshots(pool):
+                with self._shared.lock:
+                    children = sorted(pool.require_children().items())
+                volumes = [(name, child) for name, child in children if isinstance(child, VolumeNode) and child.record]
+                return [(name, self._directory_entry(child)) for name, child in volumes]
+            case VolumeSnapshots(volume):
+                return self._snapshot_entries(volume)
+        raise StaleId(self.id_of(node))
+
+    def _directory_entry(self, node: VolumeNode) -> EntryAttributes:
+        record = node.require_record()
+        mode = _directory_mode(record.mode)
+        return EntryAttributes(marked(SNAPSHOTS_MARK, node.id), "snapshots", mode, record.uid, record.gid)
+
+    def _snapshot_entries(self, node: VolumeNode) -> list[tuple[bytes, EntryAttributes]]:
+        with self._volumes.using(node) as volume:
+            snapshots = volume.snapshots()
+        self._learn(node, snapshots)
+        found = [
+            (each.name, EntryAttributes(marked(SNAPSHOT_MARK, each.id), "snapshot", each.mode, each.uid, each.gid))
+            for each in snapshots
+        ]
+        if snapshots:
+            found.append((LATEST, EntryAttributes(marked(LATEST_MARK, node.id), "link", 0o777, 0, 0)))
+        return sorted(found)
+
+    def id_of(self, node: Node) -> int:
+        """The node's number."""
+        match node:
+            case PoolSnapshots(pool):
+                return marked(SNAPSHOTS_MARK, ROOT_ID if pool is self.root else pool.id)
+            case VolumeSnapshots(volume):
+                return marked(SNAPSHOTS_MARK, volume.id)
+            case LatestLink(volume):
+                return marked(LATEST_MARK, volume.id)
+            case SnapshotNode():
+                return marked(SNAPSHOT_MARK, node.id)
+
+    def what(self, node: Node, name: bytes = b"") -> str:
+        """How errors call a node, or a name in it."""
+        match node:
+            case PoolSnapshots(pool):
+                return self._shared.what(pool, b"/".join(filter(None, (b".snapshots", name))))
+            case VolumeSnapshots(volume):
+                return self._shared.what(volume) + (f"%{printable(name)}" if name else ": snapshots")
+            case LatestLink(volume):
+                return f"{self._shared.what(volume)}%latest"
+            case SnapshotNode(volume, snapshot_id):
+                attached = self._shared.engine.attached(volume.id)
+                try:
+                    name = attached.snapshot(snapshot_id).name if attached is not None else b""
+                except HlfsError:
+                    name = b""
+                return f"{self._shared.what(volume)}%{printable(name) or f'{snapshot_id:016x}'}"
+
+    # --- attributes -------------------------------------------------------------------------------------------
+
+    def attributes(self, node: Node) -> Attributes:
+        """What stat(2) tells. Raises StaleId, Damaged."""
+        match node:
+            case PoolSnapshots(pool):
+                return self._attributes_of_pool(node, pool)
+            case SnapshotNode():
+                with self._using(node) as (_, snapshot):
+                    return self._attributes_of(node, snapshot)
+            case VolumeSnapshots(volume):
+                return self._attributes_of_directory(node, volume)
+            case LatestLink():
+                newest = self._newest(node)
+                return self._made(node, "link", (0o777, 0, 0), size_bytes=len(newest.name), times_ns=newest.time_ns)
+
+    def _newest(self, node: LatestLink) -> "Snapshot":
+        with self._volumes.using(node.volume) as volume:
+            snapshots = volume.snapshots()
+        if not snapshots:
+            raise NoSuchSnapshot(self.what(node))
+        return snapshots[-1]
+
+    def _attributes_of_directory(self, node: VolumeSnapshots, volume: VolumeNode) -> Attributes:
+        with self._volumes.using(volume) as attached:
+            changed_ns = max((each.ctime_ns for each in attached.snapshots()), default=attached.attr().ctime_ns)
+        record = volume.require_record()
+        owner = (_directory_mode(record.mode), record.uid, record.gid)
+        return self._made(node, "snapshots", owner, nlink=2, times_ns=changed_ns)
+
+    def _attributes_of_pool(self, node: PoolSnapshots, pool: PoolNode) -> Attributes:
+        with self._shared.lock:
+            record, path = pool.require_record(), pool.path
+            volumes = sum(isinstance(child, VolumeNode) for child in pool.children.values())
+        times_ns = self._shared.store.pool_times(path).mtime_ns
+        # Nothing can be made in there; who may search the pool may search it.
+        owner = (record.mode & 0o777 & ~_WRITE_BITS, record.uid, record.gid)
+        return self._made(node, "snapshots", owner, nlink=2 + volumes, times_ns=times_ns)
+
+    def _made(
+        self, node: Node, kind: Any, owner: tuple[int, int, int], *, nlink: int = 1, size_bytes: int = 0, times_ns: int
+    ) -> Attributes:
+        mode, uid, gid = owner
+        return Attributes(
+            id=self.id_of(node),
+            kind=kind,
+            mode=mode,
+            uid=uid,
+            gid=gid,
+            nlink=nlink,
+            size_bytes=size_bytes,
+            allocated_bytes=0,
+            atime_ns=times_ns,
+            mtime_ns=times_ns,
+            ctime_ns=times_ns,
+        )
+
+    def _attributes_of(self, node: SnapshotNode, snapshot: "Snapshot") -> Attributes:
+        return Attributes(
+            id=self.id_of(node),
+            kind="snapshot",
+            mode=snapshot.mode,
+            uid=snapshot.uid,
+            gid=snapshot.gid,
+            nlink=1,
+            size_bytes=snapshot.size_bytes,
+            allocated_bytes=snapshot.allocated_bytes,
+            atime_ns=snapshot.mtime_ns,
+            mtime_ns=snapshot.mtime_ns,
+            ctime_ns=snapshot.ctime_ns,
+        )
+
+    def target(self, node: Node) -> bytes:
+        """What `latest` points to. Raises NoSuchSnapshot, NotPermitted for anything else."""
+        if not isinstance(node, LatestLink):
+            raise NotPermitted(f"{self.what(node)}: no symbolic link")
+        return self._newest(node).name
+
+    def change(self, node: Node, changes: AttributeChanges) -> None:
+        """Gives a snapshot another mode or owner; durable. Its times stay: `touch`, which takes it, asks for others.
+
+        Raises:
+            ReadOnly: the size, or anything of a directory.
+            NotPermitted: a mode no snapshot may have.
+        """
+        if not isinstance(node, SnapshotNode):
+            raise ReadOnly(self.what(node), "only what is in .snapshots/VOLUME can be changed")
+        if changes.mode is not None:
+            check_volume_mode(changes.mode)
+        with self._shared.changing, self._using(node) as (volume, snapshot):
+            if changes.size_bytes is not None:
+                raise only_read(self.what(node))
+            if changes.ownership:
+                self._volumes.check_writable(node.volume, volume)
+                owner = {"mode": snapshot.mode, "uid": snapshot.uid, "gid": snapshot.gid} | changes.ownership
+                volume.set_snapshot_owner(node.id, **owner)
+
+    # --- making, renaming, removing ---------------------------------------------------------------------------
+
+    def create(self, parent: Node, name: bytes) -> SnapshotNode:
+        """Takes a snapshot. It is its volume's owner's, who may read it.
+
+        Raises:
+            NameExists, RefusedName, NameTooLong: the name.
+            TooManySnapshots, NoSpace, ReadOnly: there is none.
+            StoreFailed: there is one, and a crash may take it back.
+        """
+        with self._shared.changing:
+            node = self._directory(parent, name)
+            check_new_snapshot_name(name)
+            record = node.require_record()
+            with self._volumes.using(node) as volume:
+                self._volumes.check_writable(node, volume)
+                self._require_free(node, volume, name)
+                if not record.had_snapshots:
+                    self._changes.update_record(node, {"had_snapshots": True})
+                made = SnapshotNode(node, new_id())
+                mode = record.mode & 0o777 & ~_WRITE_BITS
+                volume.create_snapshot(name, made.id, mode, record.uid, record.gid)
+                with self._shared.lock:
+                    self._owners[made.id] = node
+            return made
+
+    def _directory(self, parent: Node, name: bytes) -> VolumeNode:
+        """The volume in whose directory a name is to change."""
+        if not isinstance(parent, VolumeSnapshots):
+            raise ReadOnly(self.what(parent, name), "snapshots are made in .snapshots/VOLUME")
+        self._named(parent.volume)
+        return parent.volume
+
+    def _require_free(self, node: VolumeNode, volume: "Volume", name: bytes) -> None:
+        try:
+            volume.snapshot_named(name)
+        except NoSuchSnapshot:
+            return
+        raise NameExists(self.what(VolumeSnapshots(node), name))
+
+    def remove(self, parent: Node, name: bytes) -> None:
+        """Removes a snapshot; durable. What only it held is freed later.
+
+        Raises:
+            NoSuchSnapshot: there is none of this name.
+            VolumeBusy: it is open, or held.
+            ReadOnly: the store or the volume; `latest`, and what else is no snapshot.
+        """
+        with self._shared.changing:
+            node = self._directory(parent, name)
+            if name == LATEST:
+                raise ReadOnly(self.what(parent, name), "it goes with the last snapshot")
+            with self._volumes.using(node) as volume:
+                self._volumes.check_writable(node, volume)
+                snapshot = self._snapshot_named(node, volume, name)
+                self._require_unused(SnapshotNode(node, snapshot.id), self.what(parent, name))
+                volume.remove_snapshot(snapshot.id)
+                with self._shared.lock:
+                    self._owners.pop(snapshot.id, None)
+                self._forget_notes(node, snapshot.id)
+
+    def _require_unused(self, node: SnapshotNode, what: str) -> None:
+        with self._shared.lock:
+            if self._handles.get(node.id):
+                raise VolumeBusy(what, "somebody reads it; close it first")
+        holds = self._notes(node).holds
+        if holds:
+            raise VolumeBusy(what, f"held by {', '.join(map(printable, holds))}; release it first")
+
+    def _forget_notes(self, node: VolumeNode, snapshot_id: int) -> None:
+        if any(notes.id == snapshot_id for notes in node.require_record().snapshots):
+            try:
+                self._write_notes(node, None)
+            except HlfsError as exc:
+                log.warning("%s: notes of a snapshot that is gone stay: %s", self._shared.what(node), exc)
+
+    def rename(self, parent: Node, name: bytes, new_parent: "Node | None", new_name: bytes) -> None:
+        """Gives a snapshot another name in its directory, durable; never over another one.
+
+        Raises:
+            NameExists, RefusedName, NameTooLong: the new name.
+            NotPermitted: to somewhere else.
+            NoSuchSnapshot, ReadOnly: as `remove`.
+        """
+        with self._shared.changing:
+            node = self._directory(parent, name)
+            if new_parent != parent:
+                raise NotPermitted(f"{self.what(parent, name)}: a snapshot stays with its volume; copy it instead")
+            if name == LATEST:
+                raise ReadOnly(self.what(parent, name), "it follows the newest snapshot")
+            check_new_snapshot_name(new_name)
+            with self._volumes.using(node) as volume:
+                self._volumes.check_writable(node, volume)
+                snapshot = self._snapshot_named(node, volume, name)
+                if new_name != name:
+                    self._require_free(node, volume, new_name)
+                    volume.rename_snapshot(snapshot.id, new_name)
+
+    # --- opening ----------------------------------------------------------------------------------------------
+
+    def open(self, node: Node) -> SnapshotFile:
+        """Opens a snapshot for reading; its volume stays attached until the last `release`. Raises StaleId, Damaged."""
+        if not isinstance(node, SnapshotNode):
+            raise StaleId(self.id_of(node))
+        with self._shared.lock:
+            self._handles[node.id] = self._handles.get(node.id, 0) + 1
+        try:
+            volume = self._volumes.open(node.volume, for_writing=False)
+            try:
+                self._shared.engine.open_snapshot(volume, node.id, self.id_of(node))
+            except NoSuchSnapshot as exc:
+                self._volumes.release(node.volume)
+                raise StaleId(self.id_of(node)) from exc
+        except BaseException:
+            self._lower(node)
+            raise
+        return SnapshotFile(volume, node.id, self.what(node))
+
+    def file(self, node: Node) -> SnapshotFile:
+        """What an open handle reads from; one from before a restart is counted now."""
+        if isinstance(node, SnapshotNode):
+            with self._shared.lock:
+                known = self._handles.get(node.id, 0) > 0
+            if known:
+                with self._volumes.using(node.volume) as volume:
+                    return SnapshotFile(volume, node.id, self.what(node))
+        return self.open(node)
+
+    def release(self, node_id: int) -> None:
+        """Gives a handle back; one from before a restart may be unknown here."""
+        with self._shared.lock:
+            snapshot_id = stable_id(node_id)
+            owner = self._owners.get(snapshot_id)
+            if owner is None or not self._handles.get(snapshot_id):
+                return
+        self._lower(SnapshotNode(owner, snapshot_id))
+        self._volumes.release(owner)
+
+    def _lower(self, node: SnapshotNode) -> None:
+        with self._shared.lock:
+            self._handles[node.id] -= 1
+            if self._handles[node.id] == 0:
+                del self._handles[node.id]
+                self._shared.engine.close_snapshot(self.id_of(node))
+
+    # --- what else it has -------------------------------------------------------------------------------------
+
+    def xattrs(self, node: Node) -> dict[str, bytes]:
+        """Extended attributes that are kept; only a snapshot has any. Raises StaleId."""
+        return self._notes(node).xattrs if isinstance(node, SnapshotNode) else {}
+
+    def change_xattrs(self, node: Node, change: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:
+        """Replaces a snapshot's attributes by what `change` makes of them; durable. Raises ReadOnly, StaleId."""
+        if not isinstance(node, SnapshotNode):
+            raise ReadOnly(self.what(node), "it has no attributes of its own")
+        with self._shared.changing, self._using(node):
+            notes = self._notes(node)
+            changed = SnapshotNotes(id=node.id, xattrs=change(notes.xattrs), holds=notes.holds, extra=notes.extra)
+            self._write_notes(node.volume, changed)
+
+    def _notes(self, node: SnapshotNode) -> SnapshotNotes:
+        with self._shared.lock:
+            kept = node.volume.require_record().snapshots
+        return next((notes for notes in kept if notes.id == node.id), SnapshotNotes(id=node.id))
+
+    def _write_notes(self, node: VolumeNode, changed: SnapshotNotes | None) -> None:
+        """Durable. Those of snapshots that are gone are left out."""
+        with self._volumes.using(node) as volume:
+            present = {snapshot.id for snapshot in volume.snapshots()}
+        others = [
+            notes
+            for notes in node.require_record().snapshots
+            if notes.id in present and (changed is None or notes.id != changed.id)
+        ]
+        self._changes.update_record(node, {"snapshots": [*others, changed] if changed is not None else others})
+
+    def stats(self, node: Node) -> dict[str, Any]:
+        """What `hlfs stat` shows, JSON-ready. Raises StaleId."""
+        found: dict[str, Any] = {"name": self.what(node), "id": f"{self.id_of(node):016x}"}
+        if not isinstance(node, SnapshotNode):
+            return {"kind": "snapshots", **found, "snapshots": len(self.entries(node))}
+        with self._using(node) as (_, snapshot):
+            return {
+                "kind": "snapshot",
+                **found,
+                "volume": self._shared.what(node.volume),
+                "snapshot": printable(snapshot.name),
+                "time_ns": snapshot.time_ns,
+                "mtime_ns": snapshot.mtime_ns,
+                "size_bytes": snapshot.size_bytes,
+                "allocated_bytes": snapshot.allocated_bytes,
+                "holds": self._notes(node).holds,
+            }
+
+
+def _directory_mode(volume_mode: int) -> int:
+    """Who may write to a volume may take snapshots of it; each of them has a mode of its own, so all may search."""
+    return volume_mode & 0o777 & (_READ_BITS | _WRITE_BITS) | _SEARCH_BITS
