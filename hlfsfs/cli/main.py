@@ -42,6 +42,12 @@ def _pool() -> click.Command:
     return pool
 
 
+def _snapshot() -> click.Command:
+    from hlfsfs.cli.snapshot import snapshot  # noqa: PLC0415
+
+    return snapshot
+
+
 def _stat() -> click.Command:
     from hlfsfs.cli.stat import stat  # noqa: PLC0415
 
@@ -65,6 +71,7 @@ COMMANDS: dict[str, Callable[[], click.Command]] = {
     "clean": _clean,
     "mount": _mount,
     "pool": _pool,
+    "snapshot": _snapshot,
     "stat": _stat,
     "umount": _umount,
     "volume": _volume,

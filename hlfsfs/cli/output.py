@@ -33,6 +33,8 @@ def format_value(key: str, value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     if key.endswith("_bytes"):
         return format_size(value)
     return format_time(value) if key.endswith("_ns") else str(value)

@@ -16,6 +16,8 @@ SHOWN = {
     "kind": "kind",
     "name": "name",
     "uuid": "uuid",
+    "volume": "volume",
+    "time_ns": "taken",
     "size_bytes": "size",
     "allocated_bytes": "allocated",
     "log_allocated_bytes": "log",
@@ -26,6 +28,8 @@ SHOWN = {
     "segments": "segments",
     "checkpoint_time_ns": "last checkpoint",
     "dirty_bytes": "dirty",
+    "holds": "held by",
+    "snapshots": "snapshots",
     "volumes": "volumes",
     "pools": "pools",
     "store_total_bytes": "store",
@@ -44,7 +48,9 @@ def stat(path: str, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        print_fields({label: format_value(key, found[key]) for key, label in SHOWN.items() if found.get(key, "") != ""})
+        print_fields(
+            {label: format_value(key, found[key]) for key, label in SHOWN.items() if found.get(key, "") not in ("", [])}
+        )
 
 
 def _offline(uri: str) -> dict[str, Any]:

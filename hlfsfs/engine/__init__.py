@@ -3,6 +3,16 @@
 from hlfsfs.engine.cleaner import CleanReport
 from hlfsfs.engine.engine import Engine, session
 from hlfsfs.engine.options import EngineOptions
-from hlfsfs.engine.volume import MAX_VOLUME_BYTES, Snapshot, Volume, VolumeAttr
+from hlfsfs.engine.volume import MAX_VOLUME_BYTES, NewSnapshot, Snapshot, Volume, VolumeAttr
 
-__all__ = ["MAX_VOLUME_BYTES", "CleanReport", "Engine", "EngineOptions", "Snapshot", "Volume", "VolumeAttr", "session"]
+__all__ = [
+    "MAX_VOLUME_BYTES",
+    "CleanReport",
+    "Engine",
+    "EngineOptions",
+    "NewSnapshot",
+    "Snapshot",
+    "Volume",
+    "VolumeAttr",
+    "session",
+]

@@ -18,7 +18,7 @@ from hlfsfs.engine.cleaner import Cleaner, CleanReport
 from hlfsfs.engine.options import EngineOptions
 from hlfsfs.engine.rings import left_rings, make_core, sweep_rings
 from hlfsfs.engine.service import Service
-from hlfsfs.engine.volume import Volume
+from hlfsfs.engine.volume import NewSnapshot, Volume
 from hlfsfs.errors import (
     CheckpointDamaged,
     Damaged,
@@ -407,6 +407,15 @@ class Engine:
         """Forgets a volume that is being deleted, durable or not."""
         with self._exclusive(volume_id), self._cleaner.kept_away(volume_id):
             self._forget(volume_id)
+
+    def create_snapshots(self, wanted: list[NewSnapshot], group_id: int) -> None:
+        """Takes snapshots of several attached volumes at one instant; durable on return, and after a crash some or all.
+
+        Raises as `Volume.create_snapshot`; there may be some where that leaves one.
+        """
+        native = [(new.volume.native, new.id, new.name, new.mode, new.uid, new.gid) for new in wanted]
+        with wanted[0].volume.snapshot_errors(wanted[0].name):
+            _core.Volume.create_snapshots(native, group_id)
 
     def open_snapshot(self, volume: Volume, snapshot_id: int, node_id: int) -> None:
         """Has the channel find a snapshot of an attached volume as a node, until `close_snapshot`.

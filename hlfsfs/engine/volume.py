@@ -202,34 +202,35 @@ class Volume:
             RefusedName, NameExists, TooManySnapshots, NoSpace, ReadOnly: there is no snapshot.
             StoreFailed: there is one, not known to be durable.
         """
-        with self._snapshot_errors(name):
+        with self.snapshot_errors(name):
             self.native.create_snapshot(snapshot_id, name, group_id, mode, uid, gid)
 
     def remove_snapshot(self, snapshot_id: int) -> None:
         """Durable on return; who reads it goes on. What only it held is freed later. Raises NoSuchSnapshot."""
-        with self._snapshot_errors(f"{snapshot_id:016x}"):
+        with self.snapshot_errors(f"{snapshot_id:016x}"):
             self.native.remove_snapshot(snapshot_id)
 
     def rename_snapshot(self, snapshot_id: int, new_name: bytes) -> None:
         """Durable on return. Raises NoSuchSnapshot, NameExists, RefusedName."""
-        with self._snapshot_errors(new_name):
+        with self.snapshot_errors(new_name):
             self.native.rename_snapshot(snapshot_id, new_name)
 
     def set_snapshot_owner(self, snapshot_id: int, mode: int, uid: int, gid: int) -> None:
         """Durable on return. Raises NoSuchSnapshot."""
-        with self._snapshot_errors(f"{snapshot_id:016x}"):
+        with self.snapshot_errors(f"{snapshot_id:016x}"):
             self.native.set_snapshot_owner(snapshot_id, mode, uid, gid)
 
     def read_snapshot(self, snapshot_id: int, offset: int, size_bytes: int) -> bytes:
         """Reads up to `size_bytes`, fewer at its end. Raises NoSuchSnapshot."""
-        with self._snapshot_errors(f"{snapshot_id:016x}"):
+        with self.snapshot_errors(f"{snapshot_id:016x}"):
             return _read_all(partial(self.native.read_snapshot, snapshot_id), offset, size_bytes)
 
     def _what_of(self, snapshot: bytes | str) -> str:
         return f"{self.what}, snapshot {printable(snapshot)!r}"
 
     @contextmanager
-    def _snapshot_errors(self, name: bytes | str) -> Iterator[None]:
+    def snapshot_errors(self, name: bytes | str) -> Iterator[None]:
+        """Translates what the native volume says of a snapshot."""
         try:
             yield
         except OSError as exc:
@@ -304,3 +305,15 @@ class Volume:
                 return StoreFailed(self.what, OSError(errno.EIO, os.strerror(errno.EIO)))
             case _:
                 return StoreFailed(self.what, exc)
+
+
+@dataclass(frozen=True)
+class NewSnapshot:
+    """One of several snapshots that are to be taken together; `mode` is permission bits."""
+
+    volume: Volume
+    id: int
+    name: bytes
+    mode: int
+    uid: int
+    gid: int

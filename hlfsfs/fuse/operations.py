@@ -16,7 +16,7 @@ import pyfuse3
 import trio
 from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT, RequestContext, XAttrNameT
 
-from hlfsfs.errors import NotDurable, to_errno
+from hlfsfs.errors import NotDurable, VolumeBusy, to_errno
 from hlfsfs.pool.attributes import AttributeChanges, Attributes
 from hlfsfs.pool.attributes import EntryAttributes as PoolEntry
 from hlfsfs.pool.namespace import Namespace
@@ -80,6 +80,9 @@ class ControlOperations(pyfuse3.Operations):
             return await trio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=self._limiter)
         except Exception as exc:  # noqa: BLE001 - to_errno logs what nobody expects
             number = _errno_of(exc)
+            if isinstance(exc, VolumeBusy):
+                # What to do about it does not fit into an errno.
+                log.warning("%s", exc)
             if isinstance(exc, NotDurable):
                 for parent, name in names:
                     # In a thread: the kernel holds the directory until this request is answered.

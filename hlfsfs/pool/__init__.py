@@ -5,10 +5,16 @@ from hlfsfs.pool.namespace import Namespace
 from hlfsfs.pool.node_ids import ROOT_ID, UNKNOWN_ID
 from hlfsfs.pool.sweep import SweepReport
 from hlfsfs.pool.xattrs import CLEAN as CLEAN_ATTRIBUTE
+from hlfsfs.pool.xattrs import GROUP as GROUP_ATTRIBUTE
+from hlfsfs.pool.xattrs import HOLD as HOLD_ATTRIBUTE
+from hlfsfs.pool.xattrs import RELEASE as RELEASE_ATTRIBUTE
 from hlfsfs.pool.xattrs import STATS as STATS_ATTRIBUTE
 
 __all__ = [
     "CLEAN_ATTRIBUTE",
+    "GROUP_ATTRIBUTE",
+    "HOLD_ATTRIBUTE",
+    "RELEASE_ATTRIBUTE",
     "ROOT_ID",
     "STATS_ATTRIBUTE",
     "UNKNOWN_ID",

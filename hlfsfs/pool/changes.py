@@ -38,14 +38,14 @@ from hlfsfs.errors import (
 from hlfsfs.pool.attributes import Defaults, Ownership
 from hlfsfs.pool.names import check_new_name
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
-from hlfsfs.store.records import MAX_ID, MIN_ID, LogRef, PoolRecord, VolumeRecord
+from hlfsfs.store.records import MAX_ID, MIN_ID, LogRef, PoolRecord, Record, VolumeRecord
 
 if TYPE_CHECKING:
     from hlfsfs.pool.volumes import Volumes
 
 log = logging.getLogger(__name__)
 
-R = TypeVar("R", VolumeRecord, PoolRecord)
+R = TypeVar("R", bound=Record)
 
 
 def path_in(parent: PoolNode, name: bytes) -> bytes:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from hlfsfs.errors import HlfsError, NotAPool, NotAVolume, NotPermitted, NotSupported, ReadOnly
+from hlfsfs.errors import HlfsError, NoSuchName, NotAPool, NotAVolume, NotPermitted, NotSupported, ReadOnly
 from hlfsfs.pool.attributes import AttributeChanges, Attributes, Defaults, EntryAttributes, Ownership
 from hlfsfs.pool.changes import Changes
 from hlfsfs.pool.cleaning import Cleaning
@@ -122,10 +122,21 @@ class Namespace:
         return PoolSnapshots(pool) if name == SNAPSHOTS else require_sound(self._changes.child(pool, name))
 
     def resolve(self, path: bytes) -> int:
-        """Id of what a path below the namespace's root names. Raises NoSuchName, NotAPool, Damaged."""
+        """Id of what a path below the namespace's root names. Raises NoSuchName, NotAPool, Damaged.
+
+        `VOLUME%SNAPSHOT` is a snapshot, unless there is a volume of just that name.
+        """
         node: AnyNode = self._root
-        for name in filter(None, path.split(b"/")):
+        *above, last = [part for part in path.split(b"/") if part] or [b"."]
+        for name in above:
             node = self._child(node, name)
+        try:
+            node = self._child(node, last)
+        except NoSuchName:
+            volume, separator, snapshot = last.rpartition(b"%")
+            if not separator:
+                raise
+            node = self._child(self._child(self._child(node, SNAPSHOTS), volume), snapshot)
         return self._properties.shown_id(node)
 
     def lookup(self, parent_id: int, name: bytes) -> Attributes:

@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hlfsfs.errors import NoAttribute, NotAVolume, SizeTooBig
+from hlfsfs.errors import NoAttribute, NotAVolume, NotPermitted, SizeTooBig
 from hlfsfs.pool import snapshots, xattrs
 from hlfsfs.pool.attributes import AttributeChanges, Attributes, EntryAttributes, check_volume_mode
 from hlfsfs.pool.changes import Changes
 from hlfsfs.pool.cleaning import Cleaning
 from hlfsfs.pool.node_ids import ROOT_ID
+from hlfsfs.pool.snapshot_orders import SnapshotOrders
 from hlfsfs.pool.snapshots import Snapshots
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
@@ -33,6 +34,7 @@ class Properties:
         self._changes = changes
         self._snapshots = snapshots
         self._cleaning = cleaning
+        self._orders = SnapshotOrders(shared, volumes, snapshots)
         self._root = snapshots.root
 
     def shown_id(self, node: AnyNode) -> int:
@@ -158,6 +160,11 @@ class Properties:
         text = xattrs.parse_name(name)
         if text == xattrs.CLEAN:
             self._cleaning.order(self._volume(node), value)
+            return
+        if text in xattrs.ORDERS:
+            if isinstance(node, Node):
+                raise NotPermitted(f"{self._what(node)}: {text} is an order to a directory of snapshots")
+            self._orders.order(node, text, value)
             return
         what = self._what(node)
         self._change_kept(node, lambda kept: xattrs.with_attribute(kept, text, value, flags, what))

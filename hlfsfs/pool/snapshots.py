@@ -9,7 +9,7 @@ of it is being taken.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from hlfsfs.errors import (
     printable,
 )
 from hlfsfs.pool.attributes import AttributeChanges, Attributes, EntryAttributes, check_volume_mode
-from hlfsfs.pool.changes import Changes, new_id
+from hlfsfs.pool.changes import Changes, new_id, with_changes
 from hlfsfs.pool.names import LATEST, check_new_snapshot_name
 from hlfsfs.pool.node_ids import LATEST_MARK, ROOT_ID, SNAPSHOT_MARK, SNAPSHOTS_MARK, mark_of, marked, stable_id
 from hlfsfs.pool.tree import PoolNode, Shared, VolumeNode
@@ -34,7 +34,7 @@ from hlfsfs.pool.volumes import Volumes
 from hlfsfs.store.records import SnapshotNotes
 
 if TYPE_CHECKING:
-    from hlfsfs.engine import Snapshot, Volume
+    from hlfsfs.engine import NewSnapshot, Snapshot, Volume
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Snapshots:
         for node in volumes:
             try:
                 with self._volumes.using(node) as volume:
-                    self._learn(node, volume.snapshots())
+                    self.learn(node, volume.snapshots())
             except HlfsError as exc:
                 log.debug("%s: not asked for snapshot %016x: %s", self._shared.what(node), snapshot_id, exc)
         with self._shared.lock:
@@ -156,7 +156,8 @@ class Snapshots:
             raise StaleId(marked(SNAPSHOT_MARK, snapshot_id))
         return owner
 
-    def _learn(self, node: VolumeNode, snapshots: "list[Snapshot]") -> None:
+    def learn(self, node: VolumeNode, snapshots: "Iterable[Snapshot | NewSnapshot]") -> None:
+        """Remembers whose these are."""
         with self._shared.lock:
             self._owners.update({snapshot.id: node for snapshot in snapshots})
 
@@ -181,7 +182,7 @@ class Snapshots:
                     return VolumeSnapshots(found)
             case VolumeSnapshots(volume):
                 if name in (b".", b".."):
-                    return parent if name == b"." else PoolSnapshots(self._named(volume))
+                    return parent if name == b"." else PoolSnapshots(self.pool_of(volume))
                 return self._snapshot_child(volume, name)
         raise NoSuchName(self.what(parent, name), "volume")
 
@@ -191,17 +192,18 @@ class Snapshots:
                 if not volume.snapshots():
                     raise NoSuchSnapshot(self.what(VolumeSnapshots(node), name))
                 return LatestLink(node)
-            return SnapshotNode(node, self._snapshot_named(node, volume, name).id)
+            return SnapshotNode(node, self.named(node, volume, name).id)
 
-    def _snapshot_named(self, node: VolumeNode, volume: "Volume", name: bytes) -> "Snapshot":
+    def named(self, node: VolumeNode, volume: "Volume", name: bytes) -> "Snapshot":
+        """Raises NoSuchSnapshot."""
         try:
             found = volume.snapshot_named(name)
         except NoSuchSnapshot as exc:
             raise NoSuchSnapshot(self.what(VolumeSnapshots(node), name)) from exc
-        self._learn(node, [found])
+        self.learn(node, [found])
         return found
 
-    def _named(self, node: VolumeNode) -> PoolNode:
+    def pool_of(self, node: VolumeNode) -> PoolNode:
         """The pool that a volume is in. Raises StaleId where it has no name any more."""
         with self._shared.lock:
             if node.parent is None:
@@ -228,7 +230,7 @@ class Snapshots:
     def _snapshot_entries(self, node: VolumeNode) -> list[tuple[bytes, EntryAttributes]]:
         with self._volumes.using(node) as volume:
             snapshots = volume.snapshots()
-        self._learn(node, snapshots)
+        self.learn(node, snapshots)
         found = [
             (each.name, EntryAttributes(marked(SNAPSHOT_MARK, each.id), "snapshot", each.mode, each.uid, each.gid))
             for each in snapshots
@@ -376,32 +378,37 @@ class Snapshots:
         with self._shared.changing:
             node = self._directory(parent, name)
             check_new_snapshot_name(name)
-            record = node.require_record()
             with self._volumes.using(node) as volume:
                 self._volumes.check_writable(node, volume)
-                self._require_free(node, volume, name)
-                if not record.had_snapshots:
-                    self._changes.update_record(node, {"had_snapshots": True})
-                made = SnapshotNode(node, new_id())
-                mode = record.mode & 0o777 & ~_WRITE_BITS
-                volume.create_snapshot(name, made.id, mode, record.uid, record.gid)
-                with self._shared.lock:
-                    self._owners[made.id] = node
-            return made
+                self.require_free(node, volume, name)
+                new = self.new_snapshot(node, volume, name)
+                volume.create_snapshot(name, new.id, new.mode, new.uid, new.gid)
+                self.learn(node, [new])
+            return SnapshotNode(node, new.id)
 
     def _directory(self, parent: Node, name: bytes) -> VolumeNode:
         """The volume in whose directory a name is to change."""
         if not isinstance(parent, VolumeSnapshots):
             raise ReadOnly(self.what(parent, name), "snapshots are made in .snapshots/VOLUME")
-        self._named(parent.volume)
+        self.pool_of(parent.volume)
         return parent.volume
 
-    def _require_free(self, node: VolumeNode, volume: "Volume", name: bytes) -> None:
+    def require_free(self, node: VolumeNode, volume: "Volume", name: bytes) -> None:
+        """Raises NameExists."""
         try:
             volume.snapshot_named(name)
         except NoSuchSnapshot:
             return
         raise NameExists(self.what(VolumeSnapshots(node), name))
+
+    def new_snapshot(self, node: VolumeNode, volume: "Volume", name: bytes) -> "NewSnapshot":
+        """Has the record say that there may be snapshots, durably; the new one belongs to the volume's owner."""
+        from hlfsfs.engine import NewSnapshot  # noqa: PLC0415 - the namespace is read without the native core
+
+        record = node.require_record()
+        if not record.had_snapshots:
+            self._changes.update_record(node, {"had_snapshots": True})
+        return NewSnapshot(volume, new_id(), name, record.mode & 0o777 & ~_WRITE_BITS, record.uid, record.gid)
 
     def remove(self, parent: Node, name: bytes) -> None:
         """Removes a snapshot; durable. What only it held is freed later.
@@ -417,7 +424,7 @@ class Snapshots:
                 raise ReadOnly(self.what(parent, name), "it goes with the last snapshot")
             with self._volumes.using(node) as volume:
                 self._volumes.check_writable(node, volume)
-                snapshot = self._snapshot_named(node, volume, name)
+                snapshot = self.named(node, volume, name)
                 self._require_unused(SnapshotNode(node, snapshot.id), self.what(parent, name))
                 volume.remove_snapshot(snapshot.id)
                 with self._shared.lock:
@@ -428,14 +435,14 @@ class Snapshots:
         with self._shared.lock:
             if self._handles.get(node.id):
                 raise VolumeBusy(what, "somebody reads it; close it first")
-        holds = self._notes(node).holds
+        holds = self.notes(node).holds
         if holds:
             raise VolumeBusy(what, f"held by {', '.join(map(printable, holds))}; release it first")
 
     def _forget_notes(self, node: VolumeNode, snapshot_id: int) -> None:
         if any(notes.id == snapshot_id for notes in node.require_record().snapshots):
             try:
-                self._write_notes(node, None)
+                self.write_notes(node, None)
             except HlfsError as exc:
                 log.warning("%s: notes of a snapshot that is gone stay: %s", self._shared.what(node), exc)
 
@@ -456,9 +463,9 @@ class Snapshots:
             check_new_snapshot_name(new_name)
             with self._volumes.using(node) as volume:
                 self._volumes.check_writable(node, volume)
-                snapshot = self._snapshot_named(node, volume, name)
+                snapshot = self.named(node, volume, name)
                 if new_name != name:
-                    self._require_free(node, volume, new_name)
+                    self.require_free(node, volume, new_name)
                     volume.rename_snapshot(snapshot.id, new_name)
 
     # --- opening ----------------------------------------------------------------------------------------------
@@ -512,23 +519,23 @@ class Snapshots:
 
     def xattrs(self, node: Node) -> dict[str, bytes]:
         """Extended attributes that are kept; only a snapshot has any. Raises StaleId."""
-        return self._notes(node).xattrs if isinstance(node, SnapshotNode) else {}
+        return self.notes(node).xattrs if isinstance(node, SnapshotNode) else {}
 
     def change_xattrs(self, node: Node, change: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:
         """Replaces a snapshot's attributes by what `change` makes of them; durable. Raises ReadOnly, StaleId."""
         if not isinstance(node, SnapshotNode):
             raise ReadOnly(self.what(node), "it has no attributes of its own")
         with self._shared.changing, self._using(node):
-            notes = self._notes(node)
-            changed = SnapshotNotes(id=node.id, xattrs=change(notes.xattrs), holds=notes.holds, extra=notes.extra)
-            self._write_notes(node.volume, changed)
+            notes = self.notes(node)
+            self.write_notes(node.volume, with_changes(notes, xattrs=change(notes.xattrs)))
 
-    def _notes(self, node: SnapshotNode) -> SnapshotNotes:
+    def notes(self, node: SnapshotNode) -> SnapshotNotes:
+        """What the record has on it, perhaps nothing."""
         with self._shared.lock:
             kept = node.volume.require_record().snapshots
         return next((notes for notes in kept if notes.id == node.id), SnapshotNotes(id=node.id))
 
-    def _write_notes(self, node: VolumeNode, changed: SnapshotNotes | None) -> None:
+    def write_notes(self, node: VolumeNode, changed: SnapshotNotes | None) -> None:
         """Durable. Those of snapshots that are gone are left out."""
         with self._volumes.using(node) as volume:
             present = {snapshot.id for snapshot in volume.snapshots()}
@@ -554,7 +561,8 @@ class Snapshots:
                 "mtime_ns": snapshot.mtime_ns,
                 "size_bytes": snapshot.size_bytes,
                 "allocated_bytes": snapshot.allocated_bytes,
-                "holds": self._notes(node).holds,
+                "group": f"{snapshot.group_id:016x}" if snapshot.group_id else "",
+                "holds": self.notes(node).holds,
             }
 
 

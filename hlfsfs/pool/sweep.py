@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 
 from hlfsfs.errors import HlfsError, LogDamaged, RecordDamaged
 from hlfsfs.pool.changes import Changes, with_changes
+from hlfsfs.pool.snapshot_orders import remove_group
 from hlfsfs.pool.tree import PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
+from hlfsfs.store.records import SnapshotGroup
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class Sweep:
                 with self._reporting():
                     self._sweep_pool_record(pool_id)
             self._find_stray_logs()
+            with self._reporting():
+                self._sweep_groups()
             with self._reporting():
                 if not self._shared.store.read_only:
                     self._shared.store.sweep_tmp()
@@ -102,6 +106,29 @@ class Sweep:
             yield
         except HlfsError as exc:
             self._report.damage.append(exc)
+
+    def _sweep_groups(self) -> None:
+        """Removes the snapshots of groups that were not completed."""
+        store = self._shared.store
+        info = store.info()
+        if store.read_only or not info.unfinished_groups:
+            return
+        info.unfinished_groups = [group for group in info.unfinished_groups if not self._remove_group(group)]
+        store.write_info(info)
+
+    def _remove_group(self, group: SnapshotGroup) -> bool:
+        """Whether nothing is left of it; a volume that cannot be attached now may have some."""
+        whole = True
+        for volume_id in group.volumes:
+            node = self._shared.tree.by_id.get(volume_id)
+            if isinstance(node, VolumeNode) and not node.gone:
+                try:
+                    with self._volumes.using(node) as volume:
+                        remove_group(volume, group.id)
+                except HlfsError as exc:
+                    log.warning("an unfinished group of snapshots stays for now: %s", exc)
+                    whole = False
+        return whole
 
     def _find_stray_logs(self) -> None:
         known = {log_ref.uuid for node in self._shared.tree.volumes() if node.record for log_ref in node.record.logs}

@@ -83,10 +83,7 @@ class Volumes:
         if count:
             has = "a snapshot" if count == 1 else f"{count} snapshots"
             remedy = "delete them first, with hlfs snapshot delete or with rm in .snapshots"
-            busy = VolumeBusy(self._shared.what(node), f"not removed: it has {has}; {remedy}")
-            # A system call answers no more than EBUSY.
-            log.warning("%s", busy)
-            raise busy
+            raise VolumeBusy(self._shared.what(node), f"not removed: it has {has}; {remedy}")
 
     def release(self, node: VolumeNode) -> None:
         """Gives a handle back; one from before a restart of the server may be unknown here."""

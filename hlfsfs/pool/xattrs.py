@@ -1,8 +1,8 @@
 """Which extended attributes volumes and pools have.
 
 `user.*`, `trusted.*` and the labels of security modules are kept in the record. `user.hlfs.*` is HLFS's own: computed,
-not kept and not listed, so that copying a file with its attributes does not copy them. Of these only `user.hlfs.clean`
-can be set, which is an order; see `Cleaning`.
+not kept and not listed, so that copying a file with its attributes does not copy them. Of these only orders
+can be set: `user.hlfs.clean` (see `Cleaning`), and those to directories of snapshots.
 """
 
 import os
@@ -13,6 +13,11 @@ KEPT_PREFIXES = ("user.", "trusted.", "security.")
 OWN_PREFIX = "user.hlfs."
 STATS = "user.hlfs.stats"
 CLEAN = "user.hlfs.clean"
+# Orders to directories of snapshots; see `SnapshotOrders`.
+GROUP = "user.hlfs.snapshot"
+HOLD = "user.hlfs.hold"
+RELEASE = "user.hlfs.release"
+ORDERS = (GROUP, HOLD, RELEASE)
 # File capabilities would have to be dropped at each write, as set-user-ID bits would.
 CAPABILITY = "security.capability"
 # Records are held in memory and written as a whole.

@@ -86,6 +86,10 @@ class Store(ABC):
         """The store's own record, read afresh. Raises RecordDamaged, FormatVersion, UnknownFeature."""
 
     @abstractmethod
+    def write_info(self, info: StoreInfo) -> None:
+        """Replaces the store's own record, durable."""
+
+    @abstractmethod
     def statfs(self) -> StoreSpace:
         """Space now; does no disk I/O."""
 

@@ -176,14 +176,27 @@ class PoolRecord(Owned, kw_only=True):
     ctime_ns: TimeNs = 0
 
 
-class StoreInfo(Features, kw_only=True):
-    """The store itself, with the record of its root pool."""
+class SnapshotGroup(Record, kw_only=True):
+    """Snapshots that are being taken together: while this record is there, none of them counts.
 
-    nested: ClassVar[dict[str, type[Record]]] = {"root_pool": PoolRecord}
+    Attributes:
+        id: the group's.
+        volumes: ids of those that they are taken of.
+    """
+
+    id: StableId
+    volumes: list[StableId]
+
+
+class StoreInfo(Features, kw_only=True):
+    """The store itself, with the record of its root pool, and the groups of snapshots that are not complete."""
+
+    nested: ClassVar[dict[str, type[Record]]] = {"root_pool": PoolRecord, "unfinished_groups": SnapshotGroup}
 
     uuid: UUID
     created_ns: TimeNs = msgspec.field(default_factory=time.time_ns)
     root_pool: PoolRecord
+    unfinished_groups: list[SnapshotGroup] = []
 
 
 class LockRecord(Record, kw_only=True):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
-from hlfsfs.engine import CleanReport, Snapshot, VolumeAttr
+from hlfsfs.engine import CleanReport, NewSnapshot, Snapshot, VolumeAttr
 from hlfsfs.errors import NoSuchSnapshot, RefusedName, SizeTooBig
 from hlfsfs.store import Store
 from hlfsfs.store.records import VolumeRecord
@@ -191,6 +191,10 @@ class FakeEngine:
             volume = self._attached.pop(volume_id)
             volume.flush()
             volume.closed = True
+
+    def create_snapshots(self, wanted: list[NewSnapshot], group_id: int) -> None:
+        for new in wanted:
+            new.volume.create_snapshot(new.name, new.id, new.mode, new.uid, new.gid, group_id)
 
     def open_snapshot(self, volume: FakeVolume, snapshot_id: int, node_id: int) -> None:
         volume.snapshot(snapshot_id)

@@ -1,12 +1,15 @@
 """Snapshots as files of the namespace."""
 
+import json
 import os
 
 import pytest
 
 from hlfsfs import errors
+from hlfsfs.engine import NewSnapshot
 from hlfsfs.pool import AttributeChanges
 from hlfsfs.pool.node_ids import ROOT_ID, stable_id
+from hlfsfs.store.records import StoreInfo
 from tests.pool.conftest import World
 
 READ_WRITE = os.O_RDWR
@@ -279,3 +282,115 @@ def test_no_snapshot_of_a_store_that_is_only_read(world: World) -> None:
     ):
         with pytest.raises(errors.ReadOnly):
             call()
+
+
+def order(world: World, node_id: int, attribute: bytes, /, **asked: object) -> None:
+    world.names.setxattr(node_id, attribute, json.dumps(asked).encode())
+
+
+def above(world: World) -> int:
+    return world.names.lookup(ROOT_ID, b".snapshots").id
+
+
+def test_a_group_is_of_all_or_none(world: World) -> None:
+    pool = world.pool(b"p")
+    for name, parent in ((b"a", ROOT_ID), (b"b", ROOT_ID), (b"c", pool.id)):
+        world.volume(name, parent, data=name)
+    order(world, above(world), b"user.hlfs.snapshot", name="all")
+    order(world, above(world), b"user.hlfs.snapshot", name="some", volumes=["b", "p/c"])
+    assert [listed(world, directory(world, name)) for name in (b"a", b"b")] == [
+        [b"all", b"latest"],
+        [b"all", b"latest", b"some"],
+    ]
+    where = directory(world, b"c", pool.id)
+    assert listed(world, where) == [b"latest", b"some"]
+    groups = [
+        world.names.stats(world.names.lookup(each, b"some").id)["group"] for each in (directory(world, b"b"), where)
+    ]
+    assert groups[0] == groups[1] != ""
+    for asked, error in (
+        ({"name": "some"}, errors.NameExists),
+        ({"name": "x", "volumes": []}, errors.UsageError),
+        ({"name": "x", "volumes": ["a", "a"]}, errors.UsageError),
+        ({"name": "x", "volumes": ["a", "none"]}, errors.NoSuchName),
+        ({"name": "x", "volumes": ["a", "p"]}, errors.NotAVolume),
+        ({"name": "latest"}, errors.RefusedName),
+        ({"name": 5}, errors.UsageError),
+        ({"name": "x", "other": 1}, errors.UsageError),
+    ):
+        with pytest.raises(error):
+            order(world, above(world), b"user.hlfs.snapshot", **asked)
+    assert listed(world, directory(world, b"a")) == [b"all", b"latest"]
+    with pytest.raises(errors.UsageError):
+        order(world, where, b"user.hlfs.snapshot", name="x")
+    with pytest.raises(errors.NotPermitted):
+        order(world, ROOT_ID, b"user.hlfs.snapshot", name="x")
+    assert world.store.info().unfinished_groups == []
+
+
+def test_a_group_that_a_crash_cut_short_is_taken_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (b"a", b"b"):
+        world.volume(name, data=name)
+    take(world, b"before", b"a")
+    write_info = world.store.write_info
+
+    def dies_at_the_end(info: StoreInfo) -> None:
+        if not info.unfinished_groups:
+            raise KeyboardInterrupt
+        write_info(info)
+
+    monkeypatch.setattr(world.store, "write_info", dies_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        order(world, above(world), b"user.hlfs.snapshot", name="all")
+    monkeypatch.undo()
+    world.reopen(crash=True)
+    assert listed(world, directory(world, b"a")) == [b"before", b"latest"]
+    assert listed(world, directory(world, b"b")) == []
+    assert world.store.info().unfinished_groups == []
+
+
+def test_a_group_that_fails_is_taken_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (b"a", b"b"):
+        world.volume(name, data=name)
+    create_snapshots = world.engine.create_snapshots
+
+    def takes_one(wanted: list[NewSnapshot], group_id: int) -> None:
+        create_snapshots(wanted[:1], group_id)
+        raise errors.StoreFailed("volume", OSError(5, "gone"))
+
+    monkeypatch.setattr(world.engine, "create_snapshots", takes_one)
+    with pytest.raises(errors.StoreFailed):
+        order(world, above(world), b"user.hlfs.snapshot", name="all")
+    monkeypatch.undo()
+    assert listed(world, directory(world, b"a")) == listed(world, directory(world, b"b")) == []
+    assert world.store.info().unfinished_groups == []
+    order(world, above(world), b"user.hlfs.snapshot", name="all")
+
+
+def test_what_is_held_is_not_removed(world: World) -> None:
+    volume = world.volume(b"v")
+    where, one = directory(world), take(world, b"one")
+    for tag in ("backup", "a clone"):
+        order(world, where, b"user.hlfs.hold", snapshot="one", tag=tag)
+    world.names.rename(where, b"one", where, b"1")
+    world.reopen(crash=True)
+    assert world.names.stats(one)["holds"] == ["backup", "a clone"]
+    with pytest.raises(errors.VolumeBusy, match="v%1: held by backup, a clone; release it first"):
+        world.names.unlink(where, b"1")
+    for asked, error in (
+        ({"snapshot": "1", "tag": "backup"}, errors.NameExists),
+        ({"snapshot": "2", "tag": "backup"}, errors.NoSuchSnapshot),
+        ({"snapshot": "1", "tag": ""}, errors.UsageError),
+        ({"snapshot": "1", "tag": "a\nb"}, errors.UsageError),
+        ({"snapshot": "1", "tag": "x" * 256}, errors.UsageError),
+    ):
+        with pytest.raises(error):
+            order(world, where, b"user.hlfs.hold", **asked)
+    with pytest.raises(errors.NoSuchName, match="hold 'nobody': no such hold"):
+        order(world, where, b"user.hlfs.release", snapshot="1", tag="nobody")
+    with pytest.raises(errors.UsageError):
+        order(world, above(world), b"user.hlfs.hold", snapshot="1", tag="backup")
+    for tag in ("a clone", "backup"):
+        order(world, where, b"user.hlfs.release", snapshot="1", tag=tag)
+    world.names.unlink(where, b"1")
+    assert world.store.read_volume(volume.id).snapshots == []

@@ -4,6 +4,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 #include <unistd.h>
 
@@ -13,6 +14,7 @@
 #include <cstring>
 #include <mutex>
 #include <system_error>
+#include <tuple>
 
 #include "bindings/bind_bytes.hpp"
 #include "log/format.hpp"
@@ -320,6 +322,22 @@ void bind_snapshots(nb::class_<Volume>& volume, nb::module_& m) {
                 self.create_snapshot(id, copy, group_id, {.mode = mode, .uid = uid, .gid = gid});
             },
             nb::arg("id"), nb::arg("name"), nb::arg("group_id"), nb::arg("mode"), nb::arg("uid"), nb::arg("gid"))
+        .def_static(
+            "create_snapshots",
+            [](const std::vector<std::tuple<std::shared_ptr<Volume>, std::uint64_t, nb::bytes, std::uint32_t,
+                                            std::uint32_t, std::uint32_t>>& wanted,
+               std::uint64_t group_id) {
+                std::vector<Volume::NewSnapshot> copy;
+                for (const auto& [volume, id, name, mode, uid, gid] : wanted) {
+                    copy.push_back({.volume = volume,
+                                    .id = id,
+                                    .name = std::string(name.c_str(), name.size()),
+                                    .owner = {.mode = mode, .uid = uid, .gid = gid}});
+                }
+                const nb::gil_scoped_release unlocked;
+                Volume::create_snapshots(std::move(copy), group_id);
+            },
+            nb::arg("wanted"), nb::arg("group_id"))
         .def(
             "set_snapshot_owner",
             [](Volume& self, std::uint64_t id, std::uint32_t mode, std::uint32_t uid, std::uint32_t gid) {

@@ -268,6 +268,80 @@ TEST_CASE("a snapshot can be read and nothing else") {
     CHECK(host.core().ring().pages_in_use() == 0);
 }
 
+TEST_CASE("snapshots of several volumes are of one instant") {
+    FaultyDisk::instance().reset();
+    constexpr std::uint64_t kVolumes = 4;
+    std::vector<std::unique_ptr<Log>> logs;
+    Host host;
+    std::vector<std::shared_ptr<Volume>> volumes;
+    for (std::uint64_t i = 0; i < kVolumes; ++i) {
+        logs.push_back(std::make_unique<Log>(i + 1));
+        volumes.push_back(host.open(*logs.back()).volume);
+        REQUIRE(resize(*volumes.back(), kMiB) == 0);
+    }
+    // One writer stamps the volumes in turn, so that at every instant their stamps fall by one at most, and only once.
+    std::atomic<bool> stop{false};
+    std::thread writer([&] {
+        for (std::uint64_t stamp = 1; !stop; ++stamp) {
+            Bytes stamped(kBlockBytes);
+            std::memcpy(stamped.data(), &stamp, sizeof stamp);
+            for (const auto& volume : volumes) {
+                if (write(host, *volume, stamp % 16 * kBlockBytes, stamped) <= 0)
+                    return;
+            }
+        }
+    });
+    const auto group_of = [&](std::uint64_t group) {
+        std::vector<Volume::NewSnapshot> wanted;
+        for (const auto& volume : volumes)
+            wanted.push_back({.volume = volume, .id = group, .name = name_of(group), .owner = {}});
+        return wanted;
+    };
+    const auto newest_stamp = [](DataVolume& view) {
+        const Bytes content = read_all(view);
+        std::uint64_t newest = 0;
+        for (std::size_t at = 0; at < 16 * kBlockBytes; at += kBlockBytes) {
+            std::uint64_t stamp = 0;
+            std::memcpy(&stamp, content.data() + at, sizeof stamp);
+            newest = std::max(newest, stamp);
+        }
+        return newest;
+    };
+    std::thread other([&] {
+        for (std::uint64_t group = 1001; group <= 1010; ++group)
+            Volume::create_snapshots(group_of(group), group);
+    });
+    for (std::uint64_t group = 1; group <= 30; ++group)
+        Volume::create_snapshots(group_of(group), group);
+    other.join();
+    stop = true;
+    writer.join();
+    for (const auto& info : volumes.front()->snapshots()) {
+        std::vector<std::uint64_t> stamps;
+        std::uint64_t time_ns = 0;
+        for (const auto& volume : volumes) {
+            stamps.push_back(newest_stamp(*volume->open_snapshot(info.id, info.id)));
+            const auto all = volume->snapshots();
+            const auto same_id = [&](const auto& each) { return each.id == info.id; };
+            const auto found = std::find_if(all.begin(), all.end(), same_id);
+            REQUIRE(found != all.end());
+            CHECK(found->group_id == info.id);
+            CHECK((time_ns == 0 || found->time_ns == time_ns));
+            time_ns = found->time_ns;
+        }
+        CHECK(std::is_sorted(stamps.rbegin(), stamps.rend()));
+        CHECK(stamps.front() - stamps.back() <= 1);
+    }
+    const auto twice = group_of(2000);
+    CHECK(error_of([&] { Volume::create_snapshots({twice.at(0), twice.at(0)}, 1); }) == EINVAL);
+    volumes.at(2)->create_snapshot(3000, name_of(2000), 0, {});
+    CHECK(error_of([&] { Volume::create_snapshots(group_of(2000), 2000); }) == EEXIST);
+    for (const auto& volume : volumes)
+        CHECK(volume->open_snapshot(2000, 2000) == nullptr);
+    for (const auto& log : logs)
+        host.close(*log);
+}
+
 TEST_CASE("snapshots in a row wait for checkpoints, and none is lost") {
     FaultyDisk::instance().reset();
     Log log(1);

@@ -133,49 +133,93 @@ void Volume::check_new_name(const std::string& name) const {
         fail(EEXIST, "there is a snapshot of that name");
 }
 
-void Volume::create_snapshot(std::uint64_t id, const std::string& name, std::uint64_t group_id, Ownership owner) {
-    SnapEntry entry{.header = {.operation = SnapOperation::create,
-                               .id = id,
-                               .group_id = group_id,
-                               .mode = owner.mode,
-                               .uid = owner.uid,
-                               .gid = owner.gid},
-                    .name = name};
-    const std::size_t side_bytes = encode(entry).size();
-    Lock lock(mutex_);
-    const std::uint64_t refusals = refusals_;
-    for (;;) {
-        if (read_only_)
-            fail(EROFS, "the volume is read-only");
-        check_new_name(name);
-        if (id == 0 || find_snapshot(id) != nullptr)
-            fail(EEXIST, "there is a snapshot of that id");
-        if (snapshots_.size() >= kMostSnapshots)
-            fail(EDQUOT, "the volume has as many snapshots as there may be");
-        if (frozen_.size() >= kMostFrozen) {
-            request_checkpoint();
-        } else if (!broken_ && seal_open()) {
-            const Admission admission = admit(1, 0, side_bytes);
-            if (admission == Admission::ok)
-                break;
-            if (admission == Admission::refused)
-                fail(space_refused_, "no space for a snapshot");
-        } else {
-            want_segment();
-        }
-        wake();
-        wait_disk(lock, refusals);
+// Whether the entry can be published now, as the first of an open chunk; if not, what it needs is asked for.
+bool Volume::ready_for(const SnapEntry& entry) {
+    if (read_only_)
+        fail(EROFS, "the volume is read-only");
+    check_new_name(entry.name);
+    if (entry.header.id == 0 || find_snapshot(entry.header.id) != nullptr)
+        fail(EEXIST, "there is a snapshot of that id");
+    if (snapshots_.size() >= kMostSnapshots)
+        fail(EDQUOT, "the volume has as many snapshots as there may be");
+    if (frozen_.size() >= kMostFrozen) {
+        request_checkpoint();
+    } else if (!broken_ && seal_open()) {
+        const Admission admission = admit(1, 0, encode(entry).size());
+        if (admission == Admission::ok)
+            return true;
+        if (admission == Admission::refused)
+            fail(space_refused_, "no space for a snapshot");
+    } else {
+        want_segment();
     }
-    // The chunk that was opened for it is empty: nothing stands between what is frozen and the entry.
+    wake();
+    return false;
+}
+
+// There is room for it, and the chunk that was opened for it is empty: nothing stands between what is frozen and the
+// entry.
+void Volume::take_snapshot(SnapEntry entry, std::uint64_t time_ns) {
     entry.header.parent_id = snapshots_.empty() ? 0 : snapshots_.back()->entry.record.id;
-    entry.header.time_ns = realtime_ns();
+    entry.header.time_ns = time_ns;
     entry.header.mtime_ns = mtime_ns_;
     Frozen* const frozen = apply_snap(entry, next_sequence_);
     publish_snap(entry);
     // What is merged with it makes the entry needless.
     if (frozen != nullptr)
         frozen->publishes = publishes_;
-    wait_durable(lock, next_number());
+}
+
+void Volume::create_snapshots(std::vector<NewSnapshot> wanted, std::uint64_t group_id) {
+    const auto log_of = [](const NewSnapshot& each) { return each.volume->config_.log_uuid; };
+    // In one order whoever asks, so that none waits for another.
+    std::ranges::sort(wanted, {}, log_of);
+    if (std::ranges::adjacent_find(wanted, {}, log_of) != wanted.end())
+        fail(EINVAL, "two snapshots of one volume");
+    std::vector<SnapEntry> entries;
+    std::vector<std::uint64_t> refusals;
+    for (const NewSnapshot& each : wanted) {
+        entries.push_back({.header = {.operation = SnapOperation::create,
+                                      .id = each.id,
+                                      .group_id = group_id,
+                                      .mode = each.owner.mode,
+                                      .uid = each.owner.uid,
+                                      .gid = each.owner.gid},
+                           .name = each.name});
+        const Lock lock(each.volume->mutex_);
+        refusals.push_back(each.volume->refusals_);
+    }
+    std::vector<std::uint64_t> numbers;
+    while (numbers.empty() && !wanted.empty()) {
+        std::vector<Lock> locks;
+        for (const NewSnapshot& each : wanted)
+            locks.emplace_back(each.volume->mutex_);
+        std::size_t ready = 0;
+        while (ready < wanted.size() && wanted[ready].volume->ready_for(entries[ready]))
+            ++ready;
+        if (ready < wanted.size()) {
+            // The others go on meanwhile.
+            Lock lock = std::move(locks[ready]);
+            locks.clear();
+            wanted[ready].volume->wait_disk(lock, refusals[ready]);
+            continue;
+        }
+        const std::uint64_t time_ns = realtime_ns();
+        for (std::size_t i = 0; i < wanted.size(); ++i) {
+            wanted[i].volume->take_snapshot(std::move(entries[i]), time_ns);
+            numbers.push_back(wanted[i].volume->next_number());
+        }
+    }
+    for (const NewSnapshot& each : wanted)
+        each.volume->want_sync();
+    for (std::size_t i = 0; i < wanted.size(); ++i) {
+        Lock lock(wanted[i].volume->mutex_);
+        wanted[i].volume->wait_durable(lock, numbers[i]);
+    }
+}
+
+void Volume::create_snapshot(std::uint64_t id, const std::string& name, std::uint64_t group_id, Ownership owner) {
+    create_snapshots({{.volume = shared_from_this(), .id = id, .name = name, .owner = owner}}, group_id);
 }
 
 void Volume::remove_snapshot(std::uint64_t id) {

@@ -214,6 +214,14 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     // Holds every request acknowledged before. Throws std::system_error: EEXIST (the id or the name), EINVAL (no such
     // name can be), EROFS, ENOSPC, EIO (not known to be durable).
     void create_snapshot(std::uint64_t id, const std::string& name, std::uint64_t group_id, Ownership owner);
+    struct NewSnapshot {
+        std::shared_ptr<Volume> volume;
+        std::uint64_t id = 0;
+        std::string name;
+        Ownership owner;
+    };
+    // Of several volumes at one instant. A crash may leave some of them without the others; so may EIO.
+    static void create_snapshots(std::vector<NewSnapshot> wanted, std::uint64_t group_id);
     // Who reads it goes on. Throws std::system_error as create_snapshot(), ENOENT.
     void remove_snapshot(std::uint64_t id);
     void rename_snapshot(std::uint64_t id, const std::string& name);
@@ -425,6 +433,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     // snapshots (snapshots.cpp)
     [[nodiscard]] Snapshot* find_snapshot(std::uint64_t id) const;
     void check_new_name(const std::string& name) const;
+    [[nodiscard]] bool ready_for(const SnapEntry& entry);
+    void take_snapshot(SnapEntry entry, std::uint64_t time_ns);
     void publish_snap(const SnapEntry& entry);
     void change_snapshot(const SnapEntry& entry);
     void republish_snap(const PublishItem& item);

@@ -48,10 +48,21 @@ EVERYTHING_ONCE: History = [
     ["write", "a", 2 * BLOCK, 200 * BLOCK, 27, False],
     ["clean", "a"],
     ["unsnapshot", "a", "2"],
+    ["create", "g"],
+    ["write", "g", 0, 3 * BLOCK, 29, False],
+    ["write", "a", 50 * BLOCK, 3 * BLOCK, 30, False],
+    ["group", "a", "g", "together"],
+    ["write", "a", 51 * BLOCK, 3 * BLOCK, 31, False],
+    ["unlink", "g"],
+    ["unsnapshot", "g", "together"],
+    ["unlink", "g"],
     ["write", "a", 2 * BLOCK, 100 * BLOCK, 28, False],
     ["idle", "a"],
     ["clean", "a"],
     ["forget", "a"],
+    ["unsnapshot", "a", "one"],
+    ["unsnapshot", "a", "three"],
+    ["unsnapshot", "a", "together"],
     ["mkdir", "p"],
     ["create", "p/b"],
     ["write", "p/b", 0, 3 * BLOCK, 17, True],
@@ -84,8 +95,13 @@ def _write(rng: random.Random, path: str) -> Operation:
 def _snapshot(rng: random.Random, path: str) -> Operation:
     name, other = rng.sample("uvwxyz", 2)
     return rng.choices(
-        [["snapshot", path, name], ["unsnapshot", path, name], ["rename_snapshot", path, name, other]],
-        weights=[4, 2, 1],
+        [
+            ["snapshot", path, name],
+            ["unsnapshot", path, name],
+            ["rename_snapshot", path, name, other],
+            ["group", path, rng.choice(_PATHS), name],
+        ],
+        weights=[4, 4, 1, 2],
     )[0]
 
 

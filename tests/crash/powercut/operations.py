@@ -5,19 +5,19 @@ A new kind is one more entry in `KINDS`.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hlfsfs.engine import Engine, EngineOptions, Volume
 from hlfsfs.errors import StoreFailed
-from hlfsfs.pool import AttributeChanges, Defaults
-from hlfsfs.pool.changes import new_id
+from hlfsfs.pool import GROUP_ATTRIBUTE, AttributeChanges, Defaults
 from hlfsfs.store.disk import Disk
 from tests.crash.powercut.shim import Shim
 from tests.engine.contents import content, written, zeroed
@@ -166,16 +166,24 @@ class Player:
         """Gets back what space can be had."""
         self.world.engine.clean(self.volume(path))
 
+    def _snapshots(self, path: str) -> int:
+        """Id of a volume's directory of snapshots."""
+        above, name = os.path.split(path.encode())
+        return self.world.names.resolve(os.path.join(above, b".snapshots", name))
+
     def snapshot(self, path: str, name: str) -> None:
-        self.volume(path).create_snapshot(name.encode(), new_id())
+        self.world.names.create(self._snapshots(path), name.encode(), 0o600, 0, 0)
+
+    def group(self, path: str, other: str, name: str) -> None:
+        order = json.dumps({"name": name, "volumes": [path, other]}).encode()
+        self.world.names.setxattr(self.world.names.resolve(b".snapshots"), GROUP_ATTRIBUTE.encode(), order)
 
     def rename_snapshot(self, path: str, name: str, new_name: str) -> None:
-        volume = self.volume(path)
-        volume.rename_snapshot(volume.snapshot_named(name.encode()).id, new_name.encode())
+        directory = self._snapshots(path)
+        self.world.names.rename(directory, name.encode(), directory, new_name.encode())
 
     def unsnapshot(self, path: str, name: str) -> None:
-        volume = self.volume(path)
-        volume.remove_snapshot(volume.snapshot_named(name.encode()).id)
+        self.world.names.unlink(self._snapshots(path), name.encode())
 
     def forget(self, path: str) -> None:
         """Closes the volume, if nobody has it open."""
@@ -242,6 +250,7 @@ class Kind:
 
     Attributes:
         run: does it.
+        paths: so many arguments are paths of volumes, and what follows goes for each of them.
         change: what it makes of the content of the volume at its path.
         snapshots: what it makes of that volume's snapshots; durable once it is done.
         durable: what it makes durable of what was acknowledged before it, itself included: the volume at its path, or
@@ -250,6 +259,7 @@ class Kind:
     """
 
     run: Callable[..., None]
+    paths: int = field(default=1, kw_only=True)
     change: Change | None = None
     snapshots: SnapshotChange | None = None
     durable: str = ""
@@ -276,6 +286,7 @@ KINDS = {
     "idle": Kind(Player.idle, durable="path", alone=True),
     "clean": Kind(Player.clean, durable="path", alone=True),
     "snapshot": Kind(Player.snapshot, snapshots=_snapshot, durable="path"),
+    "group": Kind(Player.group, paths=2, snapshots=_snapshot, durable="path"),
     "rename_snapshot": Kind(Player.rename_snapshot, snapshots=_rename_snapshot, durable="path"),
     "unsnapshot": Kind(Player.unsnapshot, snapshots=_unsnapshot, durable="path"),
     "forget": Kind(Player.forget, alone=True),

@@ -38,11 +38,15 @@ class _Volume:
 
 @dataclass
 class _Step:
-    """One operation: between events `do` and `done`; names look like `after` then."""
+    """One operation: between events `do` and `done`; names look like `after` then.
+
+    Of a group of snapshots, the volumes it was taken of and its name.
+    """
 
     do: int
     done: int
     after: View
+    group: tuple[list[int], str] | None = None
 
 
 class Oracle:
@@ -77,19 +81,26 @@ class Oracle:
         else:
             name, *arguments = self._history[number]
         kind = KINDS[name]
+        group = None
         if not note["refused"]:
             self._make_volumes(do, after)
-            found = self._names.get(arguments[0].encode()) if arguments else None
-            if found and kind.change is not None:
-                self._change(self._volumes[found[1]], do, kind.change(self._volumes[found[1]].now, *arguments[1:]))
-            if found and kind.snapshots is not None:
-                volume = self._volumes[found[1]]
-                now = kind.snapshots(volume.snapshots[-1][2], volume.contents[-1][1], *arguments[1:])
-                volume.snapshots.append((do, done, now))
-            for volume in self._made_durable(kind.durable, found and found[1], arguments):
+            paths = [path.encode() for path in arguments[: kind.paths]]
+            changed = [self._volumes[self._names[path][1]] for path in paths if self._is_volume(path)]
+            for volume in changed:
+                if kind.change is not None:
+                    self._change(volume, do, kind.change(volume.now, *arguments[kind.paths :]))
+                if kind.snapshots is not None:
+                    now = kind.snapshots(volume.snapshots[-1][2], volume.contents[-1][1], *arguments[kind.paths :])
+                    volume.snapshots.append((do, done, now))
+            for volume in self._made_durable(kind.durable, changed, arguments):
                 volume.floors.append((done, len(volume.contents) - 1))
+            if name == "group":
+                group = ([self._names[path][1] for path in paths], arguments[-1])
         self._names = after
-        self._steps.append(_Step(do, done, after))
+        self._steps.append(_Step(do, done, after, group))
+
+    def _is_volume(self, path: bytes) -> bool:
+        return path in self._names and self._names[path][1] in self._volumes
 
     def _make_volumes(self, do: int, after: View) -> None:
         for kind, node_id, _ in after.values():
@@ -101,12 +112,10 @@ class Oracle:
             volume.now = now
             volume.contents.append((do, digest(now)))
 
-    def _made_durable(self, what: str, node_id: int | None, arguments: list[Any]) -> list[_Volume]:
+    def _made_durable(self, what: str, changed: list[_Volume], arguments: list[Any]) -> list[_Volume]:
         if what == "all":
             return list(self._volumes.values())
-        if node_id is not None and (what == "path" or (what == "asked" and arguments[-1])):
-            return [self._volumes[node_id]]
-        return []
+        return changed if what == "path" or (what == "asked" and arguments[-1]) else []
 
     def operation_at(self, cut: int) -> str:
         """What was under way, or had just ended, at a cut."""
@@ -142,6 +151,12 @@ class Oracle:
             allowed = self._volumes[node_id].allowed(cut)
             if content not in allowed:
                 return f"volume {node_id:016x} is {self._about(node_id, content)}, not one of {allowed}"
+        for step in self._steps:
+            if step.group is not None and step.do < cut <= step.done:
+                volumes, name = step.group
+                taken = [name in found.snapshots[node_id] for node_id in volumes]
+                if any(taken) != all(taken):
+                    return f"of the group {name}, the snapshots {taken} of the volumes {volumes} are there"
         for node_id, snapshots in found.snapshots.items():
             possible = self._volumes[node_id].allowed_snapshots(cut)
             if snapshots not in possible:

@@ -1,0 +1,254 @@
+"""The snapshots of one volume as `hlfs snapshot` works on them: through a mount, or in a store that is not mounted."""
+
+import errno
+import json
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from hlfsfs.cli.mounted import NotInAMount, path_error
+from hlfsfs.cli.offline import Place, offline
+from hlfsfs.errors import (
+    HlfsError,
+    NameExists,
+    NameTooLong,
+    NoSpace,
+    NoSuchName,
+    NoSuchSnapshot,
+    NoSuchVolume,
+    NotAPool,
+    NotAVolume,
+    RefusedName,
+    TooManySnapshots,
+    UsageError,
+    VolumeBusy,
+    printable,
+)
+from hlfsfs.pool import GROUP_ATTRIBUTE, HOLD_ATTRIBUTE, RELEASE_ATTRIBUTE, STATS_ATTRIBUTE
+from hlfsfs.store import locate
+
+SNAPSHOTS = ".snapshots"
+LATEST = "latest"
+
+
+class VolumeSnapshots(ABC):
+    """The snapshots of one volume. All methods raise HlfsError with the line a user is told."""
+
+    @abstractmethod
+    def take(self, name: str) -> None:
+        """Durable on return."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Without `latest`."""
+
+    @abstractmethod
+    def stats(self, name: str) -> dict[str, Any]:
+        """What `hlfs stat` shows of one."""
+
+    @abstractmethod
+    def rename(self, name: str, new_name: str) -> None:
+        """Never over another one."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Refused while it is open or held."""
+
+    @abstractmethod
+    def order(self, attribute: str, name: str, tag: str) -> None:
+        """Sets or ends a hold."""
+
+    def hold(self, name: str, tag: str) -> None:
+        """Keeps it until `release` with the same tag."""
+        self.order(HOLD_ATTRIBUTE, name, tag)
+
+    def release(self, name: str, tag: str) -> None:
+        """Ends a hold."""
+        self.order(RELEASE_ATTRIBUTE, name, tag)
+
+
+class Mounted(VolumeSnapshots):
+    """By system calls on `.snapshots/VOLUME`."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        real = os.path.realpath(path)
+        if not os.path.lexists(real):
+            raise NoSuchVolume(printable(path))
+        if os.path.isdir(real):
+            raise NotAVolume(printable(path))
+        self._directory = os.path.join(os.path.dirname(real), SNAPSHOTS, os.path.basename(real))
+        if not os.path.isdir(self._directory):
+            raise NotInAMount(path)
+
+    def take(self, name: str) -> None:
+        with self._errors(name):
+            os.mknod(self._at(name), stat.S_IFREG | 0o600)
+
+    def names(self) -> list[str]:
+        with self._errors(""):
+            return sorted(name for name in os.listdir(self._directory) if name != LATEST)
+
+    def stats(self, name: str) -> dict[str, Any]:
+        with self._errors(name):
+            found: dict[str, Any] = json.loads(os.getxattr(self._at(name), STATS_ATTRIBUTE))
+        return found
+
+    def rename(self, name: str, new_name: str) -> None:
+        self.stats(name)
+        with self._errors(new_name):
+            os.rename(self._at(name), self._at(new_name))
+
+    def remove(self, name: str) -> None:
+        try:
+            with self._errors(name):
+                os.unlink(self._at(name))
+        except VolumeBusy as exc:
+            if holds := self.stats(name)["holds"]:
+                held = f"held by {', '.join(map(printable, holds))}; release it first"
+                raise VolumeBusy(self._what(name), held) from exc
+            raise
+
+    def order(self, attribute: str, name: str, tag: str) -> None:
+        holds = self.stats(name)["holds"]
+        if attribute == HOLD_ATTRIBUTE and tag in holds:
+            raise NameExists(f"{self._what(name)}, hold {printable(tag)!r}")
+        if attribute == RELEASE_ATTRIBUTE and tag not in holds:
+            raise NoSuchName(f"{self._what(name)}, hold {printable(tag)!r}", "hold")
+        value = json.dumps({"snapshot": name, "tag": tag}).encode()
+        try:
+            os.setxattr(self._directory, attribute, value)
+        except OSError as exc:
+            if exc.errno == errno.EINVAL:
+                raise UsageError(
+                    f"{printable(tag)!r}: no name for a hold; say who wants it, in 1 to 255 bytes"
+                ) from exc
+            raise path_error(self._path, exc) from exc
+
+    def _at(self, name: str) -> str:
+        if "/" in name or name in {"", ".", ".."}:
+            raise RefusedName(os.fsencode(name), "is no file name")
+        return os.path.join(self._directory, name)
+
+    def _what(self, name: str) -> str:
+        return f"{printable(self._path)}%{printable(name)}"
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            raise _snapshot_error(self._path, self._what(name), os.fsencode(name), exc) from exc
+
+
+def _snapshot_error(path: str, what: str, name: bytes, exc: OSError) -> HlfsError:
+    barred = "a snapshot's name has no `/`, `%`, `@` or control character, and is not `latest`"
+    meanings: dict[int | None, Callable[[], HlfsError]] = {
+        errno.EEXIST: lambda: NameExists(what),
+        errno.ENOENT: lambda: NoSuchSnapshot(what),
+        errno.EINVAL: lambda: RefusedName(name, barred),
+        errno.ENAMETOOLONG: lambda: NameTooLong(name),
+        errno.EDQUOT: lambda: TooManySnapshots(printable(path)),
+        errno.ENOSPC: lambda: NoSpace(printable(path)),
+        errno.EBUSY: lambda: VolumeBusy(what, "somebody reads it; close it first"),
+    }
+    return meanings.get(exc.errno, lambda: path_error(what, exc))()
+
+
+class Offline(VolumeSnapshots):
+    """By the names of a store that is opened for it."""
+
+    def __init__(self, place: Place) -> None:
+        self._names = place.names
+        self._uri = place.uri
+        place.volume()
+        self._directory = place.names.resolve(
+            b"/".join(filter(None, (os.path.dirname(place.path), os.fsencode(SNAPSHOTS), place.name)))
+        )
+
+    def take(self, name: str) -> None:
+        self._names.create(self._directory, os.fsencode(name), 0o600, 0, 0)
+
+    def names(self) -> list[str]:
+        found = (os.fsdecode(name) for name, _ in self._names.readdir(self._directory))
+        return [name for name in found if name != LATEST]
+
+    def stats(self, name: str) -> dict[str, Any]:
+        return self._names.stats(self._names.lookup(self._directory, os.fsencode(name)).id)
+
+    def rename(self, name: str, new_name: str) -> None:
+        self._names.rename(self._directory, os.fsencode(name), self._directory, os.fsencode(new_name))
+
+    def remove(self, name: str) -> None:
+        self._names.unlink(self._directory, os.fsencode(name))
+
+    def order(self, attribute: str, name: str, tag: str) -> None:
+        value = json.dumps({"snapshot": name, "tag": tag}).encode()
+        self._names.setxattr(self._directory, attribute.encode(), value)
+
+
+@contextmanager
+def snapshots_of(volume: str, command: str) -> Iterator[VolumeSnapshots]:
+    """Those of a volume, PATH in a mount or URI; `command` is what does the same in a mount."""
+    if "://" not in volume:
+        yield Mounted(volume)
+        return
+    with offline(volume, instead=command) as place:
+        yield Offline(place)
+
+
+def take_group(volumes: Sequence[str], name: str) -> None:
+    """Takes a snapshot of each of these volumes at one instant; of one mount, or one store that is not mounted."""
+    if "://" in volumes[0]:
+        places = [locate(volume) for volume in volumes]
+        if len({root for root, _ in places}) > 1:
+            raise UsageError("snapshots at one instant are of one store; name volumes of one")
+        paths = [os.fsdecode(path) for _, path in places]
+        with offline(volumes[0], instead=f"hlfs snapshot create PATH … {name}") as place:
+            _order_offline(place, b"", {"name": name, "volumes": paths})
+        return
+    for volume in volumes:
+        Mounted(volume)
+    reals = [os.path.realpath(volume) for volume in volumes]
+    roots = {_mount_root(real) for real in reals}
+    if len(roots) > 1:
+        raise UsageError("snapshots at one instant are of one store; name volumes of one mount")
+    root = roots.pop()
+    _order_mounted(volumes[0], root, {"name": name, "volumes": [os.path.relpath(real, root) for real in reals]})
+
+
+def take_all(pool: str, name: str) -> None:
+    """Takes a snapshot of each volume directly in a pool, at one instant."""
+    if "://" in pool:
+        with offline(pool, instead=f"hlfs snapshot create --all PATH {name}") as place:
+            place.pool()
+            _order_offline(place, place.path, {"name": name})
+        return
+    if not os.path.isdir(pool):
+        raise NotAPool(printable(pool))
+    _order_mounted(pool, os.path.realpath(pool), {"name": name})
+
+
+def _order_offline(place: Place, pool: bytes, order: dict[str, Any]) -> None:
+    directory = place.names.resolve(b"/".join(filter(None, (pool, os.fsencode(SNAPSHOTS)))))
+    place.names.setxattr(directory, GROUP_ATTRIBUTE.encode(), json.dumps(order).encode())
+
+
+def _order_mounted(path: str, pool: str, order: dict[str, Any]) -> None:
+    directory = os.path.join(pool, SNAPSHOTS)
+    if not os.path.isdir(directory):
+        raise NotInAMount(path)
+    try:
+        os.setxattr(directory, GROUP_ATTRIBUTE, json.dumps(order).encode())
+    except OSError as exc:
+        name = order["name"]
+        raise _snapshot_error(path, f"{printable(path)}, snapshot {printable(name)!r}", os.fsencode(name), exc) from exc
+
+
+def _mount_root(path: str) -> str:
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path

@@ -1,0 +1,176 @@
+"""`hlfs snapshot`, the same by URI of a store that is not mounted and by path in a mount."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hlfsfs.cli.main import main
+from tests.fuse.mounts import hlfs, mounted, needs_fuse, run
+
+# How `hlfs` ended: status, output, what it said.
+Ended = tuple[int, str, str]
+
+
+class Place:
+    """A store with volumes `v` and `p/w`, named as the commands are to name them."""
+
+    def __init__(self, base: str, call: Callable[..., Ended]) -> None:
+        self.base = base
+        self._call = call
+
+    def done(self, *words: str) -> str:
+        status, output, said = self._call("snapshot", *self._named(words))
+        assert (status, said) == (0, "")
+        return output
+
+    def failed(self, *words: str, status: int = 1) -> str:
+        """The one line."""
+        ended, output, said = self._call("snapshot", *self._named(words))
+        assert (ended, output) == (status, "")
+        assert said.startswith("hlfs: ")
+        assert said.count("\n") == 1
+        return said.removeprefix("hlfs: ").strip()
+
+    def names(self, volume: str) -> list[str]:
+        return [each["snapshot"] for each in json.loads(self.done("list", volume, "--json"))]
+
+    def _named(self, words: tuple[str, ...]) -> list[str]:
+        return [self.base + word[1:] if word.startswith("/") else word for word in words]
+
+
+def invoke(*words: str) -> Ended:
+    result = CliRunner().invoke(main, words)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def spawn(*words: str) -> Ended:
+    """In a process of its own, as everything that touches a mount."""
+    ended = hlfs(*words)
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+@pytest.fixture(params=["offline", pytest.param("mounted", marks=needs_fuse)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    store = tmp_path / "store"
+    store.mkdir()
+    uri = f"local://{store}"
+    assert invoke("pool", "create", f"{uri}/p")[0] == 0
+    for name in ("v", "p/w"):
+        assert invoke("volume", "create", f"{uri}/{name}", "--size", "1M")[0] == 0
+    if request.param == "offline":
+        yield Place(f"{uri}/", invoke)
+        return
+    with mounted(store) as mount:
+        yield Place(f"{mount.path}/", spawn)
+
+
+def test_one_volumes(place: Place) -> None:
+    place.done("create", "/v", "one")
+    place.done("create", "/v", "two")
+    assert place.names("/v") == ["one", "two"]
+    table = place.done("list", "/v").splitlines()
+    assert table[0].split() == ["SNAPSHOT", "TAKEN", "SIZE", "HELD", "BY"]
+    assert [line.split()[0] for line in table[1:]] == ["one", "two"]
+    assert "1 MiB" in table[1]
+    place.done("rename", "/v", "one", "1")
+    assert "v%two: exists already" in place.failed("rename", "/v", "1", "two")
+    assert "v%one: no such snapshot" in place.failed("rename", "/v", "one", "x")
+    assert "v%1: exists already; choose another name" in place.failed("create", "/v", "1")
+    assert "v%one: no such snapshot" in place.failed("delete", "/v", "one")
+    for name in ("a%b", "a@b", "latest", "a\nb"):
+        assert "choose another name" in place.failed("create", "/v", name)
+    assert "name too long" in place.failed("create", "/v", "x" * 256)
+    assert "none: no such" in place.failed("create", "/none", "one")
+    assert "p: is a pool; name a volume" in place.failed("create", "/p", "one")
+    assert place.names("/v") == ["1", "two"]
+    place.done("delete", "/v", "two", "1")
+    assert place.names("/v") == []
+
+
+def test_holds(place: Place) -> None:
+    place.done("create", "/v", "one")
+    place.done("hold", "/v", "one", "backup")
+    place.done("hold", "/v", "one", "a clone")
+    assert "backup, a clone" in place.done("list", "/v")
+    assert "v%one: held by backup, a clone; release it first" in place.failed("delete", "/v", "one")
+    assert "hold 'backup'" in place.failed("hold", "/v", "one", "backup")
+    assert "hold 'other': no such hold" in place.failed("release", "/v", "one", "other")
+    assert "v%two: no such snapshot" in place.failed("hold", "/v", "two", "backup")
+    place.failed("hold", "/v", "one", "", status=2)
+    place.done("release", "/v", "one", "backup")
+    place.done("release", "/v", "one", "a clone")
+    place.done("delete", "/v", "--all")
+    assert place.names("/v") == []
+
+
+def test_groups(place: Place) -> None:
+    place.done("create", "/v", "/p/w", "both")
+    place.done("create", "--all", "/p", "pool")
+    assert (place.names("/v"), place.names("/p/w")) == (["both"], ["both", "pool"])
+    groups = {json.loads(place.done("list", volume, "--json"))[0]["group"] for volume in ("/v", "/p/w")}
+    assert len(groups) == 1
+    assert "" not in groups
+    assert "exists already" in place.failed("create", "/p/w", "/v", "both")
+    assert "exists already" in place.failed("create", "--all", "/p", "pool")
+    assert "none: no such" in place.failed("create", "/v", "/none", "x")
+    assert (place.names("/v"), place.names("/p/w")) == (["both"], ["both", "pool"])
+    place.failed("create", "--all", "/p", "/v", "x", status=2)
+    place.failed("create", "x", status=2)
+    place.failed("delete", "/v", status=2)
+
+
+def test_a_uri_names_a_snapshot(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    uri = f"local://{store}"
+    assert invoke("pool", "create", f"{uri}/p")[0] == 0
+    for name in ("v", "odd%name"):
+        assert invoke("volume", "create", f"{uri}/{name}", "--size", "1M")[0] == 0
+        assert invoke("snapshot", "create", f"{uri}/{name}", "one")[0] == 0
+
+    def stat(what: str) -> dict[str, str]:
+        status, output, said = invoke("stat", f"{uri}/{what}", "--json")
+        assert (status, said) == (0, "")
+        found: dict[str, str] = json.loads(output)
+        return found
+
+    assert stat("v%one")["snapshot"] == stat("odd%name%one")["snapshot"] == "one"
+    assert stat("v%one")["kind"] == "snapshot"
+    assert stat("odd%name")["kind"] == "volume"
+    assert "v%two: no such snapshot" in invoke("stat", f"{uri}/v%two")[2]
+    assert "none: no such" in invoke("stat", f"{uri}/none%one")[2]
+    text = invoke("stat", f"{uri}/v%one")[1]
+    assert "taken" in text
+    assert "1 MiB" in text
+
+
+@needs_fuse
+def test_what_stands_in_the_way(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    other = tmp_path / "other"
+    other.write_text("no volume")
+    with mounted(store) as mount:
+        volume = mount.path / "v"
+        run("truncate", "-s", "1M", volume)
+        assert spawn("snapshot", "create", str(volume), "one") == (0, "", "")
+        status, _, said = spawn("snapshot", "list", f"local://{store}/v")
+        assert status == 1
+        assert f"mounted at {mount.path}; there, hlfs snapshot list {volume} does it" in said
+        assert "not in a mount of HLFS" in spawn("snapshot", "create", str(other), "one")[2]
+        reader = mount.python(
+            """
+import os, subprocess, sys
+fd = os.open(sys.argv[1] + "/.snapshots/v/one", os.O_RDONLY)
+ended = subprocess.run([sys.executable, "-m", "hlfsfs.cli.main", "snapshot", "delete", sys.argv[1] + "/v", "one"],
+                       capture_output=True, text=True)
+print(ended.returncode, ended.stderr)
+"""
+        )
+        assert reader.startswith(f"1 hlfs: {volume}%one: somebody reads it; close it first")
+        run("ln", "-s", volume, tmp_path / "link")
+        assert spawn("snapshot", "delete", str(tmp_path / "link"), "one")[0] == 0
+        status, _, said = spawn("volume", "delete", f"local://{store}/v")
+        assert status == 1
