@@ -7,11 +7,12 @@ import click
 
 from bench.chart import chart
 from bench.scale import scale
+from bench.snapshots import snapshots
 from bench.space import space
 from bench.speed import speed
 
 # One line a group; `all` runs them in this order.
-GROUPS = (speed, scale, space)
+GROUPS = (speed, scale, space, snapshots)
 
 
 class Measurements(click.Group):

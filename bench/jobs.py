@@ -271,3 +271,25 @@ SPACE = (
     Figure("p99_reclaiming", "reclaim", "p99 of 4k writes, cleaner at work", "s"),
     Figure("p99_times", "reclaim", "p99 of 4k writes with the cleaner at work beside without", "times", 3.0),
 )
+
+# Snapshots are taken after 1,000 single blocks were written.
+SNAPSHOTS = (
+    Figure("take_empty", "take", "taking a snapshot of an empty volume, median", "s", at_most=0.01),
+    Figure("take_empty_max", "take", "the longest of 40", "s"),
+    Figure("take_full", "take", "of a volume that was written whole, median", "s", at_most=0.01),
+    Figure("take_full_max", "take", "the longest of 40", "s"),
+    Figure("take_large", "take", "of a 4 TiB volume mapped in single blocks, median", "s", at_most=0.01),
+    Figure("take_large_max", "take", "the longest of 40", "s"),
+    Figure("take_command", "take", "`touch .snapshots/VOLUME/NAME`", "s"),
+    Figure("take_qcow2", "take", "`qemu-img snapshot -c`", "s"),
+    Figure("take_times", "take", "the former beside the latter", "times", at_most=1.0),
+    Figure("load_alone_max", "load", "the longest write without snapshots", "s"),
+    Figure("load_max", "load", "the longest write while they are taken", "s", at_most=0.05),
+    Figure("read_cold", "read", "1 MiB cold reads of a snapshot beside the head's", "times", at_least=0.95),
+    Figure("read_warm", "read", "4k warm reads of a snapshot beside the head's", "times", at_least=0.95),
+    Figure("many_take", "many", "taking each of 1,000 snapshots, median", "s"),
+    Figure("many_write", "many", "4k random writes with 1,000 snapshots beside none", "times", at_least=0.95),
+    Figure("many_remove", "many", "removing one of them", "s"),
+    Figure("many_list", "many", "`hlfs snapshot list` of them", "s"),
+    Figure("many_open", "many", "`hlfs mount`, and a look at one of them", "s"),
+)

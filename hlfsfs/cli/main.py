@@ -42,6 +42,12 @@ def _pool() -> click.Command:
     return pool
 
 
+def _rollback() -> click.Command:
+    from hlfsfs.cli.rollback import rollback  # noqa: PLC0415
+
+    return rollback
+
+
 def _snapshot() -> click.Command:
     from hlfsfs.cli.snapshot import snapshot  # noqa: PLC0415
 
@@ -71,6 +77,7 @@ COMMANDS: dict[str, Callable[[], click.Command]] = {
     "clean": _clean,
     "mount": _mount,
     "pool": _pool,
+    "rollback": _rollback,
     "snapshot": _snapshot,
     "stat": _stat,
     "umount": _umount,

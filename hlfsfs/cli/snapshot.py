@@ -45,18 +45,18 @@ def create(words: tuple[str, ...], pool: str | None) -> None:
 @volume_argument
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_snapshots(volume: str, as_json: bool) -> None:
-    """List the snapshots of VOLUME, the oldest first."""
+    """List the snapshots of VOLUME, the oldest first. ALONE is what would be given back with that one alone."""
     with snapshots_of(volume, "hlfs snapshot list PATH") as found:
         listed = sorted((found.stats(name) for name in found.names()), key=lambda each: int(each["time_ns"]))
     if as_json:
         print_json(listed)
     else:
-        print_table(("SNAPSHOT", "TAKEN", "SIZE", "HELD BY"), [_row(each) for each in listed])
+        print_table(("SNAPSHOT", "TAKEN", "SIZE", "ALONE", "HELD BY"), [_row(each) for each in listed])
 
 
-def _row(listed: dict[str, Any]) -> tuple[str, str, str, str]:
-    holds = ", ".join(listed["holds"])
-    return listed["snapshot"], format_time(listed["time_ns"]), format_size(listed["size_bytes"]), holds
+def _row(listed: dict[str, Any]) -> tuple[str, str, str, str, str]:
+    sizes = format_size(listed["size_bytes"]), format_size(listed["alone_bytes"])
+    return listed["snapshot"], format_time(listed["time_ns"]), *sizes, ", ".join(listed["holds"])
 
 
 @snapshot.command("rename", short_help="Rename a snapshot.")

@@ -27,7 +27,7 @@ from hlfsfs.errors import (
     VolumeBusy,
     printable,
 )
-from hlfsfs.pool import GROUP_ATTRIBUTE, HOLD_ATTRIBUTE, RELEASE_ATTRIBUTE, STATS_ATTRIBUTE
+from hlfsfs.pool import GROUP_ATTRIBUTE, HOLD_ATTRIBUTE, RELEASE_ATTRIBUTE, ROLLBACK_ATTRIBUTE, STATS_ATTRIBUTE
 from hlfsfs.store import locate
 
 SNAPSHOTS = ".snapshots"
@@ -56,6 +56,10 @@ class VolumeSnapshots(ABC):
     @abstractmethod
     def remove(self, name: str) -> None:
         """Refused while it is open or held."""
+
+    @abstractmethod
+    def roll_back(self, name: str) -> None:
+        """Makes the volume what the snapshot holds."""
 
     @abstractmethod
     def order(self, attribute: str, name: str, tag: str) -> None:
@@ -111,6 +115,16 @@ class Mounted(VolumeSnapshots):
                 held = f"held by {', '.join(map(printable, holds))}; release it first"
                 raise VolumeBusy(self._what(name), held) from exc
             raise
+
+    def roll_back(self, name: str) -> None:
+        self.stats(name)
+        try:
+            os.setxattr(self._directory, ROLLBACK_ATTRIBUTE, json.dumps({"snapshot": name}).encode())
+        except OSError as exc:
+            if exc.errno == errno.EBUSY:
+                busy = "it is open for writing; shut down what uses it first"
+                raise VolumeBusy(printable(self._path), busy) from exc
+            raise _snapshot_error(self._path, printable(self._path), os.fsencode(name), exc) from exc
 
     def order(self, attribute: str, name: str, tag: str) -> None:
         holds = self.stats(name)["holds"]
@@ -184,6 +198,10 @@ class Offline(VolumeSnapshots):
 
     def remove(self, name: str) -> None:
         self._names.unlink(self._directory, os.fsencode(name))
+
+    def roll_back(self, name: str) -> None:
+        value = json.dumps({"snapshot": name}).encode()
+        self._names.setxattr(self._directory, ROLLBACK_ATTRIBUTE.encode(), value)
 
     def order(self, attribute: str, name: str, tag: str) -> None:
         value = json.dumps({"snapshot": name, "tag": tag}).encode()

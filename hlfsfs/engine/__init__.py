@@ -3,7 +3,7 @@
 from hlfsfs.engine.cleaner import CleanReport
 from hlfsfs.engine.engine import Engine, session
 from hlfsfs.engine.options import EngineOptions
-from hlfsfs.engine.volume import MAX_VOLUME_BYTES, NewSnapshot, Snapshot, Volume, VolumeAttr
+from hlfsfs.engine.volume import MAX_VOLUME_BYTES, NewSnapshot, Snapshot, SnapshotSpace, Volume, VolumeAttr
 
 __all__ = [
     "MAX_VOLUME_BYTES",
@@ -12,6 +12,7 @@ __all__ = [
     "EngineOptions",
     "NewSnapshot",
     "Snapshot",
+    "SnapshotSpace",
     "Volume",
     "VolumeAttr",
     "session",

@@ -18,7 +18,7 @@ from hlfsfs.engine.cleaner import Cleaner, CleanReport
 from hlfsfs.engine.options import EngineOptions
 from hlfsfs.engine.rings import left_rings, make_core, sweep_rings
 from hlfsfs.engine.service import Service
-from hlfsfs.engine.volume import NewSnapshot, Volume
+from hlfsfs.engine.volume import OPEN_FOR_WRITING, NewSnapshot, SnapshotSpace, Volume
 from hlfsfs.errors import (
     CheckpointDamaged,
     Damaged,
@@ -30,6 +30,7 @@ from hlfsfs.errors import (
     NoSuchVolume,
     StoreFailed,
     UnknownFeature,
+    VolumeBusy,
 )
 from hlfsfs.store import Store
 from hlfsfs.store.records import LockRecord, VolumeRecord
@@ -43,6 +44,8 @@ MORE_ROOM_BYTES = 256 << 20
 FIRST_ROOM_BYTES = 8 << 20
 # Cleaning on demand goes on as long as it moves something; under a guest's writes there may always be more.
 MAX_CLEAN_ROUNDS = 5
+# Before a rollback nothing may come between two checkpoints and it.
+MAX_ROLLBACK_TRIES = 100
 
 
 class Engine:
@@ -416,6 +419,38 @@ class Engine:
         native = [(new.volume.native, new.id, new.name, new.mode, new.uid, new.gid) for new in wanted]
         with wanted[0].volume.snapshot_errors(wanted[0].name):
             _core.Volume.create_snapshots(native, group_id)
+
+    def roll_back(self, volume: Volume, snapshot_id: int) -> None:
+        """Makes a volume's content, size included, what a snapshot holds; durable. All snapshots stay.
+
+        Both checkpoints are taken first, so that a replay from either comes to the rollback with nothing in between:
+        after a crash the content is the old one or the snapshot's.
+
+        Raises:
+            VolumeBusy: it is open for writing, or written to all the time.
+            HlfsError: as `Volume.roll_back` and `checkpoint`.
+        """
+        with self._cleaner.on_demand(volume.id):
+            for _ in range(MAX_ROLLBACK_TRIES):
+                volume.flush()
+                self.checkpoint(volume)
+                self.repeat_checkpoint(volume)
+                if volume.roll_back(snapshot_id):
+                    break
+            else:
+                raise VolumeBusy(volume.what, OPEN_FOR_WRITING)
+            try:
+                self.checkpoint(volume)
+            except HlfsError as exc:
+                log.warning("%s: no checkpoint after its rollback: %s", volume.what, exc)
+
+    def snapshot_space(self, volume: Volume) -> SnapshotSpace:
+        """`Volume.snapshot_space` that knows every snapshot, which takes a checkpoint where one is new."""
+        found = volume.snapshot_space()
+        if not volume.read_only and len(found.alone_bytes) < len(volume.native.snapshots()):
+            self.checkpoint(volume)
+            found = volume.snapshot_space()
+        return found
 
     def open_snapshot(self, volume: Volume, snapshot_id: int, node_id: int) -> None:
         """Has the channel find a snapshot of an attached volume as a node, until `close_snapshot`.

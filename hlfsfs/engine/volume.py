@@ -5,9 +5,11 @@ All methods block, may be called from any thread, and raise nothing but HlfsErro
 
 import errno
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -24,6 +26,7 @@ from hlfsfs.errors import (
     SizeTooBig,
     StoreFailed,
     TooManySnapshots,
+    VolumeBusy,
     printable,
 )
 from hlfsfs.store import Store
@@ -32,6 +35,12 @@ from hlfsfs.store.records import VolumeRecord
 MAX_VOLUME_BYTES = 16 << 40
 # One native request; longer reads and writes are cut into these, each atomic by itself.
 REQUEST_BYTES = 1 << 20
+
+OPEN_FOR_WRITING = "it is open for writing; shut down what uses it first"
+
+# How long the space of snapshots is not looked at again, in times of what it took; and so many looks at most.
+SPACE_REST = 9
+SPACE_TRIES = 5
 
 _FALLOC_KEEP_SIZE = 0x01
 _FALLOC_PUNCH_HOLE = 0x02
@@ -75,7 +84,20 @@ class Snapshot:
     gid: int
 
 
-_SNAPSHOT_FIELDS = [field.name for field in fields(Snapshot)]
+@dataclass(frozen=True)
+class SnapshotSpace:
+    """What of a volume's log is there for its snapshots, as of its newest checkpoint.
+
+    Attributes:
+        snapshot_bytes: what they lead to and the head does not.
+        alone_bytes: by id, what would be given back without that one; of those that the checkpoint knows.
+    """
+
+    snapshot_bytes: int = 0
+    alone_bytes: dict[int, int] = field(default_factory=dict)
+
+
+_SNAPSHOT_FIELDS = [each.name for each in fields(Snapshot)]
 
 
 def _snapshot_of(info: "_core.SnapshotInfo") -> Snapshot:
@@ -109,6 +131,10 @@ class Volume:
         self.native = native
         self.damage = ""
         self._store = store
+        self._space_lock = threading.Lock()  # guards the next three
+        self._space = SnapshotSpace()
+        self._space_of: tuple[int, ...] = ()
+        self._space_until_s = 0.0
 
     @property
     def what(self) -> str:
@@ -215,10 +241,60 @@ class Volume:
         with self.snapshot_errors(new_name):
             self.native.rename_snapshot(snapshot_id, new_name)
 
+    def roll_back(self, snapshot_id: int) -> bool:
+        """One step of `Engine.roll_back`. False: a checkpoint is needed first.
+
+        Raises:
+            NoSuchSnapshot, NoSpace, ReadOnly: nothing happened.
+            VolumeBusy: it is open for writing.
+            StoreFailed: it is rolled back, not known to be durable.
+        """
+        try:
+            with self.snapshot_errors(f"{snapshot_id:016x}"):
+                return self.native.roll_back(snapshot_id)
+        except StoreFailed as exc:
+            if exc.errno == errno.EBUSY:
+                raise VolumeBusy(self.what, OPEN_FOR_WRITING) from exc
+            raise
+
+    def open_counts(self) -> tuple[int, int]:
+        """How many handles the channel has counted, and how many of them may write."""
+        return self.native.open_counts()
+
     def set_snapshot_owner(self, snapshot_id: int, mode: int, uid: int, gid: int) -> None:
         """Durable on return. Raises NoSuchSnapshot."""
         with self.snapshot_errors(f"{snapshot_id:016x}"):
             self.native.set_snapshot_owner(snapshot_id, mode, uid, gid)
+
+    def snapshot_space(self) -> SnapshotSpace:
+        """What its snapshots take; reads what of their maps differs from each other and from the head's.
+
+        Asked often, it answers again what it found, so that it is at work a tenth of the time at most.
+
+        Raises:
+            LogDamaged, StoreFailed: a map cannot be read.
+        """
+        with self._space_lock:
+            known = (int(self.native.stats()["checkpoint_generation"]), *(each.id for each in self.native.snapshots()))
+            began_s = time.monotonic()
+            if known != self._space_of and (began_s >= self._space_until_s or known[1:] != self._space_of[1:]):
+                self._space = SnapshotSpace(*self._walk_snapshots()) if len(known) > 1 else SnapshotSpace()
+                now_s = time.monotonic()
+                self._space_of, self._space_until_s = known, now_s + SPACE_REST * (now_s - began_s)
+            return self._space
+
+    def _walk_snapshots(self) -> tuple[int, dict[int, int]]:
+        tries = 0
+        while True:
+            generation = self.native.stats()["checkpoint_generation"]
+            try:
+                with self.snapshot_errors(""):
+                    return self.native.snapshot_space()
+            except _core.FormatError as exc:
+                # The cleaner may take what the head led to two checkpoints ago.
+                tries += 1
+                if tries == SPACE_TRIES or generation == self.native.stats()["checkpoint_generation"]:
+                    raise LogDamaged(f"log {self.log_uuid} of {self.what}", str(exc)) from exc
 
     def read_snapshot(self, snapshot_id: int, offset: int, size_bytes: int) -> bytes:
         """Reads up to `size_bytes`, fewer at its end. Raises NoSuchSnapshot."""
@@ -256,20 +332,26 @@ class Volume:
 
         The log's space, `log_allocated_bytes`, is what lives in it as the newest checkpoint says (`live_bytes`), what
         the cleaner can give back or will two checkpoints later (`dead_bytes`), what is dead, prepared or too young
-        to be judged in segments it may not touch yet (`pinned_bytes`), and the slots of the checkpoints
-        (`checkpoint_bytes`). `appended_bytes` is what was written to the log
-        since it was attached, with what its recovery replayed.
+        to be judged in segments it may not touch yet (`pinned_bytes`), the slots of the checkpoints
+        (`checkpoint_bytes`), and what only its `snapshots` lead to (`snapshot_bytes`). `appended_bytes` is what was
+        written to the log since it was attached, with what its recovery replayed.
         """
         native = self.native.stats()
         first_pinned, live_there = native.pop("first_pinned_segno"), native.pop("pinned_live_bytes")
         log_bytes = self._store.log_allocated_bytes(self.log_uuid)
         checkpoint_bytes = self._store.checkpoint_allocated_bytes(self.log_uuid)
         pinned_bytes = max(self._allocated_bytes_from(first_pinned) - live_there, 0)
+        snapshot_bytes = 0
+        with suppress(LogDamaged, StoreFailed):
+            snapshot_bytes = self.snapshot_space().snapshot_bytes
+        kept_bytes = native["live_bytes"] + snapshot_bytes + pinned_bytes + checkpoint_bytes
         return {
             "uuid": str(self.uuid),
             "log_uuid": str(self.log_uuid),
             "log_allocated_bytes": log_bytes,
-            "dead_bytes": max(log_bytes - native["live_bytes"] - pinned_bytes - checkpoint_bytes, 0),
+            "dead_bytes": max(log_bytes - kept_bytes, 0),
+            "snapshots": len(self.native.snapshots()),
+            "snapshot_bytes": snapshot_bytes,
             "pinned_bytes": pinned_bytes,
             "checkpoint_bytes": checkpoint_bytes,
             "damage": self.damage,

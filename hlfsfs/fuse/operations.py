@@ -9,6 +9,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import NoReturn, ParamSpec, TypeVar
 
@@ -17,6 +18,7 @@ import trio
 from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT, RequestContext, XAttrNameT
 
 from hlfsfs.errors import NotDurable, VolumeBusy, to_errno
+from hlfsfs.pool import ROLLBACK_ATTRIBUTE
 from hlfsfs.pool.attributes import AttributeChanges, Attributes
 from hlfsfs.pool.attributes import EntryAttributes as PoolEntry
 from hlfsfs.pool.namespace import Namespace
@@ -247,6 +249,10 @@ class ControlOperations(pyfuse3.Operations):
 
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
         await self.call(self.namespace.setxattr, inode, name, value)
+        if name.decode("utf-8", "replace") == ROLLBACK_ATTRIBUTE:
+            # In a thread: what the kernel has of the volume may be waiting for an answer from this one.
+            with suppress(OSError):
+                await trio.to_thread.run_sync(pyfuse3.invalidate_inode, InodeT(stable_id(inode)))
 
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
         await self.call(self.namespace.removexattr, inode, name)

@@ -8,6 +8,7 @@ from hlfsfs.pool.xattrs import CLEAN as CLEAN_ATTRIBUTE
 from hlfsfs.pool.xattrs import GROUP as GROUP_ATTRIBUTE
 from hlfsfs.pool.xattrs import HOLD as HOLD_ATTRIBUTE
 from hlfsfs.pool.xattrs import RELEASE as RELEASE_ATTRIBUTE
+from hlfsfs.pool.xattrs import ROLLBACK as ROLLBACK_ATTRIBUTE
 from hlfsfs.pool.xattrs import STATS as STATS_ATTRIBUTE
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "GROUP_ATTRIBUTE",
     "HOLD_ATTRIBUTE",
     "RELEASE_ATTRIBUTE",
+    "ROLLBACK_ATTRIBUTE",
     "ROOT_ID",
     "STATS_ATTRIBUTE",
     "UNKNOWN_ID",

@@ -1,4 +1,4 @@
-"""Orders to directories of snapshots: groups that are taken at one instant, and holds.
+"""Orders to directories of snapshots: groups that are taken at one instant, holds, and rollback.
 
 They arrive as extended attributes that are set there, so that the kernel checks who may give them.
 """
@@ -18,6 +18,7 @@ from hlfsfs.errors import (
     NotAVolume,
     NotDurable,
     UsageError,
+    VolumeBusy,
     printable,
 )
 from hlfsfs.pool import xattrs
@@ -41,9 +42,21 @@ class _GroupOrder(msgspec.Struct, forbid_unknown_fields=True):
     volumes: list[str] | None = None
 
 
+class _RollbackOrder(msgspec.Struct, forbid_unknown_fields=True):
+    snapshot: str
+
+
 class _HoldOrder(msgspec.Struct, forbid_unknown_fields=True):
     snapshot: str
     tag: str
+
+
+_ORDERS: dict[str, type[_GroupOrder | _HoldOrder | _RollbackOrder]] = {
+    xattrs.GROUP: _GroupOrder,
+    xattrs.HOLD: _HoldOrder,
+    xattrs.RELEASE: _HoldOrder,
+    xattrs.ROLLBACK: _RollbackOrder,
+}
 
 
 def remove_group(volume: "Volume", group_id: int) -> None:
@@ -54,7 +67,7 @@ def remove_group(volume: "Volume", group_id: int) -> None:
 
 
 class SnapshotOrders:
-    """Groups and holds of one namespace."""
+    """What is ordered of the snapshots of one namespace."""
 
     def __init__(self, shared: Shared, volumes: Volumes, snapshots: Snapshots) -> None:
         self._shared = shared
@@ -65,19 +78,22 @@ class SnapshotOrders:
         """Does what an attribute that is set on a directory of snapshots asks for, a JSON object.
 
         On a pool's `.snapshots`, `xattrs.GROUP`: {"name", "volumes": [path below that pool], without it all that are in
-        the pool}. On a volume's directory, `xattrs.HOLD` and `xattrs.RELEASE`: {"snapshot": name, "tag"}.
+        the pool}. On a volume's directory, `xattrs.HOLD` and `xattrs.RELEASE`: {"snapshot": name, "tag"}, and
+        `xattrs.ROLLBACK`: {"snapshot": name}.
 
         Raises:
             UsageError: it makes no sense.
-            HlfsError: as `create_group`, `hold` and `release_hold`.
+            HlfsError: as `create_group`, `hold`, `release_hold` and `roll_back`.
         """
         try:
-            asked = msgspec.json.decode(value, type=_GroupOrder if order == xattrs.GROUP else _HoldOrder)
+            asked = msgspec.json.decode(value, type=_ORDERS[order])
         except NOT_JSON as exc:
             raise UsageError(f"{self._snapshots.what(parent)}: {order}: {exc}") from exc
         match parent, asked:
             case PoolSnapshots(pool), _GroupOrder():
                 self.create_group(self._group_of(pool, asked.volumes), os.fsencode(asked.name))
+            case VolumeSnapshots(), _RollbackOrder():
+                self.roll_back(parent, os.fsencode(asked.snapshot))
             case VolumeSnapshots(), _HoldOrder() if order == xattrs.HOLD:
                 self.hold(parent, os.fsencode(asked.snapshot), asked.tag)
             case VolumeSnapshots(), _HoldOrder():
@@ -144,6 +160,27 @@ class SnapshotOrders:
         info = self._shared.store.info()
         info.unfinished_groups = groups
         self._shared.store.write_info(info)
+
+    def roll_back(self, parent: VolumeSnapshots, name: bytes) -> None:
+        """Makes a volume what a snapshot of it holds; durable, and after a crash one or the other. All snapshots stay.
+
+        Who reads the volume meanwhile may see some of both.
+
+        Raises:
+            NoSuchSnapshot, ReadOnly: as `Snapshots.remove`.
+            VolumeBusy: it is open for writing.
+        """
+        node = parent.volume
+        with self._shared.changing, self._volumes.using(node) as volume:
+            self._volumes.check_writable(node, volume)
+            snapshot = self._snapshots.named(node, volume, name)
+            counted, writers = volume.open_counts()
+            with self._shared.lock:
+                # Without the native data plane nobody knows which handles may write.
+                busy = writers > 0 or node.handles > counted
+            if busy:
+                raise VolumeBusy(self._shared.what(node), "it is open for writing; shut down what uses it first")
+            self._shared.engine.roll_back(volume, snapshot.id)
 
     def hold(self, parent: VolumeSnapshots, name: bytes, tag: str) -> None:
         """Has a snapshot kept until `release_hold` with the same words; durable.

@@ -550,8 +550,9 @@ class Snapshots:
         """What `hlfs stat` shows, JSON-ready. Raises StaleId."""
         found: dict[str, Any] = {"name": self.what(node), "id": f"{self.id_of(node):016x}"}
         if not isinstance(node, SnapshotNode):
-            return {"kind": "snapshots", **found, "snapshots": len(self.entries(node))}
-        with self._using(node) as (_, snapshot):
+            return {"kind": "snapshots", **found}
+        with self._using(node) as (volume, snapshot):
+            space = self._shared.engine.snapshot_space(volume)
             return {
                 "kind": "snapshot",
                 **found,
@@ -561,6 +562,7 @@ class Snapshots:
                 "mtime_ns": snapshot.mtime_ns,
                 "size_bytes": snapshot.size_bytes,
                 "allocated_bytes": snapshot.allocated_bytes,
+                "alone_bytes": space.alone_bytes.get(snapshot.id, 0),
                 "group": f"{snapshot.group_id:016x}" if snapshot.group_id else "",
                 "holds": self.notes(node).holds,
             }

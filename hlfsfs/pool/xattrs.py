@@ -17,7 +17,8 @@ CLEAN = "user.hlfs.clean"
 GROUP = "user.hlfs.snapshot"
 HOLD = "user.hlfs.hold"
 RELEASE = "user.hlfs.release"
-ORDERS = (GROUP, HOLD, RELEASE)
+ROLLBACK = "user.hlfs.rollback"
+ORDERS = (GROUP, HOLD, RELEASE, ROLLBACK)
 # File capabilities would have to be dropped at each write, as set-user-ID bits would.
 CAPABILITY = "security.capability"
 # Records are held in memory and written as a whole.

@@ -21,6 +21,9 @@ class Place:
         self.base = base
         self._call = call
 
+    def command(self, *words: str) -> Ended:
+        return self._call(*self._named(words))
+
     def done(self, *words: str) -> str:
         status, output, said = self._call("snapshot", *self._named(words))
         assert (status, said) == (0, "")
@@ -72,7 +75,7 @@ def test_one_volumes(place: Place) -> None:
     place.done("create", "/v", "two")
     assert place.names("/v") == ["one", "two"]
     table = place.done("list", "/v").splitlines()
-    assert table[0].split() == ["SNAPSHOT", "TAKEN", "SIZE", "HELD", "BY"]
+    assert table[0].split() == ["SNAPSHOT", "TAKEN", "SIZE", "ALONE", "HELD", "BY"]
     assert [line.split()[0] for line in table[1:]] == ["one", "two"]
     assert "1 MiB" in table[1]
     place.done("rename", "/v", "one", "1")
@@ -120,6 +123,15 @@ def test_groups(place: Place) -> None:
     place.failed("create", "--all", "/p", "/v", "x", status=2)
     place.failed("create", "x", status=2)
     place.failed("delete", "/v", status=2)
+
+
+def test_rollback(place: Place) -> None:
+    place.done("create", "/v", "one")
+    assert place.command("rollback", "/v", "one") == (0, "", "")
+    status, _, said = place.command("rollback", "/v", "two")
+    assert status == 1
+    assert "v%two: no such snapshot" in said
+    assert place.names("/v") == ["one"]
 
 
 def test_a_uri_names_a_snapshot(tmp_path: Path) -> None:

@@ -240,3 +240,45 @@ def test_it_outlives_the_server(tmp_path: Path, end: str) -> None:
         run("rm", mount.path / ".snapshots/disk/one", mount.path / "disk")
         mount.unmount()
     assert hlfs("check", f"local://{store}").returncode == 0
+
+
+def test_rollback_is_seen_at_once(mount: Mounted) -> None:
+    """By path and by descriptors that are open for reading, whatever the kernel remembers."""
+    inside(
+        mount,
+        """
+        def order(snapshot):
+            os.setxattr(".snapshots/disk", "user.hlfs.rollback", b'{"snapshot": "%s"}' % snapshot)
+
+        write("disk", b"a" * 100_000)
+        os.mknod(".snapshots/disk/one", 0o644)
+        write("disk", b"b" * 300_000)
+        os.mknod(".snapshots/disk/two", 0o644)
+        assert read("disk") == b"b" * 300_000
+        order(b"one")
+        assert os.stat("disk").st_size == 100_000
+        assert read("disk") == b"a" * 100_000
+        writer = os.open("disk", os.O_WRONLY)
+        fails(errno.EBUSY, order, b"two")
+        os.close(writer)
+        order(b"two")
+        assert read("disk") == b"b" * 300_000 == read(".snapshots/disk/latest")
+        """,
+    )
+
+
+def test_rollback_under_a_reader(tmp_path: Path) -> None:
+    with mounted(tmp_path / "store") as mount:
+        inside(
+            mount,
+            """
+            write("disk", b"a" * (8 << 20))
+            os.mknod(".snapshots/disk/one", 0o644)
+            write("disk", b"b" * (8 << 20))
+            reader = os.open("disk", os.O_RDONLY)
+            assert os.pread(reader, 4096, 4 << 20) == b"b" * 4096
+            os.setxattr(".snapshots/disk", "user.hlfs.rollback", b'{"snapshot": "one"}')
+            assert os.pread(reader, 4096, 4 << 20) == b"a" * 4096
+            assert os.fstat(reader).st_size == 8 << 20
+            """,
+        )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
-from hlfsfs.engine import CleanReport, NewSnapshot, Snapshot, VolumeAttr
+from hlfsfs.engine import CleanReport, NewSnapshot, Snapshot, SnapshotSpace, VolumeAttr
 from hlfsfs.errors import NoSuchSnapshot, RefusedName, SizeTooBig
 from hlfsfs.store import Store
 from hlfsfs.store.records import VolumeRecord
@@ -141,6 +141,15 @@ class FakeVolume:
         self.snapshot(snapshot_id)
         return self._stored.snapshots[snapshot_id][1][offset : offset + size_bytes]
 
+    def open_counts(self) -> tuple[int, int]:
+        return 0, 0
+
+    def roll_back(self, snapshot_id: int) -> None:
+        snapshot, data = self._stored.snapshots[snapshot_id]
+        now = self._open()
+        now.data, now.size_bytes, now.mtime_ns = data, snapshot.size_bytes, time.time_ns()
+        self.flush()
+
     def set_owner(self, mode: int, uid: int, gid: int, nlink: int) -> None:
         self._open()
         self.owner = (mode, uid, gid, nlink)
@@ -195,6 +204,12 @@ class FakeEngine:
     def create_snapshots(self, wanted: list[NewSnapshot], group_id: int) -> None:
         for new in wanted:
             new.volume.create_snapshot(new.name, new.id, new.mode, new.uid, new.gid, group_id)
+
+    def roll_back(self, volume: FakeVolume, snapshot_id: int) -> None:
+        volume.roll_back(snapshot_id)
+
+    def snapshot_space(self, volume: FakeVolume) -> SnapshotSpace:
+        return SnapshotSpace(0, {snapshot.id: 0 for snapshot in volume.snapshots()})
 
     def open_snapshot(self, volume: FakeVolume, snapshot_id: int, node_id: int) -> None:
         volume.snapshot(snapshot_id)

@@ -394,3 +394,30 @@ def test_what_is_held_is_not_removed(world: World) -> None:
         order(world, where, b"user.hlfs.release", snapshot="1", tag=tag)
     world.names.unlink(where, b"1")
     assert world.store.read_volume(volume.id).snapshots == []
+
+
+def test_rollback_keeps_all_snapshots(world: World) -> None:
+    volume = world.volume(b"v", data=b"one")
+    where = directory(world)
+    take(world, b"1")
+    world.write(volume.id, b"second")
+    take(world, b"2")
+    world.write(volume.id, b"what nobody keeps")
+    order(world, where, b"user.hlfs.rollback", snapshot="1")
+    assert (world.read(volume.id), world.names.getattr(volume.id).size_bytes) == (b"one", 3)
+    world.reopen(crash=True)
+    assert world.read(volume.id) == b"one"
+    order(world, where, b"user.hlfs.rollback", snapshot="2")
+    assert world.read(volume.id) == b"second"
+    assert listed(world, where) == [b"1", b"2", b"latest"]
+    world.names.open(volume.id, READ_WRITE)
+    with pytest.raises(errors.VolumeBusy, match="v: it is open for writing; shut down what uses it first"):
+        order(world, where, b"user.hlfs.rollback", snapshot="1")
+    world.names.release(volume.id)
+    for asked, error in (({"snapshot": "3"}, errors.NoSuchSnapshot), ({"name": "1"}, errors.UsageError)):
+        with pytest.raises(error):
+            order(world, where, b"user.hlfs.rollback", **asked)
+    world.reopen(read_only=True)
+    with pytest.raises(errors.ReadOnly):
+        order(world, where, b"user.hlfs.rollback", snapshot="1")
+    assert world.read(volume.id) == b"second"

@@ -338,6 +338,18 @@ void bind_snapshots(nb::class_<Volume>& volume, nb::module_& m) {
                 Volume::create_snapshots(std::move(copy), group_id);
             },
             nb::arg("wanted"), nb::arg("group_id"))
+        .def("snapshot_space",
+             [](Volume& self) {
+                 Volume::SnapshotSpace space;
+                 {
+                     const nb::gil_scoped_release unlocked;
+                     space = self.snapshot_space();
+                 }
+                 nb::dict alone;
+                 for (const auto& [id, size_bytes] : space.alone_bytes)
+                     alone[nb::int_(id)] = size_bytes;
+                 return nb::make_tuple(space.snapshot_bytes, alone);
+             })
         .def(
             "set_snapshot_owner",
             [](Volume& self, std::uint64_t id, std::uint32_t mode, std::uint32_t uid, std::uint32_t gid) {
@@ -345,6 +357,9 @@ void bind_snapshots(nb::class_<Volume>& volume, nb::module_& m) {
             },
             nb::arg("id"), nb::arg("mode"), nb::arg("uid"), nb::arg("gid"), nb::call_guard<nb::gil_scoped_release>())
         .def("remove_snapshot", &Volume::remove_snapshot, nb::arg("id"), nb::call_guard<nb::gil_scoped_release>())
+        .def("open_counts",
+             [](const Volume& self) { return std::pair(self.open_handles.load(), self.open_writers.load()); })
+        .def("roll_back", &Volume::roll_back, nb::arg("id"), nb::call_guard<nb::gil_scoped_release>())
         .def(
             "rename_snapshot",
             [](Volume& self, std::uint64_t id, const nb::bytes& name) {

@@ -57,6 +57,7 @@ std::optional<SnapEntry> decode_snap_entry(std::span<const std::byte> side) {
     switch (header.operation) {
         case SnapOperation::remove:
         case SnapOperation::set_owner:
+        case SnapOperation::roll_back:
             return header.name_bytes == 0 ? std::optional(std::move(entry)) : std::nullopt;
         case SnapOperation::create:
         case SnapOperation::rename: {

@@ -16,13 +16,14 @@ namespace hlfs {
 
 inline constexpr std::size_t kMaxSnapshotNameBytes = 255;
 
-enum class SnapOperation : std::uint16_t { create = 1, remove = 2, rename = 3, set_owner = 4 };
+// roll_back: the volume's content is the snapshot's again; all that was published before is in both checkpoints.
+enum class SnapOperation : std::uint16_t { create = 1, remove = 2, rename = 3, set_owner = 4, roll_back = 5 };
 
 // The side data of a snap entry, with the name behind it, zero-padded to 8 bytes.
 struct SnapSideHeader {
     SnapOperation operation = SnapOperation::create;
     std::uint16_t length_bytes = 0;  // of what follows these first 8 bytes, padding included
-    std::uint16_t name_bytes = 0;    // remove, set_owner: 0
+    std::uint16_t name_bytes = 0;    // create and rename only
     std::uint16_t reserved = 0;
     std::uint64_t id = 0;
     std::uint64_t parent_id = 0;  // create: the snapshot that the volume's content came from; 0: none
@@ -52,6 +53,9 @@ std::size_t snap_entry_bytes(std::span<const std::byte> side);
 
 // A block of the snapshot directory: a ChainHeader of this kind, then `count` records one behind the other.
 inline constexpr std::uint16_t kNodeSnapshotDirectory = 0x101;
+
+// Of a record: the volume's content came from it last.
+inline constexpr std::uint16_t kSnapshotIsHeads = 1;
 
 // A snapshot in the directory, with its name behind it, zero-padded to 8 bytes.
 struct SnapshotRecord {

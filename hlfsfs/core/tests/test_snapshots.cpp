@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -87,6 +88,18 @@ void put_behind_checkpoints(Host& host, Log& log, Volume& volume, const Tree& tr
         while (host.checkpoint(log)) {
         }
     }
+}
+
+// As the engine does it.
+void roll_back(Host& host, Log& log, Volume& volume, std::uint64_t id) {
+    for (int tries = 0; tries < 100; ++tries) {
+        while (host.checkpoint(log)) {
+        }
+        host.repeat_checkpoint(log);
+        if (volume.roll_back(id))
+            return;
+    }
+    FAIL("never ready to roll back");
 }
 
 bool both_valid(const Log& log) {
@@ -364,6 +377,200 @@ TEST_CASE("snapshots in a row wait for checkpoints, and none is lost") {
     host->close(log);
 }
 
+namespace {
+
+// Which blocks and nodes a map is made of: each by its level (0: data) and index, with what wrote it last.
+class MapModel {
+  public:
+    void write(std::uint64_t block, std::uint64_t stamp) {
+        written_.insert(block);
+        now_[{0, block}] = stamp;
+        levels_ = std::max(levels_, 1U);
+        while (block >> (kNodeShift * levels_) != 0)
+            ++levels_;
+    }
+    // What was written since is merged: the nodes above it are new, and the root of a map that has grown is.
+    void merge(std::uint64_t stamp) {
+        if (written_.empty())
+            return;
+        for (const std::uint64_t block : written_) {
+            for (unsigned level = 1; level <= levels_; ++level)
+                now_[{level, block >> (kNodeShift * level)}] = stamp;
+        }
+        written_.clear();
+    }
+    using Blocks = std::map<std::pair<unsigned, std::uint64_t>, std::uint64_t>;
+    [[nodiscard]] const Blocks& now() const { return now_; }
+
+  private:
+    Blocks now_;
+    std::set<std::uint64_t> written_;
+    unsigned levels_ = 0;
+};
+
+}  // namespace
+
+TEST_CASE("the space that snapshots hold is told block by block") {
+    FaultyDisk::instance().reset();
+    const std::uint64_t seed = test_seed("snapshot space");
+    Random random(seed);
+    Log log(1);
+    Host host;
+    const auto volume = host.open(log).volume;
+    MapModel model;
+    std::uint64_t stamp = 0;
+    const auto checkpoint = [&] {
+        while (host.checkpoint(log)) {
+        }
+        model.merge(++stamp);
+    };
+    std::map<std::uint64_t, MapModel::Blocks> snapshots;
+    // The map grows from one level to four, so that small ones lie beside large ones.
+    std::uint64_t blocks = 256;
+    for (std::uint64_t id = 1; id <= 16; ++id) {
+        for (std::uint64_t i = 0; i < random() % 20; ++i) {
+            const std::uint64_t first = random() % blocks;
+            const std::uint64_t count = 1 + random() % 8;
+            REQUIRE(write(host, *volume, first * kBlockBytes, pattern(count * kBlockBytes, random())) > 0);
+            for (std::uint64_t block = first; block < first + count; ++block)
+                model.write(block, ++stamp);
+        }
+        volume->create_snapshot(id, name_of(id), 0, {});
+        model.merge(++stamp);
+        snapshots[id] = model.now();
+        if (random() % 2 == 0)
+            checkpoint();
+        if (id % 4 == 0)
+            blocks *= 200;
+    }
+    checkpoint();
+    while (!snapshots.empty()) {
+        // Who has a block: its place and what wrote it.
+        std::map<std::tuple<unsigned, std::uint64_t, std::uint64_t>, std::set<std::uint64_t>> owners;
+        const auto own = [&owners](std::uint64_t id, const MapModel::Blocks& of) {
+            for (const auto& [place, by] : of)
+                owners[{place.first, place.second, by}].insert(id);
+        };
+        own(0, model.now());
+        for (const auto& [id, of] : snapshots)
+            own(id, of);
+        std::map<std::uint64_t, std::uint64_t> alone;
+        std::uint64_t together = 0;
+        for (const auto& [block, of] : owners) {
+            if (of.contains(0))
+                continue;
+            together += kBlockBytes;
+            if (of.size() == 1)
+                alone[*of.begin()] += kBlockBytes;
+        }
+        const auto space = volume->snapshot_space();
+        CHECK(space.snapshot_bytes == together);
+        REQUIRE(space.alone_bytes.size() == snapshots.size());
+        for (const auto& [id, alone_bytes] : space.alone_bytes)
+            CHECK(alone_bytes == alone[id]);
+        const auto gone = std::next(snapshots.begin(), static_cast<std::ptrdiff_t>(random() % snapshots.size()));
+        volume->remove_snapshot(gone->first);
+        snapshots.erase(gone);
+    }
+    CHECK(volume->snapshot_space().snapshot_bytes == 0);
+    host.close(log);
+}
+
+TEST_CASE("a volume is rolled back to any of its snapshots, and all of them stay") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Tree tree;
+    auto host = std::make_unique<Host>();
+    auto volume = host->open(log).volume;
+    const auto parents = [&] {
+        std::map<std::uint64_t, std::uint64_t> found;
+        for (const auto& info : volume->snapshots())
+            found[info.id] = info.parent_id;
+        return found;
+    };
+    const auto take = [&](std::uint64_t id) {
+        volume->create_snapshot(id, name_of(id), 0, {});
+        tree.snapshots[id] = tree.head;
+    };
+    const auto back_to = [&](std::uint64_t id) {
+        roll_back(*host, log, *volume, id);
+        tree.head = tree.snapshots.at(id);
+        tree.check(*volume);
+    };
+    take(1);  // of nothing
+    fill(*host, log, *volume, tree, 100);
+    take(2);
+    while (host->checkpoint(log)) {
+    }
+    const std::uint64_t live_bytes = volume->stats().live_bytes;
+    fill(*host, log, *volume, tree, 200);
+    REQUIRE(resize(*volume, 5 * kMiB + 77) == 0);
+    tree.head.resize(5 * kMiB + 77);
+    take(3);
+    back_to(2);
+    while (host->checkpoint(log)) {
+    }
+    // What lives is counted as if nothing had been written since.
+    CHECK(volume->stats().live_bytes == live_bytes);
+    take(4);
+    back_to(3);
+    back_to(1);
+    take(5);
+    back_to(3);
+    take(6);
+    CHECK(parents() == std::map<std::uint64_t, std::uint64_t>{{1, 0}, {2, 1}, {3, 2}, {4, 2}, {5, 1}, {6, 3}});
+    CHECK(error_of([&] { (void)volume->roll_back(7); }) == ENOENT);
+    volume->open_writers = 1;
+    CHECK(error_of([&] { (void)volume->roll_back(2); }) == EBUSY);
+    volume->open_writers = 0;
+    REQUIRE(write(*host, *volume, 0, pattern(kBlockBytes, 1)) > 0);
+    CHECK_FALSE(volume->roll_back(2));
+    back_to(4);
+
+    SECTION("after a clean end") {
+        host->close(log);
+        volume.reset();
+        host = std::make_unique<Host>();
+        volume = host->open(log).volume;
+        tree.check(*volume);
+    }
+    SECTION("after the death of the process") {
+        auto [left_log, left_ring] = host->after_death(log);
+        Host successor;
+        const auto opened = successor.open(*left_log, left_ring->ring());
+        tree.check(*opened.volume);
+        successor.close(*left_log);
+    }
+    SECTION("after a power cut, from either checkpoint") {
+        const int lost = GENERATE(-1, 0, 1);
+        Random random(7);
+        const auto left = log.after_power_cut(random, FaultyDisk::Fate::all_lost);
+        REQUIRE(both_valid(*left));
+        if (lost >= 0)
+            left->slots.at(static_cast<std::size_t>(lost)).assign(kCheckpointSlotBytes, std::byte{0x5a});
+        Host successor;
+        const auto opened = successor.open(*left);
+        REQUIRE_FALSE(opened.report.read_only);
+        tree.check(*opened.volume);
+        successor.close(*left);
+    }
+    SECTION("the one that it was rolled back to can go, and what the head had does") {
+        for (const std::uint64_t id : {4, 2, 3, 6, 1}) {
+            volume->remove_snapshot(id);
+            tree.snapshots.erase(id);
+        }
+        CHECK(parents() == std::map<std::uint64_t, std::uint64_t>{{5, 1}});
+        take(8);
+        for (int i = 0; i < 3; ++i) {
+            put_behind_checkpoints(*host, log, *volume, tree);
+            host->clean(log, Volume::CleanHow::punch);
+            tree.check(*volume);
+        }
+        CHECK(log.allocated_bytes() < 22 * kMiB);
+    }
+    host->drop(log);
+}
+
 TEST_CASE("the cleaner takes nothing that a snapshot holds, and all of it once that is removed") {
     FaultyDisk::instance().reset();
     const auto how = GENERATE(Volume::CleanHow::punch, Volume::CleanHow::move);
@@ -467,7 +674,7 @@ TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and
         std::uint64_t next_id = 1;
         for (std::uint64_t step = 0; step < 120; ++step) {
             INFO("round " << round << " step " << step);
-            switch (random() % 12) {
+            switch (random() % 13) {
                 case 0:
                 case 1:
                     if (tree.snapshots.size() < 5) {
@@ -511,6 +718,16 @@ TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and
                 }
                 case 5:
                     host->checkpoint(*log);
+                    break;
+                case 6:
+                    if (!tree.snapshots.empty()) {
+                        const auto it = std::next(tree.snapshots.begin(),
+                                                  static_cast<std::ptrdiff_t>(random() % tree.snapshots.size()));
+                        roll_back(*host, *log, *volume, it->first);
+                        tree.head = it->second;
+                        if (random() % 2 == 0)
+                            host->checkpoint(*log);
+                    }
                     break;
                 default: {
                     const Change change = Change::random(random, step + 1, kMaxBytes, tree.head.size());

@@ -197,7 +197,10 @@ struct Volume::Merge {
           old_root(of.root_),
           old_levels(of.levels_),
           generation(log_generation),
-          mapped(of.mapped_blocks_) {}
+          mapped(of.mapped_blocks_) {
+        // Counts of what lives are the newest checkpoint's, and the base is another one after a rollback.
+        tally_difference({of.newest_.root, of.newest_.levels}, {of.root_, of.levels_});
+    }
     ~Merge() {
         if (batch != nullptr)
             volume.core_.buffers().give(batch, kBatchNodes * kBlockBytes);
@@ -236,6 +239,45 @@ struct Volume::Merge {
         if (segment >= live_delta.size())
             live_delta.resize(std::size_t{segment} + 1);
         live_delta[segment] += by;
+    }
+
+    struct Subtree {
+        Pointer pointer = kHole;
+        std::uint32_t levels = 0;  // of nodes, this one included; 0: data
+    };
+    void tally_difference(const Subtree& before, const Subtree& after) {
+        if (before.pointer == after.pointer && before.levels == after.levels)
+            return;
+        const std::uint32_t levels = std::max(before.levels, after.levels);
+        // One that is smaller is the first child of the other, where there is nothing beside it.
+        const auto open = [this, levels](const Subtree& of, Node& node, std::int64_t by) {
+            node.fill(kHole);
+            if (of.pointer == kHole)
+                return;
+            if (of.levels < levels) {
+                node[0] = of.pointer;
+                return;
+            }
+            tally(of.pointer, by);
+            if (levels > 0)
+                volume.load_node_waiting(of.pointer, node);
+        };
+        auto nodes = std::make_unique<std::array<Node, 2>>();
+        open(before, (*nodes)[0], -1);
+        open(after, (*nodes)[1], 1);
+        for (std::uint32_t i = 0; levels > 0 && i < kNodeEntries; ++i) {
+            const auto child = [i, levels](const Subtree& of, const Node& node) {
+                return Subtree{.pointer = node[i], .levels = std::min(of.levels, levels - 1)};
+            };
+            Subtree from = child(before, (*nodes)[0]);
+            Subtree to = child(after, (*nodes)[1]);
+            // A hole has no height.
+            if (from.pointer == kHole)
+                from.levels = to.levels;
+            if (to.pointer == kHole)
+                to.levels = from.levels;
+            tally_difference(from, to);
+        }
     }
 
     void tally_leaf(const Node& before, const Node& after) {
@@ -541,6 +583,7 @@ void Volume::write_snapshot_directory(std::uint64_t generation, const Frozen& me
             if (snapshot->frozen != nullptr && snapshot->frozen != &merged)
                 continue;
             DirectoryEntry& entry = entries.emplace_back(snapshot->entry);
+            entry.record.flags = entry.record.id == head_parent_id_ ? kSnapshotIsHeads : 0;
             if (snapshot->frozen != nullptr) {
                 entry.record.root = pending.root;
                 entry.record.levels = pending.levels;
@@ -631,12 +674,19 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
     }
 }
 
+// The map of the newest checkpoint; the base is another one after a rollback.
+Volume::KeptMap Volume::kept_newest() const {
+    return {.root = newest_.root,
+            .levels = newest_.levels,
+            .generation = generation_,
+            .replay_start = newest_.replay_start};
+}
+
 bool Volume::checkpoint_installed() {
     bool more = false;
     {
         const Lock lock(mutex_);
-        older_ =
-            KeptMap{.root = root_, .levels = levels_, .generation = generation_, .replay_start = newest_.replay_start};
+        older_ = kept_newest();
         newest_ = pending_->record;
         for (const auto& segment : table_) {
             if (!segment)
@@ -676,7 +726,8 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::repeat_checkpoint(
     Lock lock(mutex_);
     while (checkpointing_)
         wait_change(lock);
-    if (read_only_ || !older_ || (older_->replay_start.segno == newest_.replay_start.segno && older_->root == root_))
+    if (read_only_ || !older_ ||
+        (older_->replay_start.segno == newest_.replay_start.segno && older_->root == newest_.root))
         return std::nullopt;
     checkpointing_ = true;
     Checkpoint record = newest_;
@@ -688,8 +739,7 @@ void Volume::checkpoint_repeated(bool written) noexcept {
     const Lock lock(mutex_);
     checkpointing_ = false;
     if (written) {
-        older_ =
-            KeptMap{.root = root_, .levels = levels_, .generation = generation_, .replay_start = newest_.replay_start};
+        older_ = kept_newest();
         newest_.generation = ++generation_;
         newest_slot_ = 1 - newest_slot_;
     }

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <system_error>
@@ -106,46 +107,81 @@ struct Volume::Survey {
     std::uint32_t end_slot = 0;  // of what may be punched
 };
 
-// Walks one map in ascending order, keeping the node of each level where it stands.
-class Volume::MapCursor {
+// Walks several maps together in ascending order of what is asked for, keeping the nodes of each level where they
+// stand. What the maps share is looked at once.
+class Volume::MapSet {
   public:
-    MapCursor(Volume& volume, const KeptMap& map) : volume_(volume), map_(map), at_(map.levels) {}
+    // So many at most are walked together, which bounds the nodes in memory.
+    static constexpr std::size_t kMost = 256;
 
-    Pointer node_pointer(std::uint32_t level, std::uint64_t index) {
-        if (level >= map_.levels || index >= span_of(map_.levels - 1 - level))
-            return kHole;
-        if (level + 1 == map_.levels)
-            return map_.root;
-        const Node* parent = node(level + 1, index >> kNodeShift);
-        return parent == nullptr ? kHole : (*parent)[index & (kNodeEntries - 1)];
+    MapSet(Volume& volume, std::span<const KeptMap> maps) : volume_(volume), maps_(maps) {
+        std::uint32_t levels = 0;
+        for (const KeptMap& map : maps)
+            levels = std::max(levels, map.levels);
+        at_.resize(levels);
     }
 
-    Pointer data_pointer(std::uint64_t block) {
-        const Node* leaf = node(0, block >> kNodeShift);
-        return leaf == nullptr ? kHole : (*leaf)[block & (kNodeEntries - 1)];
+    // Whether one of the maps has that slot of that segment as its block, or as its node of a level.
+    bool leads_to(std::uint16_t level, std::uint64_t block, std::uint32_t segment, std::uint32_t slot) {
+        const auto there = [segment, slot](Pointer pointer) {
+            return pointer != kHole && pointer_segment(pointer) == segment && pointer_slot(pointer) == slot;
+        };
+        if (level != kData) {
+            pointers(level, block, asked_);
+            return std::any_of(asked_.begin(), asked_.end(), there);
+        }
+        const auto& leaves = nodes(0, block >> kNodeShift);
+        return std::any_of(leaves.begin(), leaves.end(),
+                           [&](const Node& leaf) { return there(leaf[block & (kNodeEntries - 1)]); });
     }
 
   private:
-    const Node* node(std::uint32_t level, std::uint64_t index) {
-        const Pointer pointer = node_pointer(level, index);
-        if (pointer == kHole)
-            return nullptr;
-        Standing& standing = at_[level];
-        if (standing.pointer != pointer) {
-            standing.pointer = kHole;
-            volume_.load_node_waiting(pointer, standing.node);
-            standing.pointer = pointer;
+    // The maps' nodes of a level at an index, each once.
+    void pointers(std::uint32_t level, std::uint64_t index, std::vector<Pointer>& found) {
+        found.clear();
+        if (level >= at_.size())
+            return;
+        if (level + 1 < at_.size()) {
+            for (const Node& parent : nodes(level + 1, index >> kNodeShift))
+                found.push_back(parent[index & (kNodeEntries - 1)]);
         }
-        return &standing.node;
+        if (index == 0) {
+            for (const KeptMap& map : maps_) {
+                if (map.levels == level + 1)
+                    found.push_back(map.root);
+            }
+        }
+        std::sort(found.begin(), found.end());
+        found.erase(std::unique(found.begin(), found.end()), found.end());
+        std::erase(found, kHole);
     }
 
+    const std::vector<Node>& nodes(std::uint32_t level, std::uint64_t index) {
+        static const std::vector<Node> kNone;
+        if (level >= at_.size())
+            return kNone;
+        Standing& standing = at_[level];
+        if (standing.index == index)
+            return standing.nodes;
+        standing.index = kNowhere;
+        pointers(level, index, standing.pointers);
+        standing.nodes.resize(standing.pointers.size());
+        for (std::size_t i = 0; i < standing.pointers.size(); ++i)
+            volume_.load_node_waiting(standing.pointers[i], standing.nodes[i]);
+        standing.index = index;
+        return standing.nodes;
+    }
+
+    static constexpr std::uint64_t kNowhere = ~std::uint64_t{0};
     struct Standing {
-        Pointer pointer = kHole;
-        Node node;
+        std::uint64_t index = kNowhere;
+        std::vector<Pointer> pointers;
+        std::vector<Node> nodes;
     };
     Volume& volume_;
-    KeptMap map_;
-    std::vector<Standing> at_;
+    std::span<const KeptMap> maps_;
+    std::vector<Standing> at_;  // by level
+    std::vector<Pointer> asked_;
 };
 
 // Recoveries from either kept checkpoint read all segments from here on.
@@ -198,7 +234,7 @@ std::vector<std::uint64_t> Volume::orphans(const std::vector<std::uint64_t>& seg
 Volume::Survey Volume::survey(std::uint32_t index, int fd) {
     Survey survey;
     KeptMap newest;
-    KeptMap older;
+    std::array<KeptMap, 2> kept;
     std::vector<KeptMap> snapshots;
     std::uint64_t segno = 0;
     {
@@ -208,7 +244,7 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
         segno = table_[index]->identity.segno;
         survey.base_generation = base_generation_;
         newest = {.root = root_, .levels = levels_, .generation = generation_, .replay_start = {}};
-        older = older_.value_or(newest);
+        kept = {kept_newest(), older_.value_or(kept_newest())};
         forget_removed_snapshots();
         snapshots = snapshot_maps();
         survey.has_snapshots = !snapshots.empty();
@@ -241,23 +277,22 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
     }
     std::sort(survey.blocks.begin(), survey.blocks.end(),
               [](const auto& a, const auto& b) { return std::pair(a.level, a.block) < std::pair(b.level, b.block); });
-    MapCursor in_newest(*this, newest);
-    MapCursor in_older(*this, older);
-    const bool same = older.root == newest.root && older.levels == newest.levels;
-    const auto leads = [index](MapCursor& map, const Survey::Block& block) {
-        const Pointer pointer =
-            block.level == kData ? map.data_pointer(block.block) : map.node_pointer(block.level, block.block);
-        return pointer != kHole && pointer_segment(pointer) == index && pointer_slot(pointer) == block.slot;
+    MapSet in_newest(*this, {&newest, 1});
+    MapSet in_kept(*this, kept);
+    const auto is_newest = [&newest](const KeptMap& map) {
+        return map.root == newest.root && map.levels == newest.levels;
     };
+    const bool same = std::all_of(kept.begin(), kept.end(), is_newest);
     for (Survey::Block& block : survey.blocks) {
-        block.in_newest = leads(in_newest, block);
-        block.live = block.in_newest || (!same && leads(in_older, block));
+        block.in_newest = in_newest.leads_to(block.level, block.block, index, block.slot);
+        block.live = block.in_newest || (!same && in_kept.leads_to(block.level, block.block, index, block.slot));
         survey.in_newest += block.in_newest ? 1 : 0;
     }
-    for (const KeptMap& map : snapshots) {
-        MapCursor in_snapshot(*this, map);
+    for (std::size_t first = 0; first < snapshots.size(); first += MapSet::kMost) {
+        MapSet in_snapshots(*this,
+                            std::span(snapshots).subspan(first, std::min(MapSet::kMost, snapshots.size() - first)));
         for (Survey::Block& block : survey.blocks)
-            block.pinned = block.pinned || leads(in_snapshot, block);
+            block.pinned = block.pinned || in_snapshots.leads_to(block.level, block.block, index, block.slot);
     }
     for (Survey::Block& block : survey.blocks) {
         block.live = block.live || block.pinned;

@@ -237,6 +237,11 @@ struct Volume::Replay {
                            place_name(chunk.header.segno, chunk.header.slot));
                     break;
                 }
+                if (snap->header.operation == SnapOperation::roll_back && !volume.can_rebase(snap->header.id)) {
+                    damage("a rollback that does not follow from the checkpoint, at " +
+                           place_name(chunk.header.segno, chunk.header.slot));
+                    break;
+                }
                 if (Frozen* const frozen = volume.apply_snap(*snap, sequence)) {
                     // A checkpoint of it has this chunk replayed whole: what stands before the entry comes out the
                     // same.

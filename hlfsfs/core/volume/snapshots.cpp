@@ -160,7 +160,7 @@ bool Volume::ready_for(const SnapEntry& entry) {
 // There is room for it, and the chunk that was opened for it is empty: nothing stands between what is frozen and the
 // entry.
 void Volume::take_snapshot(SnapEntry entry, std::uint64_t time_ns) {
-    entry.header.parent_id = snapshots_.empty() ? 0 : snapshots_.back()->entry.record.id;
+    entry.header.parent_id = head_parent_id_;
     entry.header.time_ns = time_ns;
     entry.header.mtime_ns = mtime_ns_;
     Frozen* const frozen = apply_snap(entry, next_sequence_);
@@ -264,6 +264,69 @@ void Volume::change_snapshot(const SnapEntry& entry) {
     wait_durable(lock, next_number());
 }
 
+// Whether both checkpoints hold all that was published, so that a replay from either comes to the next entry with
+// nothing in between.
+bool Volume::base_is_stored() const {
+    const bool both = !older_ || (older_->root == root_ && older_->levels == levels_);
+    return !checkpointing_ && overlay_.empty() && frozen_.empty() && publishes_ == publishes_at_checkpoint_ && both &&
+           newest_.root == root_;
+}
+
+bool Volume::can_rebase(std::uint64_t snapshot_id) const {
+    const Snapshot* const snapshot = find_snapshot(snapshot_id);
+    return snapshot != nullptr && snapshot->frozen == nullptr && frozen_.empty();
+}
+
+bool Volume::roll_back(std::uint64_t id) {
+    const SnapEntry entry{.header = {.operation = SnapOperation::roll_back, .id = id, .time_ns = realtime_ns()},
+                          .name = {}};
+    Lock lock(mutex_);
+    const std::uint64_t refusals = refusals_;
+    for (;;) {
+        if (read_only_)
+            fail(EROFS, "the volume is read-only");
+        if (find_snapshot(id) == nullptr)
+            fail(ENOENT, "there is no such snapshot");
+        if (open_writers.load() > 0)
+            fail(EBUSY, "the volume is open for writing");
+        if (!base_is_stored())
+            return false;
+        // In a chunk of its own, as all that begins with something a replay depends on.
+        if (!broken_ && seal_open()) {
+            const Admission admission = admit(1, 0, encode(entry).size());
+            if (admission == Admission::ok)
+                break;
+            if (admission == Admission::refused)
+                fail(space_refused_, "no space to roll back");
+        } else {
+            want_segment();
+        }
+        wake();
+        wait_disk(lock, refusals);
+    }
+    apply_snap(entry, next_sequence_);
+    publish_snap(entry);
+    wait_durable(lock, next_number());
+    return true;
+}
+
+// Nothing is in between the base and the entry, but for what a replay repeats without changing the map.
+void Volume::rebase(const SnapEntry& entry) {
+    if (!can_rebase(entry.header.id))
+        throw FormatError("a rollback that does not follow from the checkpoint");
+    const Snapshot& snapshot = *find_snapshot(entry.header.id);
+    overlay_ = Overlay{};
+    const SnapshotRecord& record = snapshot.entry.record;
+    root_ = record.root;
+    levels_ = static_cast<std::uint32_t>(record.levels);
+    mapped_blocks_ = static_cast<std::int64_t>(record.mapped_blocks);
+    size_bytes_ = record.size_bytes;
+    mtime_ns_ = std::max(mtime_ns_, entry.header.time_ns);
+    ctime_ns_ = std::max(ctime_ns_, entry.header.time_ns);
+    head_parent_id_ = record.id;
+    ++base_generation_;
+}
+
 // What a dead process's ring holds, in the order of its entries.
 void Volume::republish_snap(const PublishItem& item) {
     const auto entry = decode_snap_entry({item.side, item.size_bytes});
@@ -284,7 +347,9 @@ void Volume::republish_snap(const PublishItem& item) {
         wake();
         wait_disk(lock, refusals);
     }
+    core_.overlay_entries.fetch_sub(overlay_entries(), std::memory_order_relaxed);
     apply_snap(*entry, next_sequence_);
+    core_.overlay_entries.fetch_add(overlay_entries(), std::memory_order_relaxed);
     publish({&item, 1}, nullptr);
 }
 
@@ -306,10 +371,16 @@ Volume::Frozen* Volume::apply_snap(const SnapEntry& entry, std::uint64_t sequenc
     if (entry.header.operation != SnapOperation::create) {
         if (at == snapshots_.end())
             return nullptr;
+        if (entry.header.operation == SnapOperation::roll_back) {
+            rebase(entry);
+            return nullptr;
+        }
         if (entry.header.operation != SnapOperation::remove) {
             change((*at)->entry, entry);
             return nullptr;
         }
+        if (head_parent_id_ == entry.header.id)
+            head_parent_id_ = (*at)->entry.record.parent_id;
         (*at)->removed_in_chunk = open_ != nullptr ? open_->number : 0;
         removed_snapshots_.push_back(std::move(*at));
         snapshots_.erase(at);
@@ -330,6 +401,7 @@ Volume::Frozen* Volume::apply_snap(const SnapEntry& entry, std::uint64_t sequenc
     record.gid = entry.header.gid;
     record.mtime_ns = entry.header.mtime_ns;
     record.size_bytes = size_bytes_;
+    head_parent_id_ = record.id;
     if (overlay_.empty() && frozen_.empty()) {
         snapshot->merged(root_, levels_, mapped_blocks_);
         return nullptr;
@@ -360,6 +432,8 @@ void Volume::load_snapshots(const Checkpoint& checkpoint, const std::vector<std:
         for (DirectoryEntry& entry : decode_directory_block(block)) {
             if (snapshots_.size() >= kMostSnapshots || find_snapshot(entry.record.id) != nullptr)
                 throw FormatError("snapshot directory malformed");
+            if ((entry.record.flags & kSnapshotIsHeads) != 0)
+                head_parent_id_ = entry.record.id;
             auto snapshot = std::make_shared<Snapshot>();
             snapshot->entry = std::move(entry);
             snapshots_.push_back(std::move(snapshot));

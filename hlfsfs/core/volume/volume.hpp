@@ -226,6 +226,18 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void remove_snapshot(std::uint64_t id);
     void rename_snapshot(std::uint64_t id, const std::string& name);
     void set_snapshot_owner(std::uint64_t id, Ownership owner);
+    // The volume's content, size included, is the snapshot's again; durable, and a crash leaves one or the other.
+    // false, and nothing happened: something is not in both checkpoints yet. Throws as remove_snapshot(); EBUSY: it is
+    // open for writing.
+    [[nodiscard]] bool roll_back(std::uint64_t id);
+    struct SnapshotSpace {
+        std::uint64_t snapshot_bytes = 0;  // that snapshots lead to and the head does not, map nodes among them
+        // By id: what would be given back with that one alone. One that no checkpoint has merged yet is missing.
+        std::vector<std::pair<std::uint64_t, std::uint64_t>> alone_bytes;
+    };
+    // As of the newest checkpoint; waits for I/O. Throws FormatError, std::system_error; also where two checkpoints and
+    // the cleaner came in between.
+    [[nodiscard]] SnapshotSpace snapshot_space();
     // Read-only; `node_id` is what its attributes tell. nullptr: there is none.
     [[nodiscard]] std::shared_ptr<DataVolume> open_snapshot(std::uint64_t id, std::uint64_t node_id);
 
@@ -403,7 +415,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         std::uint64_t generation = 0;
         LogPosition replay_start;
     };
-    class MapCursor;
+    [[nodiscard]] KeptMap kept_newest() const;
+    class MapSet;
+    class SpaceWalk;
     [[nodiscard]] std::uint64_t first_pinned_segno() const;
     [[nodiscard]] bool cleanable(const Segment& segment) const;
     Survey survey(std::uint32_t index, int fd);
@@ -436,6 +450,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     [[nodiscard]] bool ready_for(const SnapEntry& entry);
     void take_snapshot(SnapEntry entry, std::uint64_t time_ns);
     void publish_snap(const SnapEntry& entry);
+    [[nodiscard]] bool base_is_stored() const;
+    [[nodiscard]] bool can_rebase(std::uint64_t snapshot_id) const;
+    void rebase(const SnapEntry& entry);
     void change_snapshot(const SnapEntry& entry);
     void republish_snap(const PublishItem& item);
     Frozen* apply_snap(const SnapEntry& entry, std::uint64_t sequence);
@@ -476,7 +493,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::deque<std::unique_ptr<Frozen>> frozen_;                // the oldest first
     std::vector<std::shared_ptr<Snapshot>> snapshots_;          // by sequence
     std::vector<std::shared_ptr<Snapshot>> removed_snapshots_;  // kept by readers, or until that is durable
+    std::uint64_t head_parent_id_ = 0;                          // the snapshot that the head came from; 0: none
     std::uint64_t snapshots_forgotten_ = 0;                     // of those: pins that were found earlier may be gone
+    // The base that the overlay lies on: the newest checkpoint's map, or a snapshot's that was rolled back to since.
     Pointer root_ = kHole;
     std::uint32_t levels_ = 0;
     std::uint64_t base_generation_ = 0;

@@ -53,6 +53,11 @@ EVERYTHING_ONCE: History = [
     ["write", "a", 50 * BLOCK, 3 * BLOCK, 30, False],
     ["group", "a", "g", "together"],
     ["write", "a", 51 * BLOCK, 3 * BLOCK, 31, False],
+    ["rollback", "a", "one"],
+    ["write", "a", 0, 3 * BLOCK, 32, False],
+    ["flush", "a"],
+    ["rollback", "a", "together"],
+    ["clean", "a"],
     ["unlink", "g"],
     ["unsnapshot", "g", "together"],
     ["unlink", "g"],
@@ -92,7 +97,7 @@ def _write(rng: random.Random, path: str) -> Operation:
     return ["write", path, offset, size_bytes, rng.randrange(1 << 20), rng.random() < 0.1]
 
 
-def _snapshot(rng: random.Random, path: str) -> Operation:
+def _snapshot(rng: random.Random, path: str, *, rollback: bool) -> Operation:
     name, other = rng.sample("uvwxyz", 2)
     return rng.choices(
         [
@@ -100,12 +105,13 @@ def _snapshot(rng: random.Random, path: str) -> Operation:
             ["unsnapshot", path, name],
             ["rename_snapshot", path, name, other],
             ["group", path, rng.choice(_PATHS), name],
+            ["rollback", path, name] if rollback else ["flush", path],
         ],
-        weights=[4, 4, 1, 2],
+        weights=[4, 4, 1, 2, 2],
     )[0]
 
 
-def _operation(rng: random.Random) -> Operation:
+def _operation(rng: random.Random, *, rollback: bool = True) -> Operation:
     path, other = rng.choice(_PATHS), rng.choice(_PATHS)
     offset = rng.randrange(MAX_BLOCKS * BLOCK)
     some = rng.randrange(1, MAX_BLOCKS * BLOCK // 2)
@@ -118,7 +124,7 @@ def _operation(rng: random.Random) -> Operation:
             ["resize", path, offset],
             [rng.choice(["checkpoint", "checkpoint", "idle"]), path],
             ["clean", path],
-            _snapshot(rng, path),
+            _snapshot(rng, path, rollback=rollback),
             ["write_failing", *_write(rng, path)[1:-1], rng.choice(["write", "sync"])],
             ["forget", path],
             ["takeover"],
@@ -139,6 +145,9 @@ def random_history(rng: random.Random, length: int) -> History:
 
 
 def next_life(rng: random.Random, length: int) -> History:
-    """What is done to a store that a random history and a cut have left; contents begin anew."""
+    """What is done to a store that a random history and a cut have left; contents begin anew.
+
+    No rollback: what snapshots of an earlier life hold is known by its digest only.
+    """
     beginning: History = [["resize", path, 0] for path in sorted({*_PATHS, "p"})]
-    return beginning + [_operation(rng) for _ in range(length)]
+    return beginning + [_operation(rng, rollback=False) for _ in range(length)]

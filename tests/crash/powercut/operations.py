@@ -17,7 +17,7 @@ from typing import Any
 
 from hlfsfs.engine import Engine, EngineOptions, Volume
 from hlfsfs.errors import StoreFailed
-from hlfsfs.pool import GROUP_ATTRIBUTE, AttributeChanges, Defaults
+from hlfsfs.pool import GROUP_ATTRIBUTE, ROLLBACK_ATTRIBUTE, AttributeChanges, Defaults
 from hlfsfs.store.disk import Disk
 from tests.crash.powercut.shim import Shim
 from tests.engine.contents import content, written, zeroed
@@ -185,6 +185,10 @@ class Player:
     def unsnapshot(self, path: str, name: str) -> None:
         self.world.names.unlink(self._snapshots(path), name.encode())
 
+    def rollback(self, path: str, name: str) -> None:
+        order = json.dumps({"snapshot": name}).encode()
+        self.world.names.setxattr(self._snapshots(path), ROLLBACK_ATTRIBUTE.encode(), order)
+
     def forget(self, path: str) -> None:
         """Closes the volume, if nobody has it open."""
         self.world.names.forget([self.world.names.resolve(path.encode())])
@@ -253,6 +257,7 @@ class Kind:
         paths: so many arguments are paths of volumes, and what follows goes for each of them.
         change: what it makes of the content of the volume at its path.
         snapshots: what it makes of that volume's snapshots; durable once it is done.
+        rolls_back: the content becomes that of the snapshot which is named last.
         durable: what it makes durable of what was acknowledged before it, itself included: the volume at its path, or
             all of them. A write does if its last argument says so.
         alone: flushes begun earlier end first.
@@ -262,6 +267,7 @@ class Kind:
     paths: int = field(default=1, kw_only=True)
     change: Change | None = None
     snapshots: SnapshotChange | None = None
+    rolls_back: bool = False
     durable: str = ""
     alone: bool = False
 
@@ -289,6 +295,7 @@ KINDS = {
     "group": Kind(Player.group, paths=2, snapshots=_snapshot, durable="path"),
     "rename_snapshot": Kind(Player.rename_snapshot, snapshots=_rename_snapshot, durable="path"),
     "unsnapshot": Kind(Player.unsnapshot, snapshots=_unsnapshot, durable="path"),
+    "rollback": Kind(Player.rollback, rolls_back=True, durable="path", alone=True),
     "forget": Kind(Player.forget, alone=True),
     "takeover": Kind(Player.takeover, durable="all", alone=True),
     "reopen": Kind(Player.reopen, durable="all", alone=True),

@@ -56,6 +56,7 @@ class Oracle:
         self._history = history
         self._volumes: dict[int, _Volume] = {}
         self._steps: list[_Step] = []
+        self._bytes: dict[str, bytes] = {digest(b""): b""}
         self._flushing: dict[tuple[int, int], int] = {}
         self.made, made = next((event, note) for event, note in notes if "made" in note)
         done = {note["done"]: (event, note) for event, note in notes if "done" in note}
@@ -89,6 +90,8 @@ class Oracle:
             for volume in changed:
                 if kind.change is not None:
                     self._change(volume, do, kind.change(volume.now, *arguments[kind.paths :]))
+                if kind.rolls_back:
+                    self._change(volume, do, iter([self._bytes[volume.snapshots[-1][2][arguments[-1]]]]))
                 if kind.snapshots is not None:
                     now = kind.snapshots(volume.snapshots[-1][2], volume.contents[-1][1], *arguments[kind.paths :])
                     volume.snapshots.append((do, done, now))
@@ -111,6 +114,7 @@ class Oracle:
         for now in contents:
             volume.now = now
             volume.contents.append((do, digest(now)))
+            self._bytes[digest(now)] = now
 
     def _made_durable(self, what: str, changed: list[_Volume], arguments: list[Any]) -> list[_Volume]:
         if what == "all":
