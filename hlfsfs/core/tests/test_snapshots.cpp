@@ -661,6 +661,42 @@ TEST_CASE("the cleaner takes nothing of a snapshot whose removal is not durable 
     host->drop(log);
 }
 
+TEST_CASE("the cleaner takes nothing of what was rolled back before that is durable") {
+    FaultyDisk& disk = FaultyDisk::instance();
+    disk.reset();
+    Log log(1);
+    Tree tree;
+    auto host = std::make_unique<Host>();
+    auto volume = host->open(log).volume;
+    fill(*host, log, *volume, tree, 100);
+    volume->create_snapshot(1, "one", 0, {});
+    tree.snapshots[1] = tree.head;
+    fill(*host, log, *volume, tree, 200);
+    put_behind_checkpoints(*host, log, *volume, tree);
+    host->repeat_checkpoint(log);
+    disk.hold_syncs();
+    std::atomic<bool> rolled_back{false};
+    std::thread roller([&] { rolled_back = volume->roll_back(1); });
+    CHECK(wait_until([&] { return holds(*volume, tree.snapshots.at(1)); }));
+    CHECK(host->clean(log, Volume::CleanHow::punch).freed_blocks < 256);
+    Random random(5);
+    const auto left = log.after_power_cut(random, FaultyDisk::Fate::all_lost);
+    disk.release_syncs();
+    roller.join();
+    CHECK(rolled_back);
+    Host successor;
+    const auto opened = successor.open(*left);
+    tree.check(*opened.volume);
+    successor.close(*left);
+    tree.head = tree.snapshots.at(1);
+    put_behind_checkpoints(*host, log, *volume, tree);
+    const std::uint64_t before_bytes = log.allocated_bytes();
+    host->clean(log, Volume::CleanHow::punch);
+    CHECK(log.allocated_bytes() + 8 * kMiB < before_bytes);
+    tree.check(*volume);
+    host->drop(log);
+}
+
 TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and power cuts") {
     const std::uint64_t seed = test_seed("snapshots");
     Random random(seed);
