@@ -272,14 +272,17 @@ SPACE = (
     Figure("p99_times", "reclaim", "p99 of 4k writes with the cleaner at work beside without", "times", 3.0),
 )
 
-# Snapshots are taken after 1,000 single blocks were written.
+# Snapshots are taken after 1,000 single blocks were written; 30 after half a second of rest each, then 30 without.
 SNAPSHOTS = (
     Figure("take_empty", "take", "taking a snapshot of an empty volume, median", "s", at_most=0.01),
-    Figure("take_empty_max", "take", "the longest of 40", "s"),
+    Figure("take_empty_max", "take", "the longest of 30", "s"),
+    Figure("row_empty", "take", "without rest, median", "s"),
     Figure("take_full", "take", "of a volume that was written whole, median", "s", at_most=0.01),
-    Figure("take_full_max", "take", "the longest of 40", "s"),
+    Figure("take_full_max", "take", "the longest of 30", "s"),
+    Figure("row_full", "take", "without rest, median", "s"),
     Figure("take_large", "take", "of a 4 TiB volume mapped in single blocks, median", "s", at_most=0.01),
-    Figure("take_large_max", "take", "the longest of 40", "s"),
+    Figure("take_large_max", "take", "the longest of 30", "s"),
+    Figure("row_large", "take", "without rest, median", "s"),
     Figure("take_command", "take", "`touch .snapshots/VOLUME/NAME`", "s"),
     Figure("take_qcow2", "take", "`qemu-img snapshot -c`", "s"),
     Figure("take_times", "take", "the former beside the latter", "times", at_most=1.0),

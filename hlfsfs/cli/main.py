@@ -30,6 +30,12 @@ def _clean() -> click.Command:
     return clean
 
 
+def _diff() -> click.Command:
+    from hlfsfs.cli.diff import diff  # noqa: PLC0415
+
+    return diff
+
+
 def _mount() -> click.Command:
     from hlfsfs.cli.mount import mount  # noqa: PLC0415 - see LazyGroup
 
@@ -75,6 +81,7 @@ def _volume() -> click.Command:
 COMMANDS: dict[str, Callable[[], click.Command]] = {
     "check": _check,
     "clean": _clean,
+    "diff": _diff,
     "mount": _mount,
     "pool": _pool,
     "rollback": _rollback,

@@ -27,7 +27,14 @@ from hlfsfs.errors import (
     VolumeBusy,
     printable,
 )
-from hlfsfs.pool import GROUP_ATTRIBUTE, HOLD_ATTRIBUTE, RELEASE_ATTRIBUTE, ROLLBACK_ATTRIBUTE, STATS_ATTRIBUTE
+from hlfsfs.pool import (
+    CHANGES_PREFIX,
+    GROUP_ATTRIBUTE,
+    HOLD_ATTRIBUTE,
+    RELEASE_ATTRIBUTE,
+    ROLLBACK_ATTRIBUTE,
+    STATS_ATTRIBUTE,
+)
 from hlfsfs.store import locate
 
 SNAPSHOTS = ".snapshots"
@@ -58,6 +65,24 @@ class VolumeSnapshots(ABC):
         """Refused while it is open or held."""
 
     @abstractmethod
+    def size_bytes(self, name: str | None) -> int:
+        """Of a snapshot, or of the volume."""
+
+    @abstractmethod
+    def page(self, attribute: str, name: str | None) -> bytes:
+        """An attribute of a snapshot, or of the volume."""
+
+    def changes(self, name: str, other: str | None) -> Iterator[tuple[int, int, bool]]:
+        """What differs in another one, or in the volume: offset and size in bytes, and whether there is data now."""
+        start: str | None = "0"
+        before = self.stats(name)["id"]
+        while start is not None:
+            found = json.loads(self.page(f"{CHANGES_PREFIX}{before}.{start}", other))
+            for offset, size_bytes, data in found["extents"]:
+                yield offset, size_bytes, bool(data)
+            start = found["next"]
+
+    @abstractmethod
     def roll_back(self, name: str) -> None:
         """Makes the volume what the snapshot holds."""
 
@@ -84,9 +109,19 @@ class Mounted(VolumeSnapshots):
             raise NoSuchVolume(printable(path))
         if os.path.isdir(real):
             raise NotAVolume(printable(path))
-        self._directory = os.path.join(os.path.dirname(real), SNAPSHOTS, os.path.basename(real))
-        if not os.path.isdir(self._directory):
-            raise NotInAMount(path)
+        directory = os.path.join(os.path.dirname(real), SNAPSHOTS, os.path.basename(real))
+        try:
+            self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError) as exc:
+            raise NotInAMount(path) from exc
+        except OSError as exc:
+            raise path_error(path, exc) from exc
+        # The server is asked for the way there by each call that goes it.
+        self._directory = f"/proc/self/fd/{self._fd}"
+
+    def close(self) -> None:
+        """No more calls after it."""
+        os.close(self._fd)
 
     def take(self, name: str) -> None:
         with self._errors(name):
@@ -115,6 +150,14 @@ class Mounted(VolumeSnapshots):
                 held = f"held by {', '.join(map(printable, holds))}; release it first"
                 raise VolumeBusy(self._what(name), held) from exc
             raise
+
+    def size_bytes(self, name: str | None) -> int:
+        with self._errors(name or ""):
+            return os.stat(self._path if name is None else self._at(name)).st_size
+
+    def page(self, attribute: str, name: str | None) -> bytes:
+        with self._errors(name or ""):
+            return os.getxattr(self._path if name is None else self._at(name), attribute)
 
     def roll_back(self, name: str) -> None:
         self.stats(name)
@@ -178,7 +221,7 @@ class Offline(VolumeSnapshots):
     def __init__(self, place: Place) -> None:
         self._names = place.names
         self._uri = place.uri
-        place.volume()
+        self._volume = place.volume().id
         self._directory = place.names.resolve(
             b"/".join(filter(None, (os.path.dirname(place.path), os.fsencode(SNAPSHOTS), place.name)))
         )
@@ -191,13 +234,22 @@ class Offline(VolumeSnapshots):
         return [name for name in found if name != LATEST]
 
     def stats(self, name: str) -> dict[str, Any]:
-        return self._names.stats(self._names.lookup(self._directory, os.fsencode(name)).id)
+        return self._names.stats(self._node(name))
 
     def rename(self, name: str, new_name: str) -> None:
         self._names.rename(self._directory, os.fsencode(name), self._directory, os.fsencode(new_name))
 
     def remove(self, name: str) -> None:
         self._names.unlink(self._directory, os.fsencode(name))
+
+    def size_bytes(self, name: str | None) -> int:
+        return self._names.getattr(self._node(name)).size_bytes
+
+    def page(self, attribute: str, name: str | None) -> bytes:
+        return self._names.getxattr(self._node(name), attribute.encode())
+
+    def _node(self, name: str | None) -> int:
+        return self._volume if name is None else self._names.lookup(self._directory, os.fsencode(name)).id
 
     def roll_back(self, name: str) -> None:
         value = json.dumps({"snapshot": name}).encode()
@@ -212,7 +264,11 @@ class Offline(VolumeSnapshots):
 def snapshots_of(volume: str, command: str) -> Iterator[VolumeSnapshots]:
     """Those of a volume, PATH in a mount or URI; `command` is what does the same in a mount."""
     if "://" not in volume:
-        yield Mounted(volume)
+        found = Mounted(volume)
+        try:
+            yield found
+        finally:
+            found.close()
         return
     with offline(volume, instead=command) as place:
         yield Offline(place)
@@ -229,7 +285,7 @@ def take_group(volumes: Sequence[str], name: str) -> None:
             _order_offline(place, b"", {"name": name, "volumes": paths})
         return
     for volume in volumes:
-        Mounted(volume)
+        Mounted(volume).close()
     reals = [os.path.realpath(volume) for volume in volumes]
     roots = {_mount_root(real) for real in reals}
     if len(roots) > 1:

@@ -3,16 +3,27 @@
 from hlfsfs.engine.cleaner import CleanReport
 from hlfsfs.engine.engine import Engine, session
 from hlfsfs.engine.options import EngineOptions
-from hlfsfs.engine.volume import MAX_VOLUME_BYTES, NewSnapshot, Snapshot, SnapshotSpace, Volume, VolumeAttr
+from hlfsfs.engine.volume import (
+    MAX_VOLUME_BYTES,
+    ChangedExtent,
+    NewSnapshot,
+    Snapshot,
+    SnapshotSpace,
+    SnapshotSummary,
+    Volume,
+    VolumeAttr,
+)
 
 __all__ = [
     "MAX_VOLUME_BYTES",
+    "ChangedExtent",
     "CleanReport",
     "Engine",
     "EngineOptions",
     "NewSnapshot",
     "Snapshot",
     "SnapshotSpace",
+    "SnapshotSummary",
     "Volume",
     "VolumeAttr",
     "session",

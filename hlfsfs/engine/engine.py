@@ -18,7 +18,7 @@ from hlfsfs.engine.cleaner import Cleaner, CleanReport
 from hlfsfs.engine.options import EngineOptions
 from hlfsfs.engine.rings import left_rings, make_core, sweep_rings
 from hlfsfs.engine.service import Service
-from hlfsfs.engine.volume import OPEN_FOR_WRITING, NewSnapshot, SnapshotSpace, Volume
+from hlfsfs.engine.volume import OPEN_FOR_WRITING, ChangedExtent, NewSnapshot, NotMerged, SnapshotSpace, Volume
 from hlfsfs.errors import (
     CheckpointDamaged,
     Damaged,
@@ -447,10 +447,20 @@ class Engine:
     def snapshot_space(self, volume: Volume) -> SnapshotSpace:
         """`Volume.snapshot_space` that knows every snapshot, which takes a checkpoint where one is new."""
         found = volume.snapshot_space()
-        if not volume.read_only and len(found.alone_bytes) < len(volume.native.snapshots()):
+        if not volume.read_only and len(found.alone_bytes) < volume.snapshot_summary().count:
             self.checkpoint(volume)
             found = volume.snapshot_space()
         return found
+
+    def changed_extents(self, volume: Volume, from_id: int, to_id: int, start: int, most: int) -> list[ChangedExtent]:
+        """`Volume.changed_extents`, of what every checkpoint knows; the volume as it is now for the first of them."""
+        if start == 0 and 0 in {from_id, to_id} and not volume.read_only:
+            self.checkpoint(volume)
+        try:
+            return volume.changed_extents(from_id, to_id, start, most)
+        except NotMerged:
+            self.checkpoint(volume)
+            return volume.changed_extents(from_id, to_id, start, most)
 
     def open_snapshot(self, volume: Volume, snapshot_id: int, node_id: int) -> None:
         """Has the channel find a snapshot of an attached volume as a node, until `close_snapshot`.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from hlfsfs import _core
@@ -35,6 +35,7 @@ from hlfsfs.store.records import VolumeRecord
 MAX_VOLUME_BYTES = 16 << 40
 # One native request; longer reads and writes are cut into these, each atomic by itself.
 REQUEST_BYTES = 1 << 20
+BLOCK_BYTES = 4096
 
 OPEN_FOR_WRITING = "it is open for writing; shut down what uses it first"
 
@@ -45,6 +46,16 @@ SPACE_TRIES = 5
 _FALLOC_KEEP_SIZE = 0x01
 _FALLOC_PUNCH_HOLE = 0x02
 _FALLOC_ZERO_RANGE = 0x10
+
+
+T = TypeVar("T")
+
+
+class NotMerged(StoreFailed):
+    """A snapshot whose map no checkpoint has written yet."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,18 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
+class SnapshotSummary:
+    """How many snapshots a volume has, the newest one's id, and when one was last made or given a name or owner.
+
+    0 each where there are none.
+    """
+
+    count: int
+    newest_id: int
+    changed_ns: int
+
+
+@dataclass(frozen=True)
 class SnapshotSpace:
     """What of a volume's log is there for its snapshots, as of its newest checkpoint.
 
@@ -114,6 +137,15 @@ def _read_all(read: Callable[[int, int], bytes], offset: int, size_bytes: int) -
         if not part:
             break
     return b"".join(parts)
+
+
+@dataclass(frozen=True)
+class ChangedExtent:
+    """Where two maps differ, in bytes; `data`: the latter has some there."""
+
+    offset: int
+    size_bytes: int
+    data: bool
 
 
 class Volume:
@@ -203,6 +235,10 @@ class Volume:
         """The oldest first."""
         return [_snapshot_of(info) for info in self.native.snapshots()]
 
+    def snapshot_summary(self) -> SnapshotSummary:
+        """What can be told of all of them without listing them."""
+        return SnapshotSummary(*self.native.snapshot_summary())
+
     def snapshot(self, snapshot_id: int) -> Snapshot:
         """Raises NoSuchSnapshot."""
         info = self.native.snapshot(snapshot_id)
@@ -275,26 +311,45 @@ class Volume:
             LogDamaged, StoreFailed: a map cannot be read.
         """
         with self._space_lock:
-            known = (int(self.native.stats()["checkpoint_generation"]), *(each.id for each in self.native.snapshots()))
+            summary = self.snapshot_summary()
+            known = (int(self.native.stats()["checkpoint_generation"]), summary.count, summary.newest_id)
             began_s = time.monotonic()
             if known != self._space_of and (began_s >= self._space_until_s or known[1:] != self._space_of[1:]):
-                self._space = SnapshotSpace(*self._walk_snapshots()) if len(known) > 1 else SnapshotSpace()
+                walked = self._walk(self.native.snapshot_space) if summary.count else ()
+                self._space = SnapshotSpace(*walked)
                 now_s = time.monotonic()
                 self._space_of, self._space_until_s = known, now_s + SPACE_REST * (now_s - began_s)
             return self._space
 
-    def _walk_snapshots(self) -> tuple[int, dict[int, int]]:
+    def _walk(self, walk: Callable[[], T]) -> T:
+        """A walk of maps, begun again where the head's went meanwhile."""
         tries = 0
         while True:
             generation = self.native.stats()["checkpoint_generation"]
             try:
                 with self.snapshot_errors(""):
-                    return self.native.snapshot_space()
+                    return walk()
             except _core.FormatError as exc:
                 # The cleaner may take what the head led to two checkpoints ago.
                 tries += 1
                 if tries == SPACE_TRIES or generation == self.native.stats()["checkpoint_generation"]:
                     raise LogDamaged(f"log {self.log_uuid} of {self.what}", str(exc)) from exc
+
+    def changed_extents(self, from_id: int, to_id: int, start: int, most: int) -> list[ChangedExtent]:
+        """What differs from one snapshot to another; 0 is the volume, as of its newest checkpoint.
+
+        Args:
+            from_id, to_id: of snapshots, or 0.
+            start: what lies before is left out, in whole blocks.
+            most: so many extents at most, the first ones.
+
+        Raises:
+            NoSuchSnapshot: there is none of these.
+            NotMerged: a checkpoint is needed first.
+            LogDamaged, StoreFailed: a map cannot be read.
+        """
+        extents = self._walk(lambda: self.native.changed_extents(from_id, to_id, start // BLOCK_BYTES, most))
+        return [ChangedExtent(block * BLOCK_BYTES, count * BLOCK_BYTES, data) for block, count, data in extents]
 
     def read_snapshot(self, snapshot_id: int, offset: int, size_bytes: int) -> bytes:
         """Reads up to `size_bytes`, fewer at its end. Raises NoSuchSnapshot."""
@@ -318,6 +373,8 @@ class Volume:
                 case errno.EINVAL:
                     why = "a snapshot's name has 1 to 255 bytes, no `/`, `%`, `@` or control character"
                     raise RefusedName(os.fsencode(name), why) from exc
+                case errno.EAGAIN:
+                    raise NotMerged(self._what_of(name)) from exc
                 case errno.EDQUOT:
                     raise TooManySnapshots(self.what) from exc
                 case _:
@@ -350,7 +407,7 @@ class Volume:
             "log_uuid": str(self.log_uuid),
             "log_allocated_bytes": log_bytes,
             "dead_bytes": max(log_bytes - kept_bytes, 0),
-            "snapshots": len(self.native.snapshots()),
+            "snapshots": self.snapshot_summary().count,
             "snapshot_bytes": snapshot_bytes,
             "pinned_bytes": pinned_bytes,
             "checkpoint_bytes": checkpoint_bytes,

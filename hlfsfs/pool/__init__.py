@@ -4,6 +4,7 @@ from hlfsfs.pool.attributes import AttributeChanges, Attributes, Defaults, Entry
 from hlfsfs.pool.namespace import Namespace
 from hlfsfs.pool.node_ids import ROOT_ID, UNKNOWN_ID
 from hlfsfs.pool.sweep import SweepReport
+from hlfsfs.pool.xattrs import CHANGES as CHANGES_PREFIX
 from hlfsfs.pool.xattrs import CLEAN as CLEAN_ATTRIBUTE
 from hlfsfs.pool.xattrs import GROUP as GROUP_ATTRIBUTE
 from hlfsfs.pool.xattrs import HOLD as HOLD_ATTRIBUTE
@@ -12,6 +13,7 @@ from hlfsfs.pool.xattrs import ROLLBACK as ROLLBACK_ATTRIBUTE
 from hlfsfs.pool.xattrs import STATS as STATS_ATTRIBUTE
 
 __all__ = [
+    "CHANGES_PREFIX",
     "CLEAN_ATTRIBUTE",
     "GROUP_ATTRIBUTE",
     "HOLD_ATTRIBUTE",

@@ -10,6 +10,7 @@ from hlfsfs.pool import snapshots, xattrs
 from hlfsfs.pool.attributes import AttributeChanges, Attributes, EntryAttributes, check_volume_mode
 from hlfsfs.pool.changes import Changes
 from hlfsfs.pool.cleaning import Cleaning
+from hlfsfs.pool.diffs import Diffs
 from hlfsfs.pool.node_ids import ROOT_ID
 from hlfsfs.pool.snapshot_orders import SnapshotOrders
 from hlfsfs.pool.snapshots import Snapshots
@@ -35,6 +36,7 @@ class Properties:
         self._snapshots = snapshots
         self._cleaning = cleaning
         self._orders = SnapshotOrders(shared, volumes, snapshots)
+        self._diffs = Diffs(shared.engine, volumes, snapshots)
         self._root = snapshots.root
 
     def shown_id(self, node: AnyNode) -> int:
@@ -150,6 +152,8 @@ class Properties:
             return json.dumps(self.stats(node)).encode()
         if text == xattrs.CLEAN:
             return json.dumps(self._cleaning.state(self._volume(node)).as_json()).encode()
+        if text.startswith(xattrs.CHANGES):
+            return self._diffs.page(node, text)
         kept = self._kept(node)
         if text not in kept:
             raise NoAttribute(self._what(node), text)

@@ -189,7 +189,7 @@ class Snapshots:
     def _snapshot_child(self, node: VolumeNode, name: bytes) -> Node:
         with self._volumes.using(node) as volume:
             if name == LATEST:
-                if not volume.snapshots():
+                if not volume.snapshot_summary().count:
                     raise NoSuchSnapshot(self.what(VolumeSnapshots(node), name))
                 return LatestLink(node)
             return SnapshotNode(node, self.named(node, volume, name).id)
@@ -286,14 +286,15 @@ class Snapshots:
 
     def _newest(self, node: LatestLink) -> "Snapshot":
         with self._volumes.using(node.volume) as volume:
-            snapshots = volume.snapshots()
-        if not snapshots:
-            raise NoSuchSnapshot(self.what(node))
-        return snapshots[-1]
+            newest_id = volume.snapshot_summary().newest_id
+            try:
+                return volume.snapshot(newest_id)
+            except NoSuchSnapshot as exc:
+                raise NoSuchSnapshot(self.what(node)) from exc
 
     def _attributes_of_directory(self, node: VolumeSnapshots, volume: VolumeNode) -> Attributes:
         with self._volumes.using(volume) as attached:
-            changed_ns = max((each.ctime_ns for each in attached.snapshots()), default=attached.attr().ctime_ns)
+            changed_ns = attached.snapshot_summary().changed_ns or attached.attr().ctime_ns
         record = volume.require_record()
         owner = (_directory_mode(record.mode), record.uid, record.gid)
         return self._made(node, "snapshots", owner, nlink=2, times_ns=changed_ns)

@@ -76,7 +76,7 @@ class Volumes:
             return
         try:
             with self.using(node) as volume:
-                count = len(volume.snapshots())
+                count = volume.snapshot_summary().count
         except (Damaged, FormatVersion, UnknownFeature) as exc:
             log.info("%s: it cannot be told whether it has snapshots: %s", self._shared.what(node), exc)
             return

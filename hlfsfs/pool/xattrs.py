@@ -13,6 +13,8 @@ KEPT_PREFIXES = ("user.", "trusted.", "security.")
 OWN_PREFIX = "user.hlfs."
 STATS = "user.hlfs.stats"
 CLEAN = "user.hlfs.clean"
+# Followed by what is asked for; see `diffs`.
+CHANGES = "user.hlfs.changes."
 # Orders to directories of snapshots; see `SnapshotOrders`.
 GROUP = "user.hlfs.snapshot"
 HOLD = "user.hlfs.hold"

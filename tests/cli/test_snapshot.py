@@ -186,3 +186,69 @@ print(ended.returncode, ended.stderr)
         assert spawn("snapshot", "delete", str(tmp_path / "link"), "one")[0] == 0
         status, _, said = spawn("volume", "delete", f"local://{store}/v")
         assert status == 1
+
+
+@needs_fuse
+def test_diff_tells_what_was_written(tmp_path: Path) -> None:
+    """The same through a mount and offline, page by page, and no more than what was written or punched."""
+    store = tmp_path / "store"
+    with mounted(store) as mount:
+        expected = json.loads(
+            mount.python(
+                """
+import ctypes, json, os, random, sys
+os.chdir(sys.argv[1])
+libc = ctypes.CDLL(None)
+rng = random.Random(4)
+fd = os.open("v", os.O_RDWR | os.O_CREAT)
+os.ftruncate(fd, (64 << 20) + 100)
+for at in range(0, 64 << 20, 1 << 20):
+    os.pwrite(fd, rng.randbytes(1 << 20), at)
+os.mknod(".snapshots/v/a", 0o644)
+kinds = {}
+for at in rng.sample(range(16384), 3000):
+    if rng.random() < 0.2:
+        assert libc.fallocate(fd, 3, ctypes.c_long(at * 4096), ctypes.c_long(4096)) == 0
+        kinds[at * 4096] = "hole"
+    else:
+        os.pwrite(fd, rng.randbytes(300), at * 4096 + 1000)
+        kinds[at * 4096] = "data"
+os.mknod(".snapshots/v/b", 0o644)
+os.pwrite(fd, b"end", 64 << 20)
+print(json.dumps(sorted(kinds.items())))
+""",
+            )
+        )
+
+        def diff(base: str, *words: str) -> str:
+            status, output, said = (invoke if "://" in base else spawn)("diff", f"{base}@a", *words)
+            assert (status, said) == (0, "")
+            return output
+
+        path = str(mount.path / "v")
+        found = json.loads(diff(path, f"{path}@b", "--json"))
+        blocks = [
+            [at, extent["kind"]]
+            for extent in found["extents"]
+            for at in range(extent["offset_bytes"], extent["offset_bytes"] + extent["size_bytes"], 4096)
+        ]
+        assert blocks == expected
+        assert (found["from_size_bytes"], found["to_size_bytes"]) == ((64 << 20) + 100,) * 2
+        lines = diff(path, path).splitlines()
+        assert lines[-1] == f"{64 << 20}\t100\tdata"
+        assert len(lines) == len(found["extents"]) + 1
+        assert diff(path, f"{path}@a") == ""
+        for words, status, said in (
+            ([path, path], 2, "name a snapshot, as in VOLUME@SNAPSHOT"),
+            ([f"{path}@a", f"{tmp_path}/w@b"], 2, "or a snapshot of it"),
+            ([f"{path}@x", path], 1, "v%x: no such snapshot"),
+            ([f"{path}@a", f"{path}@x"], 1, "v%x: no such snapshot"),
+        ):
+            ended = spawn("diff", *words)
+            assert ended[0] == status
+            assert said in ended[2]
+        mount.unmount()
+    uri = f"local://{store}/v"
+    assert json.loads(diff(uri, f"{uri}@b", "--json")) == found
+    assert diff(uri, uri).splitlines() == lines
+    assert "v%x: no such snapshot" in invoke("diff", f"{uri}@x", uri)[2]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
-from hlfsfs.engine import CleanReport, NewSnapshot, Snapshot, SnapshotSpace, VolumeAttr
+from hlfsfs.engine import ChangedExtent, CleanReport, NewSnapshot, Snapshot, SnapshotSpace, SnapshotSummary, VolumeAttr
 from hlfsfs.errors import NoSuchSnapshot, RefusedName, SizeTooBig
 from hlfsfs.store import Store
 from hlfsfs.store.records import VolumeRecord
@@ -97,6 +97,11 @@ class FakeVolume:
         self._open()
         return [snapshot for snapshot, _ in self._stored.snapshots.values()]
 
+    def snapshot_summary(self) -> SnapshotSummary:
+        found = self.snapshots()
+        changed_ns = max((each.ctime_ns for each in found), default=0)
+        return SnapshotSummary(len(found), found[-1].id if found else 0, changed_ns)
+
     def snapshot(self, snapshot_id: int) -> Snapshot:
         for found in self.snapshots():
             if found.id == snapshot_id:
@@ -140,6 +145,9 @@ class FakeVolume:
     def read_snapshot(self, snapshot_id: int, offset: int, size_bytes: int) -> bytes:
         self.snapshot(snapshot_id)
         return self._stored.snapshots[snapshot_id][1][offset : offset + size_bytes]
+
+    def content(self, snapshot_id: int) -> bytes:
+        return self._open().data if snapshot_id == 0 else self._stored.snapshots[snapshot_id][1]
 
     def open_counts(self) -> tuple[int, int]:
         return 0, 0
@@ -207,6 +215,13 @@ class FakeEngine:
 
     def roll_back(self, volume: FakeVolume, snapshot_id: int) -> None:
         volume.roll_back(snapshot_id)
+
+    def changed_extents(
+        self, volume: FakeVolume, from_id: int, to_id: int, start: int, most: int
+    ) -> list[ChangedExtent]:
+        before, after = (volume.content(each).ljust(1 << 20, b"\0") for each in (from_id, to_id))
+        blocks = [at for at in range(0, len(before), 4096) if before[at : at + 4096] != after[at : at + 4096]]
+        return [ChangedExtent(at, 4096, any(after[at : at + 4096])) for at in blocks if at >= start][:most]
 
     def snapshot_space(self, volume: FakeVolume) -> SnapshotSpace:
         return SnapshotSpace(0, {snapshot.id: 0 for snapshot in volume.snapshots()})

@@ -306,6 +306,16 @@ void bind_snapshots(nb::class_<Volume>& volume, nb::module_& m) {
                 return find_snapshot(self, [id](const auto& info) { return info.id == id; });
             },
             nb::arg("id"))
+        // How many there are, the newest one's id and when a name or owner among them was last given; 0 for none.
+        .def("snapshot_summary",
+             [](const Volume& self) {
+                 const nb::gil_scoped_release unlocked;
+                 const auto all = self.snapshots();
+                 std::uint64_t changed_ns = 0;
+                 for (const Volume::SnapshotInfo& info : all)
+                     changed_ns = std::max(changed_ns, info.ctime_ns);
+                 return std::tuple(all.size(), all.empty() ? 0 : all.back().id, changed_ns);
+             })
         .def(
             "snapshot_named",
             [](const Volume& self, const nb::bytes& name) {
@@ -338,6 +348,16 @@ void bind_snapshots(nb::class_<Volume>& volume, nb::module_& m) {
                 Volume::create_snapshots(std::move(copy), group_id);
             },
             nb::arg("wanted"), nb::arg("group_id"))
+        .def(
+            "changed_extents",
+            [](Volume& self, std::uint64_t from_id, std::uint64_t to_id, std::uint64_t first_block, std::size_t most) {
+                const nb::gil_scoped_release unlocked;
+                std::vector<std::tuple<std::uint64_t, std::uint64_t, bool>> found;
+                for (const auto& extent : self.changed_extents(from_id, to_id, first_block, most))
+                    found.emplace_back(extent.block, extent.count, extent.mapped);
+                return found;
+            },
+            nb::arg("from_id"), nb::arg("to_id"), nb::arg("first_block"), nb::arg("most"))
         .def("snapshot_space",
              [](Volume& self) {
                  Volume::SnapshotSpace space;

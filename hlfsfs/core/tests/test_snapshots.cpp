@@ -476,6 +476,71 @@ TEST_CASE("the space that snapshots hold is told block by block") {
     host.close(log);
 }
 
+TEST_CASE("what changed between snapshots is told from their maps alone") {
+    FaultyDisk::instance().reset();
+    const std::uint64_t seed = test_seed("changed extents");
+    Random random(seed);
+    Log log(1);
+    Host host;
+    const auto volume = host.open(log).volume;
+    // By block, what wrote it last.
+    using Content = std::map<std::uint64_t, std::uint64_t>;
+    std::vector<Content> contents(1);
+    Content now;
+    std::uint64_t blocks = 256;
+    for (std::uint64_t id = 1; id <= 10; ++id) {
+        for (std::uint64_t i = 1; i <= 12; ++i) {
+            const std::uint64_t first = random() % blocks;
+            const std::uint64_t count = 1 + random() % 200;
+            if (random() % 4 == 0) {
+                REQUIRE(fallocate_range(*volume, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, first * kBlockBytes,
+                                        count * kBlockBytes) == 0);
+                now.erase(now.lower_bound(first), now.lower_bound(first + count));
+                continue;
+            }
+            REQUIRE(write(host, *volume, first * kBlockBytes, pattern(count * kBlockBytes, random())) > 0);
+            for (std::uint64_t block = first; block < first + count; ++block)
+                now[block] = id * 1000 + i;
+        }
+        volume->create_snapshot(id, name_of(id), 0, {});
+        contents.push_back(now);
+        if (id % 3 == 0)
+            blocks *= 200;
+    }
+    while (host.checkpoint(log)) {
+    }
+    contents.front() = now;  // the head
+    CHECK(error_of([&] { (void)volume->changed_extents(1, 11, 0, 1); }) == ENOENT);
+    for (int round = 0; round < test_rounds(40); ++round) {
+        const std::uint64_t from = random() % contents.size();
+        const std::uint64_t to = random() % contents.size();
+        std::map<std::uint64_t, bool> wanted;
+        for (const auto& [block, by] : contents.at(from)) {
+            const auto at = contents.at(to).find(block);
+            if (at == contents.at(to).end() || at->second != by)
+                wanted[block] = at != contents.at(to).end();
+        }
+        for (const auto& [block, by] : contents.at(to)) {
+            if (!contents.at(from).contains(block))
+                wanted[block] = true;
+        }
+        std::map<std::uint64_t, bool> found;
+        const std::size_t most = 1 + random() % 50;
+        for (std::uint64_t next = 0;;) {
+            const auto extents = volume->changed_extents(from, to, next, most);
+            for (const auto& extent : extents) {
+                for (std::uint64_t block = extent.block; block < extent.block + extent.count; ++block)
+                    CHECK(found.emplace(block, extent.mapped).second);
+            }
+            if (extents.size() < most)
+                break;
+            next = extents.back().block + extents.back().count;
+        }
+        CHECK(found == wanted);
+    }
+    host.close(log);
+}
+
 TEST_CASE("a volume is rolled back to any of its snapshots, and all of them stay") {
     FaultyDisk::instance().reset();
     Log log(1);

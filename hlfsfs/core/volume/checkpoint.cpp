@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "base/failpoint.hpp"
+#include "volume/map_diff.hpp"
 #include "volume/snapshots.hpp"
 
 namespace hlfs {
@@ -199,7 +200,11 @@ struct Volume::Merge {
           generation(log_generation),
           mapped(of.mapped_blocks_) {
         // Counts of what lives are the newest checkpoint's, and the base is another one after a rollback.
-        tally_difference({of.newest_.root, of.newest_.levels}, {of.root_, of.levels_});
+        MapDiff(of, 0, [this](std::uint32_t, std::uint64_t, Pointer before, Pointer after) {
+            tally(before, -1);
+            tally(after, 1);
+            return true;
+        }).walk({of.newest_.root, of.newest_.levels}, {of.root_, of.levels_});
     }
     ~Merge() {
         if (batch != nullptr)
@@ -239,45 +244,6 @@ struct Volume::Merge {
         if (segment >= live_delta.size())
             live_delta.resize(std::size_t{segment} + 1);
         live_delta[segment] += by;
-    }
-
-    struct Subtree {
-        Pointer pointer = kHole;
-        std::uint32_t levels = 0;  // of nodes, this one included; 0: data
-    };
-    void tally_difference(const Subtree& before, const Subtree& after) {
-        if (before.pointer == after.pointer && before.levels == after.levels)
-            return;
-        const std::uint32_t levels = std::max(before.levels, after.levels);
-        // One that is smaller is the first child of the other, where there is nothing beside it.
-        const auto open = [this, levels](const Subtree& of, Node& node, std::int64_t by) {
-            node.fill(kHole);
-            if (of.pointer == kHole)
-                return;
-            if (of.levels < levels) {
-                node[0] = of.pointer;
-                return;
-            }
-            tally(of.pointer, by);
-            if (levels > 0)
-                volume.load_node_waiting(of.pointer, node);
-        };
-        auto nodes = std::make_unique<std::array<Node, 2>>();
-        open(before, (*nodes)[0], -1);
-        open(after, (*nodes)[1], 1);
-        for (std::uint32_t i = 0; levels > 0 && i < kNodeEntries; ++i) {
-            const auto child = [i, levels](const Subtree& of, const Node& node) {
-                return Subtree{.pointer = node[i], .levels = std::min(of.levels, levels - 1)};
-            };
-            Subtree from = child(before, (*nodes)[0]);
-            Subtree to = child(after, (*nodes)[1]);
-            // A hole has no height.
-            if (from.pointer == kHole)
-                from.levels = to.levels;
-            if (to.pointer == kHole)
-                to.levels = from.levels;
-            tally_difference(from, to);
-        }
     }
 
     void tally_leaf(const Node& before, const Node& after) {

@@ -125,6 +125,18 @@ Volume::Snapshot* Volume::find_snapshot(std::uint64_t id) const {
     return nullptr;
 }
 
+// Root and levels; 0: the head's, without its overlay.
+std::pair<Pointer, std::uint32_t> Volume::map_of(std::uint64_t snapshot_id) const {
+    if (snapshot_id == 0)
+        return {root_, levels_};
+    const Snapshot* const snapshot = find_snapshot(snapshot_id);
+    if (snapshot == nullptr)
+        fail(ENOENT, "there is no such snapshot");
+    if (snapshot->frozen != nullptr)
+        fail(EAGAIN, "no checkpoint has merged the snapshot yet");
+    return {snapshot->entry.record.root, static_cast<std::uint32_t>(snapshot->entry.record.levels)};
+}
+
 void Volume::check_new_name(const std::string& name) const {
     if (!is_snapshot_name(name))
         fail(EINVAL, "no name for a snapshot");

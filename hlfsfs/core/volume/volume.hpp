@@ -238,6 +238,17 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     // As of the newest checkpoint; waits for I/O. Throws FormatError, std::system_error; also where two checkpoints and
     // the cleaner came in between.
     [[nodiscard]] SnapshotSpace snapshot_space();
+    // Blocks that differ; `mapped`: in the latter there is data.
+    struct ChangedExtent {
+        std::uint64_t block = 0;
+        std::uint64_t count = 0;
+        bool mapped = false;
+    };
+    // From one snapshot to another, 0: the head, as of the newest checkpoint; so many at most of those from
+    // `first_block` on, in order. Waits for I/O. Throws std::system_error: ENOENT, EAGAIN (no checkpoint has merged the
+    // snapshot yet); FormatError, also where two checkpoints and the cleaner came in between.
+    [[nodiscard]] std::vector<ChangedExtent> changed_extents(std::uint64_t from_id, std::uint64_t to_id,
+                                                             std::uint64_t first_block, std::size_t most);
     // Read-only; `node_id` is what its attributes tell. nullptr: there is none.
     [[nodiscard]] std::shared_ptr<DataVolume> open_snapshot(std::uint64_t id, std::uint64_t node_id);
 
@@ -418,6 +429,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     [[nodiscard]] KeptMap kept_newest() const;
     class MapSet;
     class SpaceWalk;
+    class MapDiff;
+    [[nodiscard]] std::pair<Pointer, std::uint32_t> map_of(std::uint64_t snapshot_id) const;
     [[nodiscard]] std::uint64_t first_pinned_segno() const;
     [[nodiscard]] bool cleanable(const Segment& segment) const;
     Survey survey(std::uint32_t index, int fd);
