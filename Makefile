@@ -13,6 +13,8 @@ CORE_SOURCES = $(shell find hlfsfs/core tests bench -name '*.cpp' -o -name '*.hp
 JOBS := $(shell nproc)
 # How much longer than `make test` the fuzzers of `make hunt` run.
 HUNT_TIMES := 20
+# Rounds of each of the core's tests that are at random; a usual one does two to ten.
+HUNT_ROUNDS := 20
 # Several people or jobs may build in one checkout: they take turns.
 LOCKED := flock build/.lock
 
@@ -44,6 +46,7 @@ bench: setup  ## Measure against the raw disk and qemu-storage-daemon
 
 hunt: setup  ## Search for faults at random, for longer than `make test` does
 	contrib/setup/fuzz.sh $(JOBS) $(HUNT_TIMES)
+	HLFS_ROUNDS=$(HUNT_ROUNDS) contrib/setup/core-tests.sh $(JOBS) address
 	$(VENV_PYTHON) -m pytest --numprocesses=2 --dist=loadfile -m hunt --timeout=0 -o faulthandler_timeout=0 --hypothesis-profile=hunt
 
 clean:  ## Remove everything that was built

@@ -11,10 +11,11 @@ from xml.etree import ElementTree as ET
 import pytest
 from click.testing import CliRunner
 
+from bench import snapshots
 from bench.__main__ import main
 from bench.chart import svg
 from bench.commands import run_command
-from bench.jobs import JOBS, SCALE, SPACE, Amplification, Bar, Figure
+from bench.jobs import JOBS, SCALE, SNAPSHOTS, SPACE, Amplification, Bar, Figure
 from bench.mounts import Mount
 from bench.report import Results, amount, figures_content, save, speed_content, wide_console
 from bench.rivals import RIVALS
@@ -213,6 +214,22 @@ def test_space_at_a_small_size(tmp_path: Path) -> None:
         *(f"{what}_64M_50_{pattern}" for what in ("amplify", "full") for pattern in PATTERNS),
         *(figure.name for figure in SPACE),
     }
+    assert all(figure["value"] > 0 for figure in figures)
+    assert not list(tmp_path.glob("bench-*"))
+
+
+@needs_fuse
+@pytest.mark.hunt
+@pytest.mark.parametrize("part", ["take", "load", "read", "many"])
+def test_snapshots_at_a_small_size(tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "MANY", 20)
+    monkeypatch.setattr(snapshots, "LOAD_WRITES", 2000)
+    output = tmp_path / "bench.json"
+    words = ["--size", "64M", "--large", "1G", "--mapped", "64M", "--rounds", "1", "--parts", part]
+    done = CliRunner().invoke(main, ["snapshots", "--dir", str(tmp_path), *words, "--json", str(output)])
+    assert done.exit_code == 0, done.output
+    figures = json.loads(output.read_text(encoding="utf-8"))["snapshots"]["figures"]
+    assert {figure["name"] for figure in figures} == {figure.name for figure in SNAPSHOTS if figure.part == part}
     assert all(figure["value"] > 0 for figure in figures)
     assert not list(tmp_path.glob("bench-*"))
 

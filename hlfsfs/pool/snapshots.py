@@ -485,7 +485,7 @@ class Snapshots:
                 self._volumes.release(node.volume)
                 raise StaleId(self.id_of(node)) from exc
         except BaseException:
-            self._lower(node)
+            self._lower(node.id)
             raise
         return SnapshotFile(volume, node.id, self.what(node))
 
@@ -502,19 +502,20 @@ class Snapshots:
     def release(self, node_id: int) -> None:
         """Gives a handle back; one from before a restart may be unknown here."""
         with self._shared.lock:
-            snapshot_id = stable_id(node_id)
-            owner = self._owners.get(snapshot_id)
-            if owner is None or not self._handles.get(snapshot_id):
+            owner = self._owners.get(stable_id(node_id))
+            if owner is None or not self._lower(stable_id(node_id)):
                 return
-        self._lower(SnapshotNode(owner, snapshot_id))
         self._volumes.release(owner)
 
-    def _lower(self, node: SnapshotNode) -> None:
+    def _lower(self, snapshot_id: int) -> bool:
+        """One handle less; False: there was none."""
         with self._shared.lock:
-            self._handles[node.id] -= 1
-            if self._handles[node.id] == 0:
-                del self._handles[node.id]
-                self._shared.engine.close_snapshot(self.id_of(node))
+            handles = self._handles.pop(snapshot_id, 0)
+            if handles > 1:
+                self._handles[snapshot_id] = handles - 1
+            elif handles == 1:
+                self._shared.engine.close_snapshot(marked(SNAPSHOT_MARK, snapshot_id))
+            return handles > 0
 
     # --- what else it has -------------------------------------------------------------------------------------
 

@@ -231,7 +231,7 @@ class FakeEngine:
         self.findable.add(node_id)
 
     def close_snapshot(self, node_id: int) -> None:
-        self.findable.remove(node_id)
+        self.findable.discard(node_id)
 
     def drop(self, volume_id: int) -> None:
         with self._lock:

@@ -35,7 +35,7 @@ DOMAIN = """<domain type='qemu'>
   <on_reboot>destroy</on_reboot>
   <devices>
     <disk type='file' device='disk'>
-      <driver name='qemu' type='raw' cache='none' discard='unmap'/>
+      <driver name='qemu' type='{kind}' cache='none' discard='unmap'/>
       <source file='{volume}'/>
       <target dev='vda' bus='virtio'/>
     </disk>
@@ -221,10 +221,40 @@ def test_a_guest_lives_on_a_volume(pool: Path, scratch: Path) -> None:
     in_pool("vol-delete", "disk")
 
 
-def start_guest(name: str, volume: Path, serial: Path, *words: str) -> None:
+def test_a_guest_boots_from_a_snapshot(pool: Path, scratch: Path) -> None:
+    """By an overlay of qcow2 over it, which libvirt gives to QEMU's user with all that lies below it."""
+    build_image(scratch / "image")
+    virsh("vol-create-as", POOL, "disk", "64M")
+    in_pool("vol-upload", "disk", scratch / "image")
+    snapshot = pool / ".snapshots/disk/golden"
+    sh(pool, "touch .snapshots/disk/golden; dd if=/dev/zero of=disk bs=1M count=64 conv=notrunc,fsync status=none")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", snapshot, pool / "overlay.qcow2")
+    serial = scratch / "snapshot.log"
+    start_guest(GUEST, pool / "overlay.qcow2", serial, "--paused", kind="qcow2")
+    try:
+        owner = pwd.getpwnam("libvirt-qemu").pw_name
+        assert sh(pool, "stat -c '%U %a' .snapshots/disk/golden overlay.qcow2") == f"{owner} 400\n{owner} 644\n"
+        with pytest.raises(AssertionError, match="Device or resource busy"):
+            sh(pool, "rm .snapshots/disk/golden")
+        virsh("resume", GUEST)
+        wait_for(lambda: GUEST not in virsh("list", "--name").split(), "the guest powers off", BOOT_TIMEOUT_S)
+    finally:
+        end_guest(GUEST)
+    said = serial.read_text(errors="replace")
+    assert SUCCESS in said.split(), said
+    run("cmp", "-n", str(64 * MIB), snapshot, scratch / "image")
+    # libvirt gives back only what is on top: others may be using what lies below.
+    assert sh(pool, "stat -c %U overlay.qcow2") == "root\n"
+    with pytest.raises(AssertionError, match="Device or resource busy"):
+        in_pool("vol-delete", "disk")
+    sh(pool, "rm .snapshots/disk/golden overlay.qcow2")
+    in_pool("vol-delete", "disk")
+
+
+def start_guest(name: str, volume: Path, serial: Path, *words: str, kind: str = "raw") -> None:
     """Starts a guest without KVM. Raises AssertionError with libvirt's words."""
     definition = serial.with_suffix(".xml")
-    definition.write_text(DOMAIN.format(name=name, volume=volume, serial=serial))
+    definition.write_text(DOMAIN.format(name=name, volume=volume, serial=serial, kind=kind))
     virsh("create", definition, *words, timeout_s=BOOT_TIMEOUT_S)
 
 

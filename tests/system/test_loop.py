@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +92,31 @@ def test_a_filesystem_whose_server_dies_is_clean_after_its_journal(tmp_path: Pat
         with loop_device(volume) as device, mounted_ext4(device, tmp_path / "inner") as inner:
             sh(inner, 'cmp "$1" synced', tmp_path / "big")
         mount.run("e2fsck", "-fn", volume)
+
+
+def test_a_filesystem_snapshotted_while_it_is_written_to(tmp_path: Path) -> None:
+    """Each snapshot is what a power cut would leave: clean after its journal, with all that was synced before."""
+    with mounted(tmp_path / "store") as mount:
+        volume = mount.path / "volume"
+        mount.run("truncate", "-s", "192M", volume)
+        with loop_device(volume, "--direct-io=on") as device:
+            run("mkfs.ext4", "-q", device)
+            with mounted_ext4(device, tmp_path / "inner") as inner:
+                job = ["--name=load", "--rw=randwrite", "--bs=4k", "--size=64M", "--time_based", "--runtime=8"]
+                command = ["fio", f"--directory={inner}", "--fsync=32", *job]
+                with subprocess.Popen(["timeout", "60", *command], stdout=subprocess.DEVNULL) as load:
+                    for number in range(6):
+                        time.sleep(1)
+                        sh(inner, f"echo {number} >synced-{number}; sync -f synced-{number}")
+                        run("touch", mount.path / f".snapshots/volume/{number}")
+                    assert load.wait(60) == 0
+        for number in range(6):
+            run("cp", mount.path / f".snapshots/volume/{number}", mount.path / "copy")
+            with loop_device(mount.path / "copy") as device, mounted_ext4(device, tmp_path / "inner") as inner:
+                found = sh(inner, "cat synced-*").split()
+                assert found == [str(each) for each in range(number + 1)]
+            run("e2fsck", "-fn", mount.path / "copy")
+        run("e2fsck", "-fn", volume)
 
 
 def test_a_part_of_a_volume_and_large_sectors(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ TEST_CASE("what is overwritten gives its space back") {
 TEST_CASE("cleaning and crashes at random lose nothing") {
     FaultyDisk& disk = FaultyDisk::instance();
     Random random(test_seed("cleaner"));
-    for (int round = 0; round < test_rounds(10); ++round) {
+    for (int round = 0; round < test_rounds(3); ++round) {
         disk.reset();
         auto log = std::make_unique<Log>(1);
         Bytes model;
