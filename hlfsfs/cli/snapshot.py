@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from hlfsfs.cli.output import format_size, format_time, print_json, print_table
-from hlfsfs.cli.snapshot_places import VolumeSnapshots, snapshots_of, take_all, take_group
+from hlfsfs.cli.snapshot_places import snapshots_of, take_all, take_group
 from hlfsfs.errors import UsageError
 
 volume_argument = click.argument("volume", metavar="VOLUME")
@@ -47,7 +47,7 @@ def create(words: tuple[str, ...], pool: str | None) -> None:
 def list_snapshots(volume: str, as_json: bool) -> None:
     """List the snapshots of VOLUME, the oldest first. ALONE is what would be given back with that one alone."""
     with snapshots_of(volume, "hlfs snapshot list PATH") as found:
-        listed = sorted((found.stats(name) for name in found.names()), key=lambda each: int(each["time_ns"]))
+        listed = list(found.listed())
     if as_json:
         print_json(listed)
     else:
@@ -81,12 +81,8 @@ def delete(volume: str, names: tuple[str, ...], all_of_them: bool) -> None:
     if bool(names) == all_of_them:
         raise UsageError("hlfs snapshot delete: name snapshots, or say --all")
     with snapshots_of(volume, f"hlfs snapshot delete PATH {' '.join(names) or '--all'}") as found:
-        for name in names or _by_age(found):
+        for name in names or found.names():
             found.remove(name)
-
-
-def _by_age(found: VolumeSnapshots) -> list[str]:
-    return sorted(found.names(), key=lambda name: int(found.stats(name)["time_ns"]))
 
 
 @snapshot.command("hold", short_help="Have a snapshot kept.")

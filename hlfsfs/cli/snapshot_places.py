@@ -31,6 +31,7 @@ from hlfsfs.pool import (
     CHANGES_PREFIX,
     GROUP_ATTRIBUTE,
     HOLD_ATTRIBUTE,
+    LIST_PREFIX,
     RELEASE_ATTRIBUTE,
     ROLLBACK_ATTRIBUTE,
     STATS_ATTRIBUTE,
@@ -50,7 +51,19 @@ class VolumeSnapshots(ABC):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Without `latest`."""
+        """As the system calls them, without `latest`."""
+
+    @abstractmethod
+    def list_page(self, attribute: str) -> bytes:
+        """An attribute of the directory of them all."""
+
+    def listed(self) -> Iterator[dict[str, Any]]:
+        """`stats` of each, the oldest first."""
+        start: str | None = "0"
+        while start is not None:
+            page = json.loads(self.list_page(f"{LIST_PREFIX}{start}"))
+            yield from page["snapshots"]
+            start = page["next"]
 
     @abstractmethod
     def stats(self, name: str) -> dict[str, Any]:
@@ -130,6 +143,10 @@ class Mounted(VolumeSnapshots):
     def names(self) -> list[str]:
         with self._errors(""):
             return sorted(name for name in os.listdir(self._directory) if name != LATEST)
+
+    def list_page(self, attribute: str) -> bytes:
+        with self._errors(""):
+            return os.getxattr(self._directory, attribute)
 
     def stats(self, name: str) -> dict[str, Any]:
         with self._errors(name):
@@ -232,6 +249,9 @@ class Offline(VolumeSnapshots):
     def names(self) -> list[str]:
         found = (os.fsdecode(name) for name, _ in self._names.readdir(self._directory))
         return [name for name in found if name != LATEST]
+
+    def list_page(self, attribute: str) -> bytes:
+        return self._names.getxattr(self._directory, attribute.encode())
 
     def stats(self, name: str) -> dict[str, Any]:
         return self._names.stats(self._node(name))

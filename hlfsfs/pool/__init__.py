@@ -8,6 +8,7 @@ from hlfsfs.pool.xattrs import CHANGES as CHANGES_PREFIX
 from hlfsfs.pool.xattrs import CLEAN as CLEAN_ATTRIBUTE
 from hlfsfs.pool.xattrs import GROUP as GROUP_ATTRIBUTE
 from hlfsfs.pool.xattrs import HOLD as HOLD_ATTRIBUTE
+from hlfsfs.pool.xattrs import LIST as LIST_PREFIX
 from hlfsfs.pool.xattrs import RELEASE as RELEASE_ATTRIBUTE
 from hlfsfs.pool.xattrs import ROLLBACK as ROLLBACK_ATTRIBUTE
 from hlfsfs.pool.xattrs import STATS as STATS_ATTRIBUTE
@@ -17,6 +18,7 @@ __all__ = [
     "CLEAN_ATTRIBUTE",
     "GROUP_ATTRIBUTE",
     "HOLD_ATTRIBUTE",
+    "LIST_PREFIX",
     "RELEASE_ATTRIBUTE",
     "ROLLBACK_ATTRIBUTE",
     "ROOT_ID",

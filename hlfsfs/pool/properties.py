@@ -154,6 +154,8 @@ class Properties:
             return json.dumps(self._cleaning.state(self._volume(node)).as_json()).encode()
         if text.startswith(xattrs.CHANGES):
             return self._diffs.page(node, text)
+        if text.startswith(xattrs.LIST) and not isinstance(node, Node):
+            return self._snapshots.page(node, text)
         kept = self._kept(node)
         if text not in kept:
             raise NoAttribute(self._what(node), text)

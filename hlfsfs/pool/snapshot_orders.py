@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TAG_LIMIT_BYTES = 255
+# All that is told of a snapshot fits into an attribute.
+MAX_HOLDS = 64
 
 
 class _GroupOrder(msgspec.Struct, forbid_unknown_fields=True):
@@ -193,6 +195,8 @@ class SnapshotOrders:
             raise UsageError(f"{printable(tag)!r}: no name for a hold; say who wants it kept, in 1 to 255 bytes")
 
         def add(holds: list[str]) -> list[str]:
+            if len(holds) >= MAX_HOLDS:
+                raise UsageError(f"{self._snapshots.what(parent, name)}: has {MAX_HOLDS} holds, as many as may be")
             if tag in holds:
                 raise NameExists(f"{self._snapshots.what(parent, name)}, hold {tag!r}")
             return [*holds, tag]

@@ -8,7 +8,9 @@ Changes hold `Shared.changing` throughout, as those of other names do, so that n
 of it is being taken.
 """
 
+import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hlfsfs.errors import (
     HlfsError,
     NameExists,
+    NoAttribute,
     NoSuchName,
     NoSuchSnapshot,
     NotPermitted,
@@ -25,6 +28,7 @@ from hlfsfs.errors import (
     VolumeBusy,
     printable,
 )
+from hlfsfs.pool import xattrs
 from hlfsfs.pool.attributes import AttributeChanges, Attributes, EntryAttributes, check_volume_mode
 from hlfsfs.pool.changes import Changes, new_id, with_changes
 from hlfsfs.pool.names import LATEST, check_new_snapshot_name
@@ -34,13 +38,16 @@ from hlfsfs.pool.volumes import Volumes
 from hlfsfs.store.records import SnapshotNotes
 
 if TYPE_CHECKING:
-    from hlfsfs.engine import NewSnapshot, Snapshot, Volume
+    from hlfsfs.engine import NewSnapshot, Snapshot, SnapshotSpace, Volume
 
 log = logging.getLogger(__name__)
 
 _READ_BITS = 0o444
 _WRITE_BITS = 0o222
 _SEARCH_BITS = 0o111
+# An attribute has 64 KiB at most, and one more snapshot may take half of it.
+PAGE_BYTES = 32768
+_NUMBER = re.compile(r"[0-9a-f]{1,8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -550,24 +557,48 @@ class Snapshots:
 
     def stats(self, node: Node) -> dict[str, Any]:
         """What `hlfs stat` shows, JSON-ready. Raises StaleId."""
-        found: dict[str, Any] = {"name": self.what(node), "id": f"{self.id_of(node):016x}"}
         if not isinstance(node, SnapshotNode):
-            return {"kind": "snapshots", **found}
+            return {"kind": "snapshots", "name": self.what(node), "id": f"{self.id_of(node):016x}"}
         with self._using(node) as (volume, snapshot):
+            return self._stats_of(node.volume, snapshot, self._shared.engine.snapshot_space(volume))
+
+    def _stats_of(self, node: VolumeNode, snapshot: "Snapshot", space: "SnapshotSpace") -> dict[str, Any]:
+        return {
+            "kind": "snapshot",
+            "name": self.what(VolumeSnapshots(node), snapshot.name),
+            "id": f"{marked(SNAPSHOT_MARK, snapshot.id):016x}",
+            "volume": self._shared.what(node),
+            "snapshot": printable(snapshot.name),
+            "time_ns": snapshot.time_ns,
+            "mtime_ns": snapshot.mtime_ns,
+            "size_bytes": snapshot.size_bytes,
+            "allocated_bytes": snapshot.allocated_bytes,
+            "alone_bytes": space.alone_bytes.get(snapshot.id, 0),
+            "group": f"{snapshot.group_id:016x}" if snapshot.group_id else "",
+            "holds": self.notes(SnapshotNode(node, snapshot.id)).holds,
+        }
+
+    def page(self, node: Node, attribute: str) -> bytes:
+        """Statistics of a volume's snapshots, the oldest first, as an attribute that is read page by page.
+
+        `user.hlfs.snapshots.START` of the volume's directory: from number START on, in hexadecimal. JSON:
+        {"snapshots": [as `stats`], "next": START of the next page or null}.
+
+        Raises:
+            NoAttribute: it is no such question, or not one to this node.
+        """
+        start = attribute.removeprefix(xattrs.LIST)
+        if not isinstance(node, VolumeSnapshots) or _NUMBER.fullmatch(start) is None:
+            raise NoAttribute(self.what(node), attribute)
+        with self._volumes.using(node.volume) as volume:
             space = self._shared.engine.snapshot_space(volume)
-            return {
-                "kind": "snapshot",
-                **found,
-                "volume": self._shared.what(node.volume),
-                "snapshot": printable(snapshot.name),
-                "time_ns": snapshot.time_ns,
-                "mtime_ns": snapshot.mtime_ns,
-                "size_bytes": snapshot.size_bytes,
-                "allocated_bytes": snapshot.allocated_bytes,
-                "alone_bytes": space.alone_bytes.get(snapshot.id, 0),
-                "group": f"{snapshot.group_id:016x}" if snapshot.group_id else "",
-                "holds": self.notes(node).holds,
-            }
+            snapshots = volume.snapshots()
+        listed, size_bytes, at = [], 0, int(start, 16)
+        while at < len(snapshots) and size_bytes < PAGE_BYTES:
+            listed.append(json.dumps(self._stats_of(node.volume, snapshots[at], space)))
+            size_bytes, at = size_bytes + len(listed[-1]), at + 1
+        following = f'"{at:x}"' if at < len(snapshots) else "null"
+        return f'{{"snapshots": [{",".join(listed)}], "next": {following}}}'.encode()
 
 
 def _directory_mode(volume_mode: int) -> int:

@@ -13,8 +13,9 @@ KEPT_PREFIXES = ("user.", "trusted.", "security.")
 OWN_PREFIX = "user.hlfs."
 STATS = "user.hlfs.stats"
 CLEAN = "user.hlfs.clean"
-# Followed by what is asked for; see `diffs`.
+# Followed by what is asked for; see `diffs` and `Snapshots.page`.
 CHANGES = "user.hlfs.changes."
+LIST = "user.hlfs.snapshots."
 # Orders to directories of snapshots; see `SnapshotOrders`.
 GROUP = "user.hlfs.snapshot"
 HOLD = "user.hlfs.hold"

@@ -367,6 +367,27 @@ def test_a_group_that_fails_is_taken_back(world: World, monkeypatch: pytest.Monk
     order(world, above(world), b"user.hlfs.snapshot", name="all")
 
 
+def test_many_are_listed_page_by_page(world: World) -> None:
+    world.volume(b"v")
+    where = directory(world)
+    names = [f"{number}{'x' * 240}" for number in range(90)]
+    for name in names:
+        take(world, name.encode())
+    listed_names: list[str] = []
+    start: str | None = "0"
+    pages = 0
+    while start is not None:
+        page = json.loads(world.names.getxattr(where, f"user.hlfs.snapshots.{start}".encode()))
+        listed_names += [each["snapshot"] for each in page["snapshots"]]
+        start, pages = page["next"], pages + 1
+    assert listed_names == names
+    assert pages > 1
+    for question in (b"user.hlfs.snapshots.", b"user.hlfs.snapshots.x", b"user.hlfs.snapshots.-1"):
+        with pytest.raises(errors.NoAttribute):
+            world.names.getxattr(where, question)
+    assert json.loads(world.names.getxattr(where, b"user.hlfs.snapshots.fff"))["snapshots"] == []
+
+
 def test_what_is_held_is_not_removed(world: World) -> None:
     volume = world.volume(b"v")
     where, one = directory(world), take(world, b"one")
@@ -390,6 +411,13 @@ def test_what_is_held_is_not_removed(world: World) -> None:
         order(world, where, b"user.hlfs.release", snapshot="1", tag="nobody")
     with pytest.raises(errors.UsageError):
         order(world, above(world), b"user.hlfs.hold", snapshot="1", tag="backup")
+    for number in range(62):
+        order(world, where, b"user.hlfs.hold", snapshot="1", tag=f"{number:0255d}")
+    with pytest.raises(errors.UsageError, match="64 holds, as many as may be"):
+        order(world, where, b"user.hlfs.hold", snapshot="1", tag="one more")
+    assert len(world.names.stats(one)["holds"]) == 64
+    for number in range(62):
+        order(world, where, b"user.hlfs.release", snapshot="1", tag=f"{number:0255d}")
     for tag in ("a clone", "backup"):
         order(world, where, b"user.hlfs.release", snapshot="1", tag=tag)
     world.names.unlink(where, b"1")
