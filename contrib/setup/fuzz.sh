@@ -6,7 +6,7 @@ set -euo pipefail
 
 jobs=$1 times=${2:-1} dir=build/fuzz seed=${HLFS_SEED:-$RANDOM}
 # Inputs a run; so many that each takes some seconds on one core.
-declare -A runs=([summary]=200000 [footer]=200000 [checkpoint]=20000 [segment]=1000 [table]=1000 [log]=400 [ring]=400 [fuse]=8000)
+declare -A runs=([summary]=200000 [footer]=200000 [checkpoint]=20000 [segment]=1000 [table]=1000 [log]=400 [ring]=400 [fuse]=8000 [snapshots]=100000)
 
 build() {
     if [ ! -f "$dir/build.ninja" ]; then
@@ -41,7 +41,7 @@ fuzz() {
 { flock 9 && build 9>&-; } 9>build/.lock
 echo "fuzzing with HLFS_SEED=$seed:"
 status=0
-for pair in "log summary" "ring footer" "fuse checkpoint" "segment table"; do
+for pair in "log summary" "ring footer" "fuse checkpoint" "segment table" "snapshots"; do
     for name in $pair; do fuzz "$name" & done
     for name in $pair; do wait -n || status=1; done
 done

@@ -122,6 +122,9 @@ class Snapshots:
         # Guarded by `Shared.lock`: whose a snapshot is, as far as anybody looked, and how many handles it has.
         self._owners: dict[int, VolumeNode] = {}
         self._handles: dict[int, int] = {}
+        # Groups that a crash cut short, which the sweep of a store that may be changed takes back.
+        unfinished = shared.store.info().unfinished_groups if shared.store.read_only else []
+        self._unfinished = frozenset(group.id for group in unfinished)
 
     # --- finding ----------------------------------------------------------------------------------------------
 
@@ -193,10 +196,14 @@ class Snapshots:
                 return self._snapshot_child(volume, name)
         raise NoSuchName(self.what(parent, name), "volume")
 
+    def _listed(self, volume: "Volume") -> "list[Snapshot]":
+        """All that count, the oldest first."""
+        return [each for each in volume.snapshots() if each.group_id not in self._unfinished]
+
     def _snapshot_child(self, node: VolumeNode, name: bytes) -> Node:
         with self._volumes.using(node) as volume:
             if name == LATEST:
-                if not volume.snapshot_summary().count:
+                if not self._newest_id(volume):
                     raise NoSuchSnapshot(self.what(VolumeSnapshots(node), name))
                 return LatestLink(node)
             return SnapshotNode(node, self.named(node, volume, name).id)
@@ -207,6 +214,8 @@ class Snapshots:
             found = volume.snapshot_named(name)
         except NoSuchSnapshot as exc:
             raise NoSuchSnapshot(self.what(VolumeSnapshots(node), name)) from exc
+        if found.group_id in self._unfinished:
+            raise NoSuchSnapshot(self.what(VolumeSnapshots(node), name))
         self.learn(node, [found])
         return found
 
@@ -236,7 +245,7 @@ class Snapshots:
 
     def _snapshot_entries(self, node: VolumeNode) -> list[tuple[bytes, EntryAttributes]]:
         with self._volumes.using(node) as volume:
-            snapshots = volume.snapshots()
+            snapshots = self._listed(volume)
         self.learn(node, snapshots)
         found = [
             (each.name, EntryAttributes(marked(SNAPSHOT_MARK, each.id), "snapshot", each.mode, each.uid, each.gid))
@@ -291,11 +300,16 @@ class Snapshots:
                 newest = self._newest(node)
                 return self._made(node, "link", (0o777, 0, 0), size_bytes=len(newest.name), times_ns=newest.time_ns)
 
+    def _newest_id(self, volume: "Volume") -> int:
+        """0: there is none."""
+        if not self._unfinished:
+            return volume.snapshot_summary().newest_id
+        return next((each.id for each in reversed(self._listed(volume))), 0)
+
     def _newest(self, node: LatestLink) -> "Snapshot":
         with self._volumes.using(node.volume) as volume:
-            newest_id = volume.snapshot_summary().newest_id
             try:
-                return volume.snapshot(newest_id)
+                return volume.snapshot(self._newest_id(volume))
             except NoSuchSnapshot as exc:
                 raise NoSuchSnapshot(self.what(node)) from exc
 
@@ -592,7 +606,7 @@ class Snapshots:
             raise NoAttribute(self.what(node), attribute)
         with self._volumes.using(node.volume) as volume:
             space = self._shared.engine.snapshot_space(volume)
-            snapshots = volume.snapshots()
+            snapshots = self._listed(volume)
         listed, size_bytes, at = [], 0, int(start, 16)
         while at < len(snapshots) and size_bytes < PAGE_BYTES:
             listed.append(json.dumps(self._stats_of(node.volume, snapshots[at], space)))
