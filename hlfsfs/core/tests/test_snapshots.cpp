@@ -90,6 +90,24 @@ void put_behind_checkpoints(Host& host, Log& log, Volume& volume, const Tree& tr
     }
 }
 
+// Two sections of the case that calls it.
+void check_after_ends(std::unique_ptr<Host>& host, std::shared_ptr<Volume>& volume, Log& log, const Tree& tree) {
+    SECTION("after a clean end") {
+        host->close(log);
+        volume.reset();
+        host = std::make_unique<Host>();
+        volume = host->open(log).volume;
+        tree.check(*volume);
+    }
+    SECTION("after the death of the process") {
+        auto [left_log, left_ring] = host->after_death(log);
+        Host successor;
+        const auto opened = successor.open(*left_log, left_ring->ring());
+        tree.check(*opened.volume);
+        successor.close(*left_log);
+    }
+}
+
 // As the engine does it.
 void roll_back(Host& host, Log& log, Volume& volume, std::uint64_t id) {
     for (int tries = 0; tries < 100; ++tries) {
@@ -155,20 +173,7 @@ TEST_CASE("a snapshot holds what was written before it, and nothing written afte
         while (host->checkpoint(log))
             tree.check(*volume);
     }
-    SECTION("after a clean end") {
-        host->close(log);
-        volume.reset();
-        host = std::make_unique<Host>();
-        volume = host->open(log).volume;
-        tree.check(*volume);
-    }
-    SECTION("after the death of the process") {
-        auto [left_log, left_ring] = host->after_death(log);
-        Host successor;
-        const auto opened = successor.open(*left_log, left_ring->ring());
-        tree.check(*opened.volume);
-        successor.close(*left_log);
-    }
+    check_after_ends(host, volume, log, tree);
     SECTION("after a power cut, which loses what was not flushed and no snapshot") {
         Random random(7);
         const auto left = log.after_power_cut(random, FaultyDisk::Fate::all_lost);
@@ -592,20 +597,7 @@ TEST_CASE("a volume is rolled back to any of its snapshots, and all of them stay
     CHECK_FALSE(volume->roll_back(2));
     back_to(4);
 
-    SECTION("after a clean end") {
-        host->close(log);
-        volume.reset();
-        host = std::make_unique<Host>();
-        volume = host->open(log).volume;
-        tree.check(*volume);
-    }
-    SECTION("after the death of the process") {
-        auto [left_log, left_ring] = host->after_death(log);
-        Host successor;
-        const auto opened = successor.open(*left_log, left_ring->ring());
-        tree.check(*opened.volume);
-        successor.close(*left_log);
-    }
+    check_after_ends(host, volume, log, tree);
     SECTION("after a power cut, from either checkpoint") {
         const int lost = GENERATE(-1, 0, 1);
         Random random(7);
