@@ -30,10 +30,6 @@ namespace {
 constexpr std::uint16_t kData = UINT16_MAX;
 constexpr std::uint32_t kMoveBlocks = 256;  // published at once
 
-constexpr std::uint64_t span_of(std::uint32_t level) noexcept {
-    return std::uint64_t{1} << (kNodeShift * level);
-}
-
 // Which of a file's slots have blocks behind them, one call for many: to ask for each run would cost as much as to
 // punch it. A file system without FIEMAP (tmpfs) is asked for its data, extent by extent.
 std::vector<bool> present_slots(int fd, std::uint32_t end_slot) {
