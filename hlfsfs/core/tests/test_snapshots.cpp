@@ -688,70 +688,69 @@ TEST_CASE("a segment of which a snapshot holds a little is punched, where one of
     host.close(log);
 }
 
-TEST_CASE("the cleaner takes nothing of a snapshot whose removal is not durable yet") {
+namespace {
+
+// Overwrites a volume that has a snapshot, and has it changed by what the disk does not let be durable yet: the cleaner
+// takes nothing that this lets go, and a power cut brings all of it back.
+void check_before_it_is_durable(Host& host, Log& log, Volume& volume, Tree& tree, const std::function<void()>& change,
+                                const std::function<bool()>& is_seen) {
     FaultyDisk& disk = FaultyDisk::instance();
-    disk.reset();
-    Log log(1);
-    Tree tree;
-    auto host = std::make_unique<Host>();
-    auto volume = host->open(log).volume;
-    fill(*host, log, *volume, tree, 100);
-    volume->create_snapshot(1, "one", 0, {});
+    fill(host, log, volume, tree, 100);
+    volume.create_snapshot(1, "one", 0, {});
     tree.snapshots[1] = tree.head;
-    fill(*host, log, *volume, tree, 200);
-    put_behind_checkpoints(*host, log, *volume, tree);
+    fill(host, log, volume, tree, 200);
+    put_behind_checkpoints(host, log, volume, tree);
+    host.repeat_checkpoint(log);
     disk.hold_syncs();
-    std::thread remover([&] { volume->remove_snapshot(1); });
-    CHECK(wait_until([&] { return volume->snapshots().empty(); }));
-    CHECK(host->clean(log, Volume::CleanHow::punch).freed_blocks < 256);
+    std::thread changer(change);
+    CHECK(wait_until(is_seen));
+    CHECK(host.clean(log, Volume::CleanHow::punch).freed_blocks < 256);
     Random random(5);
     const auto left = log.after_power_cut(random, FaultyDisk::Fate::all_lost);
     disk.release_syncs();
-    remover.join();
+    changer.join();
     Host successor;
     const auto opened = successor.open(*left);
     tree.check(*opened.volume);
     successor.close(*left);
+}
+
+void check_that_cleaning_frees(Host& host, Log& log, std::uint64_t least_bytes) {
     const std::uint64_t before_bytes = log.allocated_bytes();
-    host->clean(log, Volume::CleanHow::punch);
-    CHECK(log.allocated_bytes() + 8 * kMiB < before_bytes);
-    host->drop(log);
+    host.clean(log, Volume::CleanHow::punch);
+    CHECK(log.allocated_bytes() + least_bytes < before_bytes);
+}
+
+}  // namespace
+
+TEST_CASE("the cleaner takes nothing of a snapshot whose removal is not durable yet") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Tree tree;
+    Host host;
+    const auto volume = host.open(log).volume;
+    check_before_it_is_durable(
+        host, log, *volume, tree, [&] { volume->remove_snapshot(1); }, [&] { return volume->snapshots().empty(); });
+    check_that_cleaning_frees(host, log, 8 * kMiB);
+    host.drop(log);
 }
 
 TEST_CASE("the cleaner takes nothing of what was rolled back before that is durable") {
-    FaultyDisk& disk = FaultyDisk::instance();
-    disk.reset();
+    FaultyDisk::instance().reset();
     Log log(1);
     Tree tree;
-    auto host = std::make_unique<Host>();
-    auto volume = host->open(log).volume;
-    fill(*host, log, *volume, tree, 100);
-    volume->create_snapshot(1, "one", 0, {});
-    tree.snapshots[1] = tree.head;
-    fill(*host, log, *volume, tree, 200);
-    put_behind_checkpoints(*host, log, *volume, tree);
-    host->repeat_checkpoint(log);
-    disk.hold_syncs();
+    Host host;
+    const auto volume = host.open(log).volume;
     std::atomic<bool> rolled_back{false};
-    std::thread roller([&] { rolled_back = volume->roll_back(1); });
-    CHECK(wait_until([&] { return holds(*volume, tree.snapshots.at(1)); }));
-    CHECK(host->clean(log, Volume::CleanHow::punch).freed_blocks < 256);
-    Random random(5);
-    const auto left = log.after_power_cut(random, FaultyDisk::Fate::all_lost);
-    disk.release_syncs();
-    roller.join();
+    check_before_it_is_durable(
+        host, log, *volume, tree, [&] { rolled_back = volume->roll_back(1); },
+        [&] { return holds(*volume, tree.snapshots.at(1)); });
     CHECK(rolled_back);
-    Host successor;
-    const auto opened = successor.open(*left);
-    tree.check(*opened.volume);
-    successor.close(*left);
     tree.head = tree.snapshots.at(1);
-    put_behind_checkpoints(*host, log, *volume, tree);
-    const std::uint64_t before_bytes = log.allocated_bytes();
-    host->clean(log, Volume::CleanHow::punch);
-    CHECK(log.allocated_bytes() + 8 * kMiB < before_bytes);
+    put_behind_checkpoints(host, log, *volume, tree);
+    check_that_cleaning_frees(host, log, 8 * kMiB);
     tree.check(*volume);
-    host->drop(log);
+    host.drop(log);
 }
 
 TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and power cuts") {
