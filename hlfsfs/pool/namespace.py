@@ -97,18 +97,15 @@ class Namespace:
         if isinstance(node, (PoolSnapshots, VolumeSnapshots)):
             raise ReadOnly(self._snapshots.what(node), "only snapshots can be made, in .snapshots/VOLUME")
         if not isinstance(node, PoolNode):
-            raise NotAPool(self._what(node))
+            raise NotAPool(self._properties.what(node))
         node.require_record()
         return node
 
     def _volume(self, node_id: int) -> VolumeNode:
         node = self._node(node_id)
         if not isinstance(node, VolumeNode):
-            raise NotAVolume(self._what(node))
+            raise NotAVolume(self._properties.what(node))
         return node
-
-    def _what(self, node: AnyNode) -> str:
-        return self._shared.what(node) if isinstance(node, Node) else self._snapshots.what(node)
 
     def _child(self, parent: AnyNode, name: bytes) -> AnyNode:
         """Raises NoSuchName, NotAPool, Damaged."""
@@ -231,7 +228,7 @@ class Namespace:
             ReadOnly: a snapshot, by who is going to write.
         """
         if mark_of(parent_id) and flags & (os.O_EXCL | os.O_TRUNC):
-            raise only_read(self._what(self._node(parent_id)))
+            raise only_read(self._properties.what(self._node(parent_id)))
         made = self.create(parent_id, name, mode, uid, gid)
         self.open(made.id, os.O_RDONLY if mark_of(made.id) else flags)
         return made

@@ -158,7 +158,7 @@ class Properties:
             return self._snapshots.page(node, text)
         kept = self._kept(node)
         if text not in kept:
-            raise NoAttribute(self._what(node), text)
+            raise NoAttribute(self.what(node), text)
         return kept[text]
 
     def setxattr(self, node: AnyNode, name: bytes, value: bytes, flags: int) -> None:
@@ -169,16 +169,16 @@ class Properties:
             return
         if text in xattrs.ORDERS:
             if isinstance(node, Node):
-                raise NotPermitted(f"{self._what(node)}: {text} is an order to a directory of snapshots")
+                raise NotPermitted(f"{self.what(node)}: {text} is an order to a directory of snapshots")
             self._orders.order(node, text, value)
             return
-        what = self._what(node)
+        what = self.what(node)
         self._change_kept(node, lambda kept: xattrs.with_attribute(kept, text, value, flags, what))
 
     def removexattr(self, node: AnyNode, name: bytes) -> None:
         """See `Namespace.removexattr`."""
         text = xattrs.parse_name(name)
-        what = self._what(node)
+        what = self.what(node)
         self._change_kept(node, lambda kept: xattrs.without_attribute(kept, text, what))
 
     def listxattr(self, node: AnyNode, *, privileged: bool) -> list[bytes]:
@@ -195,12 +195,13 @@ class Properties:
         with self._shared.changing:
             self._changes.update_record(node, {"xattrs": change(self._record(node).xattrs)})
 
-    def _what(self, node: AnyNode) -> str:
+    def what(self, node: AnyNode) -> str:
+        """How errors call a node."""
         return self._shared.what(node) if isinstance(node, Node) else self._snapshots.what(node)
 
     def _volume(self, node: AnyNode) -> VolumeNode:
         if not isinstance(node, VolumeNode):
-            raise NotAVolume(self._what(node))
+            raise NotAVolume(self.what(node))
         return node
 
     def _record(self, node: Node) -> VolumeRecord | PoolRecord:

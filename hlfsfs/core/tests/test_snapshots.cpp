@@ -753,6 +753,43 @@ TEST_CASE("the cleaner takes nothing of what was rolled back before that is dura
     host.drop(log);
 }
 
+TEST_CASE("a replay of a rollback finds its map, also of a snapshot that was removed since") {
+    const std::size_t lost = GENERATE(0, 1);
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Tree tree;
+    Host host;
+    const auto volume = host.open(log).volume;
+    fill(host, log, *volume, tree, 100);
+    volume->create_snapshot(1, "one", 0, {});
+    tree.snapshots[1] = tree.head;
+    // Its map lies where the cleaner may go.
+    put_behind_checkpoints(host, log, *volume, tree);
+    fill(host, log, *volume, tree, 200);
+    put_behind_checkpoints(host, log, *volume, tree);
+    roll_back(host, log, *volume, 1);
+    tree.head = tree.snapshots.at(1);
+    // Merged by the first checkpoint after it: nodes of the snapshot's map are in neither slot's map then.
+    const Change change{.offset = 5 * kMiB, .size_bytes = kMiB, .stamp = 300};
+    REQUIRE(change.run(host, log, *volume) == 0);
+    change.apply(tree.head);
+    REQUIRE(flush(*volume) == 0);
+    volume->remove_snapshot(1);
+    tree.snapshots.clear();
+    host.checkpoint(log);
+    CHECK(host.clean(log, Volume::CleanHow::punch).freed_blocks > 0);
+    // A power cut might undo what was punched.
+    const auto left = host.after_death(log).first;
+    REQUIRE(both_valid(*left));
+    left->slots.at(lost).assign(kCheckpointSlotBytes, std::byte{0x5a});
+    Host successor;
+    const auto opened = successor.open(*left);
+    REQUIRE_FALSE(opened.report.read_only);
+    tree.check(*opened.volume);
+    successor.close(*left);
+    host.drop(log);
+}
+
 TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and power cuts") {
     const std::uint64_t seed = test_seed("snapshots");
     Random random(seed);

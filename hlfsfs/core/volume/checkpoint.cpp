@@ -648,11 +648,20 @@ Volume::KeptMap Volume::kept_newest() const {
             .replay_start = newest_.replay_start};
 }
 
+// What a replay from the newest checkpoint comes to first: its map, or that of the snapshot it rolls back to, which may
+// have been removed since.
+Volume::KeptMap Volume::kept_base() const {
+    KeptMap kept = kept_newest();
+    kept.root = root_;
+    kept.levels = levels_;
+    return kept;
+}
+
 bool Volume::checkpoint_installed() {
     bool more = false;
     {
         const Lock lock(mutex_);
-        older_ = kept_newest();
+        older_ = kept_base();
         newest_ = pending_->record;
         for (const auto& segment : table_) {
             if (!segment)
@@ -705,7 +714,7 @@ void Volume::checkpoint_repeated(bool written) noexcept {
     const Lock lock(mutex_);
     checkpointing_ = false;
     if (written) {
-        older_ = kept_newest();
+        older_ = kept_base();
         newest_.generation = ++generation_;
         newest_slot_ = 1 - newest_slot_;
     }

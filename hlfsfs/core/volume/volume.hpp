@@ -427,6 +427,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         LogPosition replay_start;
     };
     [[nodiscard]] KeptMap kept_newest() const;
+    [[nodiscard]] KeptMap kept_base() const;
     class MapSet;
     class SpaceWalk;
     class MapDiff;
