@@ -56,10 +56,18 @@ class ControlOperations(pyfuse3.Operations):
     enable_acl = False
     supports_dot_lookup = True
 
-    def __init__(self, namespace: Namespace, on_init: Callable[[], None] = lambda: None) -> None:
-        """`on_init` is called in the trio loop when the kernel's first message is being answered."""
+    def __init__(
+        self, namespace: Namespace, invalidate: Callable[[int], None], on_init: Callable[[], None] = lambda: None
+    ) -> None:
+        """
+        Args:
+            namespace: What is served.
+            invalidate: Has the kernel forget a node's attributes and pages, and returns when it has.
+            on_init: Called in the trio loop when the kernel's first message is being answered.
+        """
         super().__init__()
         self.namespace = namespace
+        self._invalidate = invalidate
         self._on_init = on_init
         self._limiter = trio.CapacityLimiter(WORKERS)
         # A listing under way, by directory; only a cache: it is made again where it is missing.
@@ -248,11 +256,12 @@ class ControlOperations(pyfuse3.Operations):
         return await self.call(self.namespace.getxattr, inode, name)
 
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
-        await self.call(self.namespace.setxattr, inode, name, value)
-        if name.decode("utf-8", "replace") == ROLLBACK_ATTRIBUTE:
-            # In a thread: what the kernel has of the volume may be waiting for an answer from this one.
-            with suppress(OSError):
-                await trio.to_thread.run_sync(pyfuse3.invalidate_inode, InodeT(stable_id(inode)))
+        try:
+            await self.call(self.namespace.setxattr, inode, name, value)
+        finally:
+            # Where it failed, too: it may have come about all the same.
+            if name.decode("utf-8", "replace") == ROLLBACK_ATTRIBUTE:
+                await self.call(self._invalidate, stable_id(inode))
 
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
         await self.call(self.namespace.removexattr, inode, name)
@@ -260,6 +269,12 @@ class ControlOperations(pyfuse3.Operations):
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
         names = await self.call(self.namespace.listxattr, inode, privileged=ctx.uid == 0)
         return [XAttrNameT(name) for name in names]
+
+
+def _invalidate(node_id: int) -> None:
+    # What it fails with where the kernel holds nothing of the kind.
+    with suppress(FileNotFoundError):
+        pyfuse3.invalidate_inode(InodeT(node_id))
 
 
 class DataOperations(ControlOperations):
@@ -271,7 +286,7 @@ class DataOperations(ControlOperations):
     """
 
     def __init__(self, namespace: Namespace, on_init: Callable[[], None] = lambda: None) -> None:
-        super().__init__(namespace, on_init)
+        super().__init__(namespace, _invalidate, on_init)
         self._durable: set[int] = set()
 
     def opened(self, node_id: int, flags: int) -> pyfuse3.FileInfo:

@@ -64,7 +64,7 @@ class Session:
         stack.callback(os.close, fuse_fd)
         stack.callback(self._unmount_leftover)
         plane = NativePlane(self._engine.core, fuse_fd, self._options.threads)
-        pyfuse3.init(ControlOperations(self._namespace), f"/dev/fd/{plane.control_fd}", set())
+        pyfuse3.init(ControlOperations(self._namespace, plane.channel.invalidate), f"/dev/fd/{plane.control_fd}", set())
         stack.callback(pyfuse3.close, unmount=False)
         stack.callback(self._stop, plane)
         return plane

@@ -77,6 +77,8 @@ void bind_channel(nb::module_& m) {
         .def("attached", &Channel::attached, nb::arg("node_id"), nb::arg("error"),
              nb::call_guard<nb::gil_scoped_release>(),
              "Answers an ATTACH event: error 0, or the errno that all requests waiting for the volume fail with.")
+        .def("invalidate", &Channel::invalidate, nb::arg("node_id"), nb::call_guard<nb::gil_scoped_release>(),
+             "Has the kernel forget a node's attributes and pages, before it returns. Raises OSError.")
         .def("statistics", statistics, "Counters; `requests` and `errors` are lists indexed by FUSE opcode.");
 }
 

@@ -586,6 +586,22 @@ void Channel::park(Request& request) noexcept {
     fail(request, -ENOTCONN);
 }
 
+void Channel::invalidate(std::uint64_t node_id) {
+    struct {
+        fuse_out_header header{sizeof(fuse_out_header) + sizeof(fuse_notify_inval_inode_out), FUSE_NOTIFY_INVAL_INODE,
+                               0};
+        fuse_notify_inval_inode_out range{};
+    } message;
+    message.range.ino = node_id;
+    counters_.notifications.fetch_add(1, std::memory_order_relaxed);
+    // ENOENT says that the kernel holds nothing of the kind, which is as good.
+    if (::write(fuse_fd_, &message, sizeof message) < 0 && errno != ENOENT) {
+        const int error = errno;
+        counters_.notifications_failed.fetch_add(1, std::memory_order_relaxed);
+        throw std::system_error(error, std::generic_category(), "invalidating what the kernel has of a file");
+    }
+}
+
 void Channel::attached(std::uint64_t node_id, int error) noexcept {
     Request* served = nullptr;
     {

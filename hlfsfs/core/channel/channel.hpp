@@ -57,6 +57,11 @@ class Channel final : private RequestOwner {
     // for it.
     void attached(std::uint64_t node_id, int error) noexcept;
 
+    // Has the kernel forget a node's attributes and pages. It has when this returns, which a notification from the
+    // control plane does not promise: that may reach the kernel after replies sent later. May wait for reads of the
+    // node under way. Throws std::system_error.
+    void invalidate(std::uint64_t node_id);
+
     [[nodiscard]] const ChannelCounters& counters() const noexcept { return counters_; }
     // Requests read so far, by opcode (the last one: all above).
     [[nodiscard]] std::vector<std::uint64_t> requests_by_opcode() const;

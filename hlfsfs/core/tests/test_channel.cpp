@@ -511,6 +511,18 @@ TEST_CASE("notifications go to the kernel", "[channel]") {
     CHECK(notified.as<fuse_notify_inval_inode_out>().ino == kNode);
 }
 
+TEST_CASE("what the kernel has of a node is invalidated by the caller itself", "[channel]") {
+    Mount mount;
+    mount.channel.invalidate(kNode);
+    // Without another thread in between: it is there before any reply sent afterwards.
+    const Reply notified = mount.kernel.reply(0).value();
+    CHECK(notified.unique == 0);
+    CHECK(notified.as<fuse_notify_inval_inode_out>().ino == kNode);
+    CHECK(notified.as<fuse_notify_inval_inode_out>().off == 0);
+    CHECK(notified.as<fuse_notify_inval_inode_out>().len == 0);
+    CHECK(mount.channel.counters().notifications == 1);
+}
+
 TEST_CASE("notifications that the kernel does not take do not pile up", "[channel]") {
     Mount mount;
     // Large, so that the socket to the kernel holds few.
