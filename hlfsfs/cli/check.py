@@ -1,16 +1,12 @@
 """`hlfs check`: verifies a store that is not mounted, and names what is damaged."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from hlfsfs.cli.output import format_size, print_json
+from hlfsfs.cli.output import format_size, print_json, progress_bar
 from hlfsfs.errors import printable
 from hlfsfs.store import Store, locate, open_store
 
@@ -45,7 +41,8 @@ def _check(store: Store, path: bytes, uri: str) -> dict[str, Any]:
     ended = last_use(store, store.lock())
     names = check_names(store, path)
     volumes = []
-    with _progress() as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with progress_bar(*columns) as bar:
         total = sum(log_bytes(store, volume.record) for volume in names.volumes)
         task = bar.add_task("checking", total=total)
         for volume in sorted(names.volumes, key=lambda found: found.name):
@@ -61,13 +58,6 @@ def _check(store: Store, path: bytes, uri: str) -> dict[str, Any]:
 
 def _advance(bar: Progress, task: TaskID) -> Any:
     return lambda size_bytes: bar.advance(task, size_bytes)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        yield bar
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -10,12 +10,11 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from hlfsfs.cli.mounted import path_error
 from hlfsfs.cli.offline import offline
-from hlfsfs.cli.output import format_size, print_json
+from hlfsfs.cli.output import format_size, print_json, progress_bar
 from hlfsfs.errors import HlfsError, printable
 from hlfsfs.pool import CLEAN_ATTRIBUTE, STATS_ATTRIBUTE, Namespace
 
@@ -39,7 +38,8 @@ def clean(path: str, dry_run: bool, as_json: bool) -> int:
 
     Exit status 0: done; 1: some volume was not cleaned.
     """
-    with _volumes(path, dry_run) as volumes, _progress() as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("segments"))
+    with _volumes(path, dry_run) as volumes, progress_bar(*columns) as bar:
         reports = [_clean_one(name, work, bar, dry_run, as_json) for name, work in volumes]
     if as_json:
         print_json(reports)
@@ -68,17 +68,6 @@ def _line(report: dict[str, Any]) -> str:
     freed = format_size(max(report["freed_bytes"] - report["moved_bytes"], 0))
     removed, moved = report["removed_segments"], format_size(report["moved_bytes"])
     return f"{report['name']}: {freed} freed {log} ({removed} segments removed, {moved} moved)"
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("segments"))
-    console, is_terminal = Console(stderr=True), sys.stdout.isatty()
-    # Lines above the bar must go where standard output does.
-    with Progress(
-        *columns, console=console, transient=True, disable=not sys.stderr.isatty(), redirect_stdout=is_terminal
-    ) as bar:
-        yield bar
 
 
 @contextmanager

@@ -30,10 +30,22 @@ def _clean() -> click.Command:
     return clean
 
 
+def _clone() -> click.Command:
+    from hlfsfs.cli.clone import clone  # noqa: PLC0415
+
+    return clone
+
+
 def _diff() -> click.Command:
     from hlfsfs.cli.diff import diff  # noqa: PLC0415
 
     return diff
+
+
+def _flatten() -> click.Command:
+    from hlfsfs.cli.flatten import flatten  # noqa: PLC0415
+
+    return flatten
 
 
 def _mount() -> click.Command:
@@ -81,7 +93,9 @@ def _volume() -> click.Command:
 COMMANDS: dict[str, Callable[[], click.Command]] = {
     "check": _check,
     "clean": _clean,
+    "clone": _clone,
     "diff": _diff,
+    "flatten": _flatten,
     "mount": _mount,
     "pool": _pool,
     "rollback": _rollback,

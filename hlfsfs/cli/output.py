@@ -2,12 +2,14 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -38,6 +40,17 @@ def format_value(key: str, value: Any) -> str:
     if key.endswith("_bytes"):
         return format_size(value)
     return format_time(value) if key.endswith("_ns") else str(value)
+
+
+@contextmanager
+def progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
+    """A bar on standard error, where that is a terminal."""
+    console, is_terminal = Console(stderr=True), sys.stdout.isatty()
+    # Lines above the bar must go where standard output does.
+    with Progress(
+        *columns, console=console, transient=True, disable=not sys.stderr.isatty(), redirect_stdout=is_terminal
+    ) as bar:
+        yield bar
 
 
 def print_json(value: object) -> None:

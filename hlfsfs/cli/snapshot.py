@@ -56,7 +56,8 @@ def list_snapshots(volume: str, as_json: bool) -> None:
 
 def _row(listed: dict[str, Any]) -> tuple[str, str, str, str, str]:
     sizes = format_size(listed["size_bytes"]), format_size(listed["alone_bytes"])
-    return listed["snapshot"], format_time(listed["time_ns"]), *sizes, ", ".join(listed["holds"])
+    held_by = [*listed["holds"], *(f"clone {name}" for name in listed["clones"])]
+    return listed["snapshot"], format_time(listed["time_ns"]), *sizes, ", ".join(held_by)
 
 
 @snapshot.command("rename", short_help="Rename a snapshot.")
@@ -76,7 +77,8 @@ def rename(volume: str, name: str, new_name: str) -> None:
 def delete(volume: str, names: tuple[str, ...], all_of_them: bool) -> None:
     """Delete the snapshots NAME of VOLUME. What only they held is given back when the volume rests.
 
-    One that is open or held stays, and so do those named after it.
+    One that is open or held stays, and so do those named after it. Of one that clones share, what they need is kept
+    until the last of them is deleted or flattened.
     """
     if bool(names) == all_of_them:
         raise UsageError("hlfs snapshot delete: name snapshots, or say --all")

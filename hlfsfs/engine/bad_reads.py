@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from uuid import UUID
 
 log = logging.getLogger(__name__)
 
@@ -12,14 +13,26 @@ log = logging.getLogger(__name__)
 QUIET_S = 10.0
 
 
+@dataclass(frozen=True)
+class Place:
+    """A block of a segment; `log_uuid` where that is not the volume's own but its origin's."""
+
+    log_uuid: UUID | None
+    segno: int
+    slot: int
+
+    def __str__(self) -> str:
+        log_name = "" if self.log_uuid is None else f"log {self.log_uuid} (of what it was cloned from), "
+        return f"{log_name}segment {self.segno:08x}, block {self.slot}"
+
+
 @dataclass
 class _Told:
-    """What was told of a volume, and what waits to be."""
+    """What was told of a volume, and how many wait to be; the last of those."""
 
     until_s: float
     waiting: int = 0
-    segno: int = 0
-    slot: int = 0
+    place: Place | None = None
     error: int = 0
 
 
@@ -30,17 +43,17 @@ class BadReadLog:
         self._lock = threading.Lock()
         self._told: dict[int, _Told] = {}
 
-    def add(self, volume_id: int, segno: int, slot: int, error: int) -> None:
-        """A block of a volume's log could not be read (`error`, an errno), or is damaged (0)."""
+    def add(self, volume_id: int, place: Place, error: int) -> None:
+        """A block of a volume could not be read (`error`, an errno), or is damaged (0)."""
         now_s = time.monotonic()
         with self._lock:
             told = self._told.get(volume_id)
             if told is not None and now_s < told.until_s:
-                told.waiting, told.segno, told.slot, told.error = told.waiting + 1, segno, slot, error
+                told.waiting, told.place, told.error = told.waiting + 1, place, error
                 return
             waiting = told.waiting if told is not None else 0
             self._told[volume_id] = _Told(now_s + QUIET_S)
-        _tell(volume_id, segno, slot, error, waiting + 1)
+        _tell(volume_id, place, error, waiting + 1)
 
     def tell_waiting(self, *, all_of_it: bool = False) -> None:
         """Tells what has waited long enough, or everything."""
@@ -54,13 +67,14 @@ class BadReadLog:
                 elif now_s >= told.until_s:
                     del self._told[volume_id]
         for volume_id, told in due:
-            _tell(volume_id, told.segno, told.slot, told.error, told.waiting)
+            assert told.place is not None
+            _tell(volume_id, told.place, told.error, told.waiting)
 
 
-def _tell(volume_id: int, segno: int, slot: int, error: int, reads: int) -> None:
+def _tell(volume_id: int, place: Place, error: int, reads: int) -> None:
     times = "" if reads == 1 else f" (the last of {reads} such reads)"
     if error:
         what = f"could not be read: {os.strerror(error)}{times}; the disk below the store fails, see the kernel's log"
     else:
         what = f"is damaged and reads as an I/O error{times}; run hlfs check"
-    log.error("volume %016x: segment %08x, block %d %s", volume_id, segno, slot, what)
+    log.error("volume %016x: %s %s", volume_id, place, what)

@@ -18,7 +18,15 @@ from hlfsfs.engine.cleaner import Cleaner, CleanReport
 from hlfsfs.engine.options import EngineOptions
 from hlfsfs.engine.rings import left_rings, make_core, sweep_rings
 from hlfsfs.engine.service import Service
-from hlfsfs.engine.volume import OPEN_FOR_WRITING, ChangedExtent, NewSnapshot, NotMerged, SnapshotSpace, Volume
+from hlfsfs.engine.volume import (
+    OPEN_FOR_WRITING,
+    REQUEST_BYTES,
+    ChangedExtent,
+    NewSnapshot,
+    NotMerged,
+    SnapshotSpace,
+    Volume,
+)
 from hlfsfs.errors import (
     CheckpointDamaged,
     Damaged,
@@ -46,6 +54,8 @@ FIRST_ROOM_BYTES = 8 << 20
 MAX_CLEAN_ROUNDS = 5
 # Before a rollback nothing may come between two checkpoints and it.
 MAX_ROLLBACK_TRIES = 100
+# Of a clone's map, looked up at once: what another checkpoint takes over meanwhile is looked up again.
+FLATTEN_EXTENTS = 256
 
 
 class Engine:
@@ -163,6 +173,72 @@ class Engine:
             record.log_uuid, 0, _core.first_checkpoint(record.log_uuid.bytes, time.time_ns())
         )
 
+    def clone(self, origin: Volume, snapshot_id: int, record: VolumeRecord) -> Volume:
+        """`create_log` for a volume that holds, and shares, what a snapshot of an attached one does; attached, durable.
+
+        After a crash in here it is not whole: the next mount sweeps it away with its record. On return both of its
+        checkpoints hold all of it. What it reads in other logs is the caller's to keep.
+
+        Raises:
+            NoSuchSnapshot: there is none.
+            HlfsError: as `attach` and `checkpoint`.
+        """
+        self.create_log(record)
+        clone = self.attach(record)
+        try:
+            clone.adopt(origin, snapshot_id)
+        except NotMerged:
+            self.checkpoint(origin)
+            clone.adopt(origin, snapshot_id)
+        self.checkpoint(clone)
+        self.repeat_checkpoint(clone, always=True)
+        return clone
+
+    def flatten(self, volume: Volume, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+        """Has all that a clone reads in logs of others in its own log, and its checkpoints name no other; durable.
+
+        After a crash in here the volume holds the same, and reads in others' logs what is not in its own yet.
+
+        Args:
+            volume: attached, without snapshots.
+            progress: is told how many bytes of the volume were looked through, and of how many; what it raises ends it.
+
+        Returns:
+            how many bytes were copied.
+
+        Raises:
+            VolumeBusy: it was given a snapshot meanwhile.
+            NoSpace, StoreFailed, LogDamaged: what was copied stays.
+        """
+        copied_bytes = 0
+        while True:
+            self._checkpoint_both(volume)
+            if not volume.foreign_extents(0, 1)[1]:
+                break
+            copied_bytes += self._bring_in(volume, progress)
+        # A checkpoint of somebody else's may have come between, and led to others' logs, but none does any more.
+        self._checkpoint_both(volume)
+        volume.forget_origin()
+        self._checkpoint_both(volume)
+        return copied_bytes
+
+    def _bring_in(self, volume: Volume, progress: Callable[[int, int], None]) -> int:
+        start, copied_bytes = 0, 0
+        while True:
+            generation, extents = volume.foreign_extents(start, FLATTEN_EXTENTS)
+            if not extents:
+                return copied_bytes
+            for offset, size_bytes in extents:
+                for at in range(offset, offset + size_bytes, REQUEST_BYTES):
+                    progress(at, volume.size_bytes)
+                    copied_bytes += volume.bring_in(generation, at, min(offset + size_bytes - at, REQUEST_BYTES))
+                start = offset + size_bytes
+
+    def _checkpoint_both(self, volume: Volume) -> None:
+        """Has what is so now in both checkpoints, or raises."""
+        self.checkpoint(volume)
+        self.repeat_checkpoint(volume, always=True)
+
     def attached(self, volume_id: int) -> Volume | None:
         """The volume if it is attached now."""
         with self._lock:
@@ -182,7 +258,11 @@ class Engine:
     def _attach(self, record: VolumeRecord) -> Volume:
         read_only = self._store.read_only or bool(record.ro_compat)
         native = self.core.add_volume(
-            record.id, record.log_uuid.bytes, segment_shift=record.segment_shift, read_only=read_only
+            record.id,
+            record.log_uuid.bytes,
+            segment_shift=record.segment_shift,
+            read_only=read_only,
+            origin_logs=[(ref.no, ref.uuid.bytes) for ref in record.logs if ref.role == "origin"],
         )
         volume = Volume(record, native, self._store)
         with self._lock:
@@ -274,8 +354,8 @@ class Engine:
             more = volume.native.checkpoint_installed()
         self._cleaner.wake(volume.id)
 
-    def repeat_checkpoint(self, volume: Volume) -> None:
-        """Has the newest checkpoint in both slots, where that lets the cleaner free more.
+    def repeat_checkpoint(self, volume: Volume, *, always: bool = False) -> None:
+        """Has the newest checkpoint in both slots, where that lets the cleaner free more, or `always`.
 
         After a crash in here the newest one is in one slot at least.
 
@@ -283,7 +363,7 @@ class Engine:
             NoSpace, StoreFailed: the other slot may be unreadable.
         """
         try:
-            made = volume.native.repeat_checkpoint()
+            made = volume.native.repeat_checkpoint(always=always)
         except OSError as exc:
             raise volume.translated(exc) from exc
         if made is None:
@@ -447,7 +527,8 @@ class Engine:
     def snapshot_space(self, volume: Volume) -> SnapshotSpace:
         """`Volume.snapshot_space` that knows every snapshot, which takes a checkpoint where one is new."""
         found = volume.snapshot_space()
-        if not volume.read_only and len(found.alone_bytes) < volume.snapshot_summary().count:
+        summary = volume.snapshot_summary()
+        if not volume.read_only and len(found.alone_bytes) < summary.count + summary.hidden:
             self.checkpoint(volume)
             found = volume.snapshot_space()
         return found

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Protocol
 
 from hlfsfs import _core
-from hlfsfs.engine.bad_reads import BadReadLog
+from hlfsfs.engine.bad_reads import BadReadLog, Place
 from hlfsfs.engine.volume import Volume
 from hlfsfs.errors import HlfsError, to_errno
 from hlfsfs.store import Store
@@ -140,7 +140,8 @@ class Service:
                     os.strerror(event.error),
                 )
             case _core.EventKind.BAD_READ:
-                self._bad_reads.add(event.volume_id, event.segno, event.slot, event.error)
+                log_uuid = volume.log_of(event.log_no) if volume is not None and event.log_no else None
+                self._bad_reads.add(event.volume_id, Place(log_uuid, event.segno, event.slot), event.error)
 
     def _prepare(self, volume: Volume | None, event: "_core.Event") -> None:
         if volume is None:
@@ -178,7 +179,7 @@ class Service:
         if volume is None:
             return
         try:
-            fd = self._store.open_segment(volume.log_uuid, event.segno)
+            fd = self._store.open_segment(volume.log_of(event.log_no), event.segno)
         except HlfsError as exc:
             log.error("%s: %s", volume.what, exc)
             volume.native.supply_descriptor(event.index, -1, to_errno(exc) or errno.EIO)

@@ -30,7 +30,7 @@ from hlfsfs.errors import (
     printable,
 )
 from hlfsfs.store import Store
-from hlfsfs.store.records import VolumeRecord
+from hlfsfs.store.records import HIDDEN_MARK, VolumeRecord
 
 MAX_VOLUME_BYTES = 16 << 40
 # One native request; longer reads and writes are cut into these, each atomic by itself.
@@ -94,17 +94,23 @@ class Snapshot:
     uid: int
     gid: int
 
+    @property
+    def hidden(self) -> bool:
+        """It has no name for users, and is there for clones only."""
+        return self.name.startswith(HIDDEN_MARK)
+
 
 @dataclass(frozen=True)
 class SnapshotSummary:
-    """How many snapshots a volume has, the newest one's id, and when one was last made or given a name or owner.
+    """How many snapshots a volume has and shows, the newest one's id, and when one last got a name or owner.
 
-    0 each where there are none.
+    0 each where there are none. `hidden` is how many there are that it does not show.
     """
 
     count: int
     newest_id: int
     changed_ns: int
+    hidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,7 @@ class Volume:
         self.id = record.id
         self.uuid: UUID = record.uuid
         self.log_uuid: UUID = record.log_uuid
+        self._logs = {ref.no: ref.uuid for ref in record.logs}
         self.native = native
         self.damage = ""
         self._store = store
@@ -167,6 +174,10 @@ class Volume:
         self._space = SnapshotSpace()
         self._space_of: tuple[int, ...] = ()
         self._space_until_s = 0.0
+
+    def log_of(self, log_no: int) -> UUID:
+        """The log that has this number in the volume's segment table."""
+        return self._logs[log_no]
 
     @property
     def what(self) -> str:
@@ -312,10 +323,11 @@ class Volume:
         """
         with self._space_lock:
             summary = self.snapshot_summary()
-            known = (int(self.native.stats()["checkpoint_generation"]), summary.count, summary.newest_id)
+            count = summary.count + summary.hidden
+            known = (int(self.native.stats()["checkpoint_generation"]), count, summary.newest_id)
             began_s = time.monotonic()
             if known != self._space_of and (began_s >= self._space_until_s or known[1:] != self._space_of[1:]):
-                walked = self._walk(self.native.snapshot_space) if summary.count else ()
+                walked = self._walk(self.native.snapshot_space) if count else ()
                 self._space = SnapshotSpace(*walked)
                 now_s = time.monotonic()
                 self._space_of, self._space_until_s = known, now_s + SPACE_REST * (now_s - began_s)
@@ -350,6 +362,42 @@ class Volume:
         """
         extents = self._walk(lambda: self.native.changed_extents(from_id, to_id, start // BLOCK_BYTES, most))
         return [ChangedExtent(block * BLOCK_BYTES, count * BLOCK_BYTES, data) for block, count, data in extents]
+
+    def adopt(self, origin: "Volume", snapshot_id: int) -> None:
+        """Makes an empty volume hold what a snapshot of another one does; in memory, until both checkpoints do.
+
+        Raises:
+            NoSuchSnapshot: there is none.
+            NotMerged: a checkpoint of the origin is needed first.
+        """
+        with origin.snapshot_errors(f"{snapshot_id:016x}"):
+            self.native.adopt(origin.native, snapshot_id)
+
+    def foreign_extents(self, start: int, most: int) -> tuple[int, list[tuple[int, int]]]:
+        """Which map is the newest, and what of it stands in others' logs: offset and size of extents from `start` on.
+
+        Raises LogDamaged, StoreFailed.
+        """
+        generation, extents = self._walk(lambda: self.native.foreign_blocks(start // BLOCK_BYTES, most))
+        return generation, [(first * BLOCK_BYTES, count * BLOCK_BYTES) for first, count in extents]
+
+    def bring_in(self, generation: int, offset: int, size_bytes: int) -> int:
+        """Copies what the map of `foreign_extents` has there into the volume's own log; how many bytes.
+
+        What was written since, or is in a newer map, is left alone. Raises NoSpace, StoreFailed.
+        """
+        with self._errors():
+            data = self.native.read(offset, size_bytes)
+            return self.native.bring_in(generation, offset // BLOCK_BYTES, data) * BLOCK_BYTES if data else 0
+
+    def forget_origin(self) -> None:
+        """Lets go of the logs of others, to which no map of this volume leads. Raises VolumeBusy: a snapshot's may."""
+        try:
+            self.native.forget_origin()
+        except OSError as exc:
+            if exc.errno == errno.EBUSY:
+                raise VolumeBusy(self.what, "one of its snapshots may share with its origin") from exc
+            raise self.translated(exc) from exc
 
     def read_snapshot(self, snapshot_id: int, offset: int, size_bytes: int) -> bytes:
         """Reads up to `size_bytes`, fewer at its end. Raises NoSuchSnapshot."""

@@ -18,7 +18,7 @@ import trio
 from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT, RequestContext, XAttrNameT
 
 from hlfsfs.errors import NotDurable, VolumeBusy, to_errno
-from hlfsfs.pool import ROLLBACK_ATTRIBUTE
+from hlfsfs.pool import CLONE_ATTRIBUTE, ROLLBACK_ATTRIBUTE
 from hlfsfs.pool.attributes import AttributeChanges, Attributes
 from hlfsfs.pool.attributes import EntryAttributes as PoolEntry
 from hlfsfs.pool.namespace import Namespace
@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 # punch or resize changes the kernel asks for again by itself. Only the allocated size may be this old.
 ENTRY_TIMEOUT_S = 60
 ATTR_TIMEOUT_S = 60
+
+# Orders that change what the kernel may have of the volume, or pool, they are set on.
+CHANGING_ATTRIBUTES = (CLONE_ATTRIBUTE, ROLLBACK_ATTRIBUTE)
 
 WORKERS = 16
 # A reply must fit the socket to the channel, however much the kernel asks for at once.
@@ -257,10 +260,10 @@ class ControlOperations(pyfuse3.Operations):
 
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
         try:
-            await self.call(self.namespace.setxattr, inode, name, value)
+            await self.call(self.namespace.setxattr, inode, name, value, uid=ctx.uid)
         finally:
             # Where it failed, too: it may have come about all the same.
-            if name.decode("utf-8", "replace") == ROLLBACK_ATTRIBUTE:
+            if name.decode("utf-8", "replace") in CHANGING_ATTRIBUTES:
                 await self.call(self._invalidate, stable_id(inode))
 
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:

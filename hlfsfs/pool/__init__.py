@@ -6,6 +6,8 @@ from hlfsfs.pool.node_ids import ROOT_ID, UNKNOWN_ID
 from hlfsfs.pool.sweep import SweepReport
 from hlfsfs.pool.xattrs import CHANGES as CHANGES_PREFIX
 from hlfsfs.pool.xattrs import CLEAN as CLEAN_ATTRIBUTE
+from hlfsfs.pool.xattrs import CLONE as CLONE_ATTRIBUTE
+from hlfsfs.pool.xattrs import FLATTEN as FLATTEN_ATTRIBUTE
 from hlfsfs.pool.xattrs import GROUP as GROUP_ATTRIBUTE
 from hlfsfs.pool.xattrs import HOLD as HOLD_ATTRIBUTE
 from hlfsfs.pool.xattrs import LIST as LIST_PREFIX
@@ -16,6 +18,8 @@ from hlfsfs.pool.xattrs import STATS as STATS_ATTRIBUTE
 __all__ = [
     "CHANGES_PREFIX",
     "CLEAN_ATTRIBUTE",
+    "CLONE_ATTRIBUTE",
+    "FLATTEN_ATTRIBUTE",
     "GROUP_ATTRIBUTE",
     "HOLD_ATTRIBUTE",
     "LIST_PREFIX",

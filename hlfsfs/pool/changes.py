@@ -9,13 +9,12 @@ give its name back to. The order of the durable steps is what the sweep of the n
 - A record goes after the log, so a log without a record is damage as well and never deleted.
 """
 
-import copy
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from hlfsfs.errors import (
@@ -38,14 +37,12 @@ from hlfsfs.errors import (
 from hlfsfs.pool.attributes import Defaults, Ownership
 from hlfsfs.pool.names import check_new_name
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
-from hlfsfs.store.records import MAX_ID, MIN_ID, LogRef, PoolRecord, Record, VolumeRecord
+from hlfsfs.store.records import MAX_ID, MIN_ID, LogRef, PoolRecord, VolumeRecord, with_changes
 
 if TYPE_CHECKING:
     from hlfsfs.pool.volumes import Volumes
 
 log = logging.getLogger(__name__)
-
-R = TypeVar("R", bound=Record)
 
 
 def path_in(parent: PoolNode, name: bytes) -> bytes:
@@ -84,7 +81,7 @@ class Changes:
         sweep deletes with its log; one after it leaves a volume that the sweep makes live.
         """
         with self._shared.changing:
-            self._check_free(parent, name)
+            self.check_free(parent, name)
             owner = self._defaults.for_new("volume", asked, ownership(parent.record))
             record = VolumeRecord(
                 uuid=uuid4(),
@@ -96,12 +93,19 @@ class Changes:
                 logs=[LogRef(no=0, uuid=uuid4())],
                 segment_shift=self._defaults.segment_shift_on(self._shared.store.statfs().total_bytes),
             )
+            return self.make(parent, name, record, self._shared.engine.create_log)
+
+    def make(
+        self, parent: PoolNode, name: bytes, record: VolumeRecord, make_log: Callable[[VolumeRecord], object]
+    ) -> VolumeNode:
+        """The durable steps of `create`; a failure that leaves nothing behind is neither StoreFailed nor NotDurable."""
+        with self._shared.changing:
             with unseen():
                 self._shared.store.create_volume(record)
             node = VolumeNode(record.id, record=record)
             try:
                 with unseen():
-                    self._shared.engine.create_log(record)
+                    make_log(record)
                 # A name that may not last leaves the volume unlinked-open, so that it goes with it.
                 with self._shared.showing(lambda: self._shared.tree.attach(node, parent, name)):
                     self._shared.store.link_name(path_in(parent, name), record.id)
@@ -128,7 +132,7 @@ class Changes:
         directory, which the sweep removes.
         """
         with self._shared.changing:
-            self._check_free(parent, name)
+            self.check_free(parent, name)
             owner = self._defaults.for_new("pool", asked, ownership(parent.record))
             record = PoolRecord(
                 uuid=uuid4(), id=new_id(), mode=owner.mode, uid=owner.uid, gid=owner.gid, ctime_ns=time.time_ns()
@@ -153,7 +157,8 @@ class Changes:
         except HlfsError as exc:
             log.warning("the record of pool %016x goes at the next mount: %s", pool_id, exc)
 
-    def _check_free(self, parent: PoolNode, name: bytes) -> None:
+    def check_free(self, parent: PoolNode, name: bytes) -> None:
+        """Raises NameExists, and as `check_target`."""
         self.check_target(parent, name)
         with self._shared.lock:
             if name in parent.require_children():
@@ -318,11 +323,3 @@ def _make_sound(node: PoolNode, record: PoolRecord) -> None:
 def ownership(record: PoolRecord) -> Ownership:
     """Mode and owner in a record."""
     return Ownership(record.mode, record.uid, record.gid)
-
-
-def with_changes(record: R, **changes: object) -> R:
-    """A copy of a record with some fields changed."""
-    changed = copy.deepcopy(record)
-    for key, value in changes.items():
-        setattr(changed, key, value)
-    return changed

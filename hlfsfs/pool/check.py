@@ -36,6 +36,9 @@ def check_names(store: Store, path: bytes) -> NamesCheck:
     start = tree.find(tree.root, path) if path else tree.root
     chosen = {id(node) for node in tree.below(start)}
     everything = start is tree.root
+    # What a clone shares is verified where it is stored.
+    for node in [node for node in tree.below(start) if isinstance(node, VolumeNode)]:
+        chosen |= {id(origin) for origin in _origins(node, tree)}
     nodes = [node for node in _all(tree) if everything or id(node) in chosen]
     logs = set(store.list_logs())
     volumes = [
@@ -45,6 +48,14 @@ def check_names(store: Store, path: bytes) -> NamesCheck:
     ]
     damage = [found for node in nodes for found in _damage_of(node, tree)]
     return NamesCheck(volumes, damage + (_stray_logs(store, tree) if everything else []))
+
+
+def _origins(node: VolumeNode, tree: Tree) -> list[VolumeNode]:
+    """The volumes in whose logs a clone reads, as far as they are there."""
+    if node.record is None:
+        return []
+    read = {ref.uuid for ref in node.record.logs if ref.role == "origin"}
+    return [other for other in tree.volumes() if other.record is not None and other.record.log_uuid in read]
 
 
 def _half_deleted(node: VolumeNode, record: VolumeRecord, logs: set[UUID]) -> bool:
@@ -68,11 +79,32 @@ def _damage_of(node: Node, tree: Tree) -> list[HlfsError]:
     assert isinstance(node, VolumeNode)
     if node.damage is not None:
         return [node.damage]
+    found = _lost_origin(node, tree)
+    if found is not None:
+        return [found]
     lost = node.parent is None and node.record is not None and node.record.state == "live"
     if lost and not tree.has_unread_names:
         remedy = f'to see it again, write "volume {node.id:016x}" into a file of the name it had'
         return [RecordDamaged(_name(node), "a volume lost its name", remedy)]
     return []
+
+
+def _lost_origin(node: VolumeNode, tree: Tree) -> HlfsError | None:
+    record = node.record
+    if record is None or record.origin is None or any(other.record is None for other in tree.volumes()):
+        return None
+    kept_for = [
+        clone_id
+        for other in tree.volumes()
+        if other.record is not None and other.record.uuid == record.origin.volume
+        for notes in other.record.snapshots
+        if notes.id == record.origin.snapshot
+        for clone_id in notes.clones
+    ]
+    if record.id in kept_for:
+        return None
+    what = f"the snapshot of volume {record.origin.volume} that it was cloned from is not kept for it"
+    return RecordDamaged(_name(node), what, "copy what can be read of it, or restore it from a backup")
 
 
 def _stray_logs(store: Store, tree: Tree) -> list[HlfsError]:

@@ -1,6 +1,7 @@
 """Which names a volume or pool may have."""
 
 from hlfsfs.errors import NameTooLong, RefusedName
+from hlfsfs.store.records import HIDDEN_MARK
 
 SNAPSHOTS = b".snapshots"
 META = b".hlfs"
@@ -30,6 +31,11 @@ def check_new_name(name: bytes, *, in_store_root: bool) -> None:
     check_length(name)
 
 
+def hidden_name(snapshot_id: int) -> bytes:
+    """The name of a snapshot that is kept for clones and shown to nobody."""
+    return HIDDEN_MARK + b"%016x" % snapshot_id
+
+
 def check_new_snapshot_name(name: bytes) -> None:
     """Checks a name that a snapshot is about to be given; what the log does not take either is left to that.
 
@@ -39,4 +45,6 @@ def check_new_snapshot_name(name: bytes) -> None:
     """
     if name == LATEST:
         raise RefusedName(name, "stands for the newest snapshot")
+    if name.startswith(HIDDEN_MARK):
+        raise RefusedName(name, "begins with an `@`, which no snapshot's name has")
     check_length(name)

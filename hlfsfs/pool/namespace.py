@@ -12,14 +12,16 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from hlfsfs.errors import HlfsError, NoSuchName, NotAPool, NotAVolume, NotPermitted, NotSupported, ReadOnly
+from hlfsfs.pool import clones, xattrs
 from hlfsfs.pool.attributes import AttributeChanges, Attributes, Defaults, EntryAttributes, Ownership
 from hlfsfs.pool.changes import Changes
 from hlfsfs.pool.cleaning import Cleaning
+from hlfsfs.pool.flattening import Flattening
 from hlfsfs.pool.names import SNAPSHOTS, check_length
 from hlfsfs.pool.node_ids import ROOT_ID, mark_of
 from hlfsfs.pool.properties import AnyNode, Properties
 from hlfsfs.pool.renames import Place, Renames
-from hlfsfs.pool.snapshots import PoolSnapshots, SnapshotFile, Snapshots, VolumeSnapshots, only_read
+from hlfsfs.pool.snapshots import PoolSnapshots, SnapshotFile, SnapshotNode, Snapshots, VolumeSnapshots, only_read
 from hlfsfs.pool.sweep import Sweep, SweepReport
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode, require_sound
 from hlfsfs.pool.volumes import Volumes
@@ -63,7 +65,11 @@ class Namespace:
         self._root = root
         self._cleaning = Cleaning(self._shared, self._volumes)
         self._snapshots = Snapshots(self._shared, self._volumes, self._changes, root)
-        self._properties = Properties(self._shared, self._volumes, self._changes, self._snapshots, self._cleaning)
+        self._clones = clones.Clones(self._shared, self._volumes, self._changes, self._snapshots)
+        self._flattening = Flattening(self._shared, self._clones)
+        self._properties = Properties(
+            self._shared, self._volumes, self._changes, self._snapshots, self._clones, self._cleaning, self._flattening
+        )
 
     def sweep(self, held: Collection[int] = ()) -> SweepReport:
         """Settles what a crash left half-way, and deletes volumes that lost their name.
@@ -71,11 +77,12 @@ class Namespace:
         Args:
             held: ids of volumes without a name which still have open handles, after a restart of the server only.
         """
-        return Sweep(self._shared, self._volumes, self._changes, held).run()
+        return Sweep(self._shared, self._volumes, self._changes, self._clones, held).run()
 
     def close(self) -> None:
         """Stops cleaning, deletes volumes that were kept only because they were open. The engine is its owner's."""
         self._cleaning.close()
+        self._flattening.close()
         with self._shared.lock:
             opened = [node for node in self._shared.tree.volumes() if node.handles]
         for node in opened:
@@ -199,7 +206,28 @@ class Namespace:
             StaleId, NotAVolume: there is no such volume.
             ReadOnly, NoSpace, StoreFailed, Damaged: what was freed before stays free.
         """
-        return self._cleaning.clean(self._volume(node_id), dry_run=dry_run, progress=progress)
+        return self._cleaning.clean(self._volume(node_id), dry_run, progress)
+
+    def clone(self, source_id: int, parent_id: int, name: bytes, uid: int = 0) -> Attributes:
+        """Makes a volume that shares what a snapshot holds, or a volume just now; durable.
+
+        What the `user.hlfs.clone` attribute of a pool orders. Raises as `Clones.clone`, and StaleId, NotAPool.
+        """
+        source = self._node(source_id)
+        if not isinstance(source, (VolumeNode, SnapshotNode)):
+            raise NotAVolume(self._properties.what(source))
+        return self._properties.attributes(self._clones.clone(source, self._pool(parent_id), name, uid))
+
+    def flatten(self, node_id: int, *, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+        """Has a clone share nothing any more; how many bytes were copied. What `user.hlfs.flatten` orders.
+
+        Args:
+            node_id: of the clone.
+            progress: is told how many bytes were looked through, and of how many; what it raises ends the run.
+
+        Raises as `Clones.flatten`, and StaleId, NotAVolume.
+        """
+        return self._clones.flatten(self._volume(node_id), progress=progress)
 
     # --- changing names ---------------------------------------------------------------------------------------
 
@@ -334,11 +362,15 @@ class Namespace:
         """Value of an attribute. Raises NoAttribute, NotSupported, RefusedName, StaleId, Damaged."""
         return self._properties.getxattr(self._node(node_id), name)
 
-    def setxattr(self, node_id: int, name: bytes, value: bytes, flags: int = 0) -> None:
+    def setxattr(self, node_id: int, name: bytes, value: bytes, flags: int = 0, uid: int = 0) -> None:
         """Sets an attribute; durable. Raises as `xattrs.with_attribute`, and StaleId, Damaged, ReadOnly.
 
-        `user.hlfs.clean` is an order to the volume; raises as `Cleaning.order`.
+        Some are orders (see `xattrs`), `uid` says whose; they raise what they are refused for.
         """
+        if name == xattrs.CLONE.encode():
+            source_id, clone_name = clones.parse_order(value)
+            self.clone(source_id, node_id, clone_name, uid)
+            return
         self._properties.setxattr(self._node(node_id), name, value, flags)
 
     def removexattr(self, node_id: int, name: bytes) -> None:

@@ -5,12 +5,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hlfsfs.errors import NoAttribute, NotAVolume, NotPermitted, SizeTooBig
+from hlfsfs.errors import HlfsError, NoAttribute, NotAVolume, NotPermitted, SizeTooBig
 from hlfsfs.pool import snapshots, xattrs
 from hlfsfs.pool.attributes import AttributeChanges, Attributes, EntryAttributes, check_volume_mode
 from hlfsfs.pool.changes import Changes
 from hlfsfs.pool.cleaning import Cleaning
+from hlfsfs.pool.clones import Clones
 from hlfsfs.pool.diffs import Diffs
+from hlfsfs.pool.flattening import Flattening
 from hlfsfs.pool.node_ids import ROOT_ID
 from hlfsfs.pool.snapshot_orders import SnapshotOrders
 from hlfsfs.pool.snapshots import Snapshots
@@ -27,14 +29,23 @@ AnyNode = Node | snapshots.Node
 class Properties:
     """Reads from record, volume and store what stat(2) and getxattr(2) tell, and changes it there."""
 
-    def __init__(
-        self, shared: Shared, volumes: Volumes, changes: Changes, snapshots: Snapshots, cleaning: Cleaning
+    def __init__(  # noqa: PLR0917 - the rooms it reads from
+        self,
+        shared: Shared,
+        volumes: Volumes,
+        changes: Changes,
+        snapshots: Snapshots,
+        clones: Clones,
+        cleaning: Cleaning,
+        flattening: Flattening,
     ) -> None:
         self._shared = shared
         self._volumes = volumes
         self._changes = changes
         self._snapshots = snapshots
+        self._clones = clones
         self._cleaning = cleaning
+        self._flattening = flattening
         self._orders = SnapshotOrders(shared, volumes, snapshots)
         self._diffs = Diffs(shared.engine, volumes, snapshots)
         self._root = snapshots.root
@@ -151,7 +162,9 @@ class Properties:
         if text == xattrs.STATS:
             return json.dumps(self.stats(node)).encode()
         if text == xattrs.CLEAN:
-            return json.dumps(self._cleaning.state(self._volume(node)).as_json()).encode()
+            return json.dumps(self._cleaning.state(self._volume(node))).encode()
+        if text == xattrs.FLATTEN:
+            return json.dumps(self._flattening.state(self._volume(node))).encode()
         if text.startswith(xattrs.CHANGES):
             return self._diffs.page(node, text)
         if text.startswith(xattrs.LIST) and not isinstance(node, Node):
@@ -166,6 +179,9 @@ class Properties:
         text = xattrs.parse_name(name)
         if text == xattrs.CLEAN:
             self._cleaning.order(self._volume(node), value)
+            return
+        if text == xattrs.FLATTEN:
+            self._flattening.order(self._volume(node), value)
             return
         if text in xattrs.ORDERS:
             if isinstance(node, Node):
@@ -213,6 +229,18 @@ class Properties:
 
     # --- statistics -------------------------------------------------------------------------------------------
 
+    def _origin(self, node: VolumeNode) -> str:
+        """What a clone was made of; empty for a volume that shares nothing."""
+        origin = self._clones.origin_of(node)
+        if origin is None:
+            return ""
+        try:
+            with self._volumes.using(origin.volume) as volume:
+                hidden = volume.snapshot(origin.id).hidden
+                return self._shared.what(origin.volume) if hidden else self._snapshots.what(origin)
+        except HlfsError:
+            return self._snapshots.what(origin)
+
     def stats(self, node: AnyNode) -> dict[str, Any]:
         """See `Namespace.stats`."""
         if not isinstance(node, Node):
@@ -221,7 +249,8 @@ class Properties:
         named = {"name": self._shared.what(node), "id": f"{record.id:016x}", "uuid": str(record.uuid)}
         if isinstance(node, VolumeNode):
             with self._volumes.using(node) as volume:
-                return {"kind": "volume", **named, "allocated_bytes": volume.attr().allocated_bytes, **volume.stats()}
+                named |= {"kind": "volume", "origin": self._origin(node)}
+                return {**named, "allocated_bytes": volume.attr().allocated_bytes, **volume.stats()}
         assert isinstance(node, PoolNode)
         with self._shared.lock:
             pools = sum(isinstance(child, PoolNode) for child in node.children.values())

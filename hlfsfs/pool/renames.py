@@ -15,11 +15,11 @@ from hlfsfs.errors import (
     PoolNotEmpty,
     RefusedName,
 )
-from hlfsfs.pool.changes import Changes, path_in, with_changes
+from hlfsfs.pool.changes import Changes, path_in
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
 from hlfsfs.store import Rename
-from hlfsfs.store.records import PoolRecord
+from hlfsfs.store.records import PoolRecord, with_changes
 
 log = logging.getLogger(__name__)
 

@@ -23,12 +23,12 @@ from hlfsfs.errors import (
     printable,
 )
 from hlfsfs.pool import xattrs
-from hlfsfs.pool.changes import new_id, with_changes
+from hlfsfs.pool.changes import new_id
 from hlfsfs.pool.names import check_new_snapshot_name
 from hlfsfs.pool.snapshots import Node, PoolSnapshots, SnapshotNode, Snapshots, VolumeSnapshots
 from hlfsfs.pool.tree import PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
-from hlfsfs.store.records import NOT_JSON, SnapshotGroup
+from hlfsfs.store.records import NOT_JSON, SnapshotGroup, with_changes
 
 if TYPE_CHECKING:
     from hlfsfs.engine import NewSnapshot, Volume

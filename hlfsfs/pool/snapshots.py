@@ -30,12 +30,12 @@ from hlfsfs.errors import (
 )
 from hlfsfs.pool import xattrs
 from hlfsfs.pool.attributes import AttributeChanges, Attributes, EntryAttributes, check_volume_mode
-from hlfsfs.pool.changes import Changes, new_id, with_changes
-from hlfsfs.pool.names import LATEST, check_new_snapshot_name
+from hlfsfs.pool.changes import Changes, new_id
+from hlfsfs.pool.names import LATEST, check_new_snapshot_name, hidden_name
 from hlfsfs.pool.node_ids import LATEST_MARK, ROOT_ID, SNAPSHOT_MARK, SNAPSHOTS_MARK, mark_of, marked, stable_id
 from hlfsfs.pool.tree import PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
-from hlfsfs.store.records import SnapshotNotes
+from hlfsfs.store.records import SnapshotNotes, with_changes
 
 if TYPE_CHECKING:
     from hlfsfs.engine import NewSnapshot, Snapshot, SnapshotSpace, Volume
@@ -197,8 +197,11 @@ class Snapshots:
         raise NoSuchName(self.what(parent, name), "volume")
 
     def _listed(self, volume: "Volume") -> "list[Snapshot]":
-        """All that count, the oldest first."""
-        return [each for each in volume.snapshots() if each.group_id not in self._unfinished]
+        """All that are shown, the oldest first."""
+        return [each for each in volume.snapshots() if self._is_shown(each)]
+
+    def _is_shown(self, snapshot: "Snapshot") -> bool:
+        return not snapshot.hidden and snapshot.group_id not in self._unfinished
 
     def _snapshot_child(self, node: VolumeNode, name: bytes) -> Node:
         with self._volumes.using(node) as volume:
@@ -214,7 +217,7 @@ class Snapshots:
             found = volume.snapshot_named(name)
         except NoSuchSnapshot as exc:
             raise NoSuchSnapshot(self.what(VolumeSnapshots(node), name)) from exc
-        if found.group_id in self._unfinished:
+        if not self._is_shown(found):
             raise NoSuchSnapshot(self.what(VolumeSnapshots(node), name))
         self.learn(node, [found])
         return found
@@ -435,6 +438,8 @@ class Snapshots:
     def remove(self, parent: Node, name: bytes) -> None:
         """Removes a snapshot; durable. What only it held is freed later.
 
+        One that clones read is hidden instead, until the last of them is gone or flattened.
+
         Raises:
             NoSuchSnapshot: there is none of this name.
             VolumeBusy: it is open, or held.
@@ -448,6 +453,9 @@ class Snapshots:
                 self._volumes.check_writable(node, volume)
                 snapshot = self.named(node, volume, name)
                 self._require_unused(SnapshotNode(node, snapshot.id), self.what(parent, name))
+                if self.notes(SnapshotNode(node, snapshot.id)).clones:
+                    volume.rename_snapshot(snapshot.id, hidden_name(snapshot.id))
+                    return
                 volume.remove_snapshot(snapshot.id)
                 with self._shared.lock:
                     self._owners.pop(snapshot.id, None)
@@ -559,15 +567,14 @@ class Snapshots:
         return next((notes for notes in kept if notes.id == node.id), SnapshotNotes(id=node.id))
 
     def write_notes(self, node: VolumeNode, changed: SnapshotNotes | None) -> None:
-        """Durable. Those of snapshots that are gone are left out."""
+        """Durable. Those of snapshots that are gone are left out, but for what clones hold: it may be about to come."""
         with self._volumes.using(node) as volume:
             present = {snapshot.id for snapshot in volume.snapshots()}
-        others = [
-            notes
-            for notes in node.require_record().snapshots
-            if notes.id in present and (changed is None or notes.id != changed.id)
-        ]
-        self._changes.update_record(node, {"snapshots": [*others, changed] if changed is not None else others})
+        notes = [each for each in node.require_record().snapshots if changed is None or each.id != changed.id]
+        if changed is not None:
+            notes.append(changed)
+        kept = [each for each in notes if each.clones or (each.id in present and each != SnapshotNotes(id=each.id))]
+        self._changes.update_record(node, {"snapshots": kept})
 
     def stats(self, node: Node) -> dict[str, Any]:
         """What `hlfs stat` shows, JSON-ready. Raises StaleId."""
@@ -576,7 +583,13 @@ class Snapshots:
         with self._using(node) as (volume, snapshot):
             return self._stats_of(node.volume, snapshot, self._shared.engine.snapshot_space(volume))
 
+    def _name_of(self, volume_id: int) -> str:
+        with self._shared.lock:
+            node = self._shared.tree.by_id.get(volume_id)
+        return self._shared.what(node) if node is not None else f"volume {volume_id:016x}"
+
     def _stats_of(self, node: VolumeNode, snapshot: "Snapshot", space: "SnapshotSpace") -> dict[str, Any]:
+        notes = self.notes(SnapshotNode(node, snapshot.id))
         return {
             "kind": "snapshot",
             "name": self.what(VolumeSnapshots(node), snapshot.name),
@@ -589,7 +602,8 @@ class Snapshots:
             "allocated_bytes": snapshot.allocated_bytes,
             "alone_bytes": space.alone_bytes.get(snapshot.id, 0),
             "group": f"{snapshot.group_id:016x}" if snapshot.group_id else "",
-            "holds": self.notes(SnapshotNode(node, snapshot.id)).holds,
+            "holds": notes.holds,
+            "clones": [self._name_of(clone_id) for clone_id in notes.clones],
         }
 
     def page(self, node: Node, attribute: str) -> bytes:

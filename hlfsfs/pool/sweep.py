@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from hlfsfs.errors import HlfsError, LogDamaged, RecordDamaged
-from hlfsfs.pool.changes import Changes, with_changes
+from hlfsfs.pool.changes import Changes
+from hlfsfs.pool.clones import Clones
 from hlfsfs.pool.snapshot_orders import remove_group
 from hlfsfs.pool.tree import PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
-from hlfsfs.store.records import SnapshotGroup
+from hlfsfs.store.records import SnapshotGroup, with_changes
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,10 @@ class SweepReport:
 class Sweep:
     """One sweep over a tree that was just loaded, before anybody uses it."""
 
-    def __init__(self, shared: Shared, volumes: Volumes, changes: Changes, held: Collection[int]) -> None:
+    def __init__(
+        self, shared: Shared, volumes: Volumes, changes: Changes, clones: Clones, held: Collection[int]
+    ) -> None:
+        self._clones = clones
         self._shared = shared
         self._volumes = volumes
         self._changes = changes
@@ -44,6 +48,10 @@ class Sweep:
             for volume in list(self._shared.tree.volumes()):
                 with self._reporting():
                     self._sweep_volume(volume)
+            if not self._shared.store.read_only:
+                for volume in list(self._shared.tree.volumes()):
+                    with self._reporting():
+                        self._clones.sweep(volume)
             for pool_id in self._shared.store.list_pool_records():
                 with self._reporting():
                     self._sweep_pool_record(pool_id)

@@ -33,7 +33,6 @@ from hlfsfs.store.records import ROOT_POOL_ID, PoolRecord, VolumeRecord
 
 if TYPE_CHECKING:
     from hlfsfs.engine import Engine
-    from hlfsfs.pool.cleaning import CleanState
 
 
 # Errors that reading again does not help.
@@ -96,7 +95,6 @@ class VolumeNode(Node):
         closing: it is being detached or dropped; new users wait.
         gone: it was dropped.
         may_return: a crash may give it its name back, so that only the next mount may delete it.
-        cleaning: how its last cleaning on demand stands; guarded by `Cleaning`.
     """
 
     record: VolumeRecord | None = None
@@ -106,7 +104,6 @@ class VolumeNode(Node):
     closing: bool = False
     gone: bool = False
     may_return: bool = False
-    cleaning: "CleanState | None" = None
 
     @property
     def nlink(self) -> int:

@@ -4,12 +4,13 @@ All methods are thread-safe. `Shared.lock` guards the counts; no volume I/O happ
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from hlfsfs.errors import Damaged, FormatVersion, HlfsError, ReadOnly, UnknownFeature, VolumeBusy
 from hlfsfs.pool.tree import Shared, VolumeNode
+from hlfsfs.store.records import VolumeRecord, with_changes
 
 if TYPE_CHECKING:
     from hlfsfs.engine import Volume
@@ -22,6 +23,8 @@ class Volumes:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
+        # Told of each volume that was deleted for good; `Clones` listens.
+        self.on_deleted: Callable[[VolumeRecord], None] = lambda record: None
 
     @contextmanager
     def using(self, node: VolumeNode) -> Iterator["Volume"]:
@@ -111,7 +114,8 @@ class Volumes:
         """Deletes a volume for good when it has no name, no handle and no user; tells whether it did.
 
         The log goes first and the record last, each durable: after a crash in between the record is still
-        unlinked-open, and the next mount's sweep goes on from there.
+        unlinked-open, and the next mount's sweep goes on from there. One that clones read is hidden instead, until the
+        last of them is gone.
         """
         with self._shared.lock:
             record = node.record
@@ -121,10 +125,15 @@ class Volumes:
             if in_use or node.gone or node.may_return or self._shared.store.read_only:
                 return False
             node.closing = True
+        if any(notes.clones for notes in record.snapshots):
+            self._hide(node, record)
+            return False
+        deleted = False
         try:
             self._shared.engine.drop(node.id)
             self._shared.store.delete_log(record.log_uuid)
             self._shared.store.remove_volume(node.id)
+            deleted = True
         except HlfsError as exc:
             log.warning("deleting volume %016x stopped, the next mount goes on: %s", node.id, exc)
         finally:
@@ -132,7 +141,22 @@ class Volumes:
                 node.gone = True
                 self._shared.tree.by_id.pop(node.id, None)
             self._settle(node)
+        if deleted:
+            self.on_deleted(record)
         return True
+
+    def _hide(self, node: VolumeNode, record: VolumeRecord) -> None:
+        """Keeps a volume without a name for its clones; what they do not read of it is given back by and by."""
+        hidden = with_changes(record, state="hidden")
+        try:
+            self._shared.store.write_volume(hidden)
+            with self._shared.lock:
+                node.record = hidden
+            self._shared.engine.attach(hidden).resize(0)
+        except HlfsError as exc:
+            log.warning("volume %016x, which clones read, is not hidden yet: %s", node.id, exc)
+        finally:
+            self._settle(node)
 
     def _settle(self, node: VolumeNode) -> None:
         with self._shared.lock:

@@ -2,7 +2,8 @@
 
 `user.*`, `trusted.*` and the labels of security modules are kept in the record. `user.hlfs.*` is HLFS's own: computed,
 not kept and not listed, so that copying a file with its attributes does not copy them. Of these only orders
-can be set: `user.hlfs.clean` (see `Cleaning`), and those to directories of snapshots.
+can be set: `user.hlfs.clean` and `user.hlfs.flatten` of volumes, `user.hlfs.clone` of pools, and those to directories
+of snapshots.
 """
 
 import os
@@ -13,6 +14,9 @@ KEPT_PREFIXES = ("user.", "trusted.", "security.")
 OWN_PREFIX = "user.hlfs."
 STATS = "user.hlfs.stats"
 CLEAN = "user.hlfs.clean"
+FLATTEN = "user.hlfs.flatten"
+# An order to a pool; see `Properties`.
+CLONE = "user.hlfs.clone"
 # Followed by what is asked for; see `diffs` and `Snapshots.page`.
 CHANGES = "user.hlfs.changes."
 LIST = "user.hlfs.snapshots."

@@ -4,6 +4,7 @@ A record file is one header line, `HLFS1 <kind> crc=<crc32 of the rest, 8 hex di
 Keys this version does not know are kept when a record is written again, at every level. Pure functions, no I/O.
 """
 
+import copy
 import time
 import zlib
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -18,6 +19,9 @@ ROOT_POOL_ID = 1
 # Ids given out are in [MIN_ID, MAX_ID): above every number that has a fixed meaning, and positive in any integer.
 MIN_ID = 1 << 32
 MAX_ID = 1 << 62
+
+# Names of snapshots begin with it that are kept for clones and shown to nobody, and those of no others.
+HIDDEN_MARK = b"@"
 
 # What decoding JSON that anybody may have written raises.
 NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -128,11 +132,13 @@ class SnapshotNotes(Record, kw_only=True):
     Attributes:
         id: the snapshot's; one that is gone is forgotten when the notes change next.
         holds: who wants it kept, in any words.
+        clones: ids of the volumes that read it, of which each names it as its origin; kept while there is one.
     """
 
     id: StableId
     xattrs: dict[str, bytes] = {}
     holds: list[str] = []
+    clones: list[StableId] = []
 
 
 class VolumeRecord(Owned, kw_only=True):
@@ -215,6 +221,14 @@ class LockRecord(Record, kw_only=True):
     ring: str | None = None
     clean: bool = False
     kept_rings: list[str] = []
+
+
+def with_changes(record: R, **changes: object) -> R:
+    """A copy of a record with some fields changed."""
+    changed = copy.deepcopy(record)
+    for key, value in changes.items():
+        setattr(changed, key, value)
+    return changed
 
 
 _KINDS: dict[type[Record], str] = {VolumeRecord: "volume", PoolRecord: "pool", StoreInfo: "store"}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import time
+from uuid import UUID
 
 import pytest
 
-from hlfsfs.engine.bad_reads import QUIET_S, BadReadLog
+from hlfsfs.engine.bad_reads import QUIET_S, BadReadLog, Place
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def test_a_thousand_reads_are_two_lines(clock: list[float], caplog: pytest.LogCa
     told = BadReadLog()
     with caplog.at_level(logging.ERROR):
         for slot in range(1000):
-            told.add(7, 3, slot, 0)
+            told.add(7, Place(None, 3, slot), 0)
             told.tell_waiting()
             clock[0] += QUIET_S / 2000
         assert caplog.messages == [
@@ -40,11 +41,11 @@ def test_a_thousand_reads_are_two_lines(clock: list[float], caplog: pytest.LogCa
 def test_each_volume_is_told_of_at_once(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     told = BadReadLog()
     for volume_id in (7, 8, 7):
-        told.add(volume_id, 3, 4, 0)
+        told.add(volume_id, Place(None, 3, 4), 0)
     assert [message.split(":")[0][-1] for message in caplog.messages] == ["7", "8"]
     clock[0] += 2 * QUIET_S
     # Nothing was asked for meanwhile: this one tells of both.
-    told.add(7, 3, 5, 0)
+    told.add(7, Place(None, 3, 5), 0)
     assert "block 5" in caplog.messages[2]
     assert "last of 2 such reads" in caplog.messages[2]
 
@@ -53,8 +54,8 @@ def test_the_end_tells_what_waits_and_nothing_is_remembered(
     clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     told = BadReadLog()
-    told.add(7, 3, 4, 0)
-    told.add(7, 3, 5, 0)
+    told.add(7, Place(None, 3, 4), 0)
+    told.add(7, Place(None, 3, 5), 0)
     told.tell_waiting(all_of_it=True)
     assert len(caplog.messages) == 2
     clock[0] += 2 * QUIET_S
@@ -63,7 +64,14 @@ def test_the_end_tells_what_waits_and_nothing_is_remembered(
 
 
 def test_what_the_disk_did_not_give_is_not_called_damaged(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    BadReadLog().add(7, 3, 4, errno.EIO)
+    BadReadLog().add(7, Place(None, 3, 4), errno.EIO)
     (line,) = caplog.messages
     assert line.startswith("volume 0000000000000007: segment 00000003, block 4 could not be read: Input/output error")
     assert "damaged" not in line
+
+
+def test_what_a_clone_reads_elsewhere_is_named_so(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    log_uuid = UUID(int=5)
+    BadReadLog().add(7, Place(log_uuid, 3, 4), 0)
+    (line,) = caplog.messages
+    assert line.startswith(f"volume 0000000000000007: log {log_uuid} (of what it was cloned from), segment 00000003")

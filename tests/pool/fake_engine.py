@@ -13,7 +13,7 @@ from uuid import UUID
 from hlfsfs.engine import ChangedExtent, CleanReport, NewSnapshot, Snapshot, SnapshotSpace, SnapshotSummary, VolumeAttr
 from hlfsfs.errors import NoSuchSnapshot, RefusedName, SizeTooBig
 from hlfsfs.store import Store
-from hlfsfs.store.records import VolumeRecord
+from hlfsfs.store.records import HIDDEN_MARK, VolumeRecord
 
 SIZE_LIMIT_BYTES = 16 << 40
 
@@ -27,6 +27,8 @@ class Stored:
     mtime_ns: int = 0
     ctime_ns: int = 0
     snapshots: dict[int, tuple[Snapshot, bytes]] = field(default_factory=dict)
+    # A clone's: the logs it reads, and the snapshot that keeps them for it.
+    reads: tuple[tuple[UUID, int], ...] = ()
 
 
 @dataclass
@@ -39,12 +41,15 @@ class Media:
 class FakeVolume:
     """A volume in memory; every use after its end is a failure of the test."""
 
-    def __init__(self, record: VolumeRecord, stored: Stored) -> None:
+    def __init__(self, record: VolumeRecord, stored: Stored, check_reads: Callable[[Stored], None]) -> None:
         self.id = record.id
+        self._check_reads = check_reads
         self.uuid = record.uuid
+        self.log_uuid = record.log_uuid
+        self.stored = stored
         self.owner: tuple[int, int, int, int] | None = None
         self.closed = False
-        self._stored = stored
+        self._stored = self.stored
         self._now = replace(stored)
         self._lock = threading.Lock()
 
@@ -54,6 +59,7 @@ class FakeVolume:
 
     def _open(self) -> Stored:
         assert not self.closed, f"volume {self.id:x} used after its end"
+        self._check_reads(self._stored)
         return self._now
 
     def attr(self) -> VolumeAttr:
@@ -98,9 +104,10 @@ class FakeVolume:
         return [snapshot for snapshot, _ in self._stored.snapshots.values()]
 
     def snapshot_summary(self) -> SnapshotSummary:
-        found = self.snapshots()
+        found = [each for each in self.snapshots() if not each.hidden]
         changed_ns = max((each.ctime_ns for each in found), default=0)
-        return SnapshotSummary(len(found), found[-1].id if found else 0, changed_ns)
+        hidden = len(self.snapshots()) - len(found)
+        return SnapshotSummary(len(found), found[-1].id if found else 0, changed_ns, hidden)
 
     def snapshot(self, snapshot_id: int) -> Snapshot:
         for found in self.snapshots():
@@ -167,7 +174,7 @@ class FakeVolume:
 
 
 def _check_snapshot_name(name: bytes) -> None:
-    if any(byte in b"/%@" or byte < 0x20 or byte == 0x7F for byte in name):
+    if any(byte in b"/%@" or byte < 0x20 or byte == 0x7F for byte in name.removeprefix(HIDDEN_MARK)):
         raise RefusedName(name, "no name of a snapshot")
 
 
@@ -191,8 +198,29 @@ class FakeEngine:
             if record.id not in self._attached:
                 self._store.read_checkpoint_slots(record.log_uuid)
                 stored = self._media.logs.setdefault(record.log_uuid, Stored())
-                self._attached[record.id] = FakeVolume(record, stored)
+                self._attached[record.id] = FakeVolume(record, stored, self._check_reads)
             return self._attached[record.id]
+
+    def _check_reads(self, stored: Stored) -> None:
+        """Fails the test where something is gone that a clone reads."""
+        for log_uuid, snapshot_id in stored.reads:
+            assert snapshot_id in self._media.logs[log_uuid].snapshots, f"snapshot {snapshot_id:x} is gone"
+            self._store.list_segments(log_uuid)
+
+    def clone(self, origin: FakeVolume, snapshot_id: int, record: VolumeRecord) -> FakeVolume:
+        self.create_log(record)
+        snapshot, data = origin.stored.snapshots[snapshot_id]
+        stored = self._media.logs[record.log_uuid]
+        stored.data, stored.size_bytes = data, snapshot.size_bytes
+        stored.reads = ((origin.log_uuid, snapshot_id), *origin.stored.reads)
+        assert {log_uuid for log_uuid, _ in stored.reads} <= {ref.uuid for ref in record.logs}
+        return self.attach(record)
+
+    def flatten(self, volume: FakeVolume, progress: Callable[[int, int], None]) -> int:
+        progress(0, volume.attr().size_bytes)
+        assert volume.stored.reads
+        volume.stored.reads = ()
+        return volume.attr().size_bytes
 
     def attached(self, volume_id: int) -> FakeVolume | None:
         return self._attached.get(volume_id)

@@ -16,8 +16,8 @@ import pytest
 
 from hlfsfs.errors import Damaged, HlfsError, NotDurable, StoreFailed
 from hlfsfs.pool import AttributeChanges
-from hlfsfs.pool.changes import with_changes
 from hlfsfs.pool.check import check_names
+from hlfsfs.store.records import with_changes
 from tests.pool.conftest import World
 from tests.pool.views import View, check_whole, view
 from tests.store.crash_disk import LazyDisk, RecordingDisk

@@ -243,12 +243,16 @@ void bind_core(nb::module_& m) {
              nb::arg("max_open_segments"))
         .def(
             "add_volume",
-            [](Core& core, std::uint64_t id, const nb::bytes& log_uuid, std::uint32_t segment_shift, bool read_only) {
-                return core.add_volume(
-                    {.id = id, .log_uuid = uuid_of(log_uuid), .segment_shift = segment_shift, .read_only = read_only});
+            [](Core& core, std::uint64_t id, const nb::bytes& log_uuid, std::uint32_t segment_shift, bool read_only,
+               const std::vector<std::pair<std::uint16_t, nb::bytes>>& origin_logs) {
+                VolumeConfig config{
+                    .id = id, .log_uuid = uuid_of(log_uuid), .segment_shift = segment_shift, .read_only = read_only};
+                for (const auto& [number, uuid] : origin_logs)
+                    config.origin_logs.emplace_back(number, uuid_of(uuid));
+                return core.add_volume(config);
             },
             nb::arg("id"), nb::arg("log_uuid"), nb::kw_only(), nb::arg("segment_shift"), nb::arg("read_only"),
-            nb::keep_alive<0, 1>())
+            nb::arg("origin_logs"), nb::keep_alive<0, 1>())
         .def("publish_volume", &Core::publish_volume, nb::arg("volume"))
         .def("publish_snapshot", &Core::publish_snapshot, nb::arg("node_id"), nb::arg("volume"), nb::arg("snapshot_id"),
              nb::call_guard<nb::gil_scoped_release>())
@@ -306,15 +310,18 @@ void bind_snapshots(nb::class_<Volume>& volume, nb::module_& m) {
                 return find_snapshot(self, [id](const auto& info) { return info.id == id; });
             },
             nb::arg("id"))
-        // How many there are, the newest one's id and when a name or owner among them was last given; 0 for none.
+        // How many there are that are not hidden, the newest one's id and when a name or owner among them was last
+        // given; 0 for none.
         .def("snapshot_summary",
              [](const Volume& self) {
                  const nb::gil_scoped_release unlocked;
-                 const auto all = self.snapshots();
+                 auto all = self.snapshots();
+                 const auto hidden =
+                     std::erase_if(all, [](const auto& info) { return is_hidden_snapshot_name(info.name); });
                  std::uint64_t changed_ns = 0;
                  for (const Volume::SnapshotInfo& info : all)
                      changed_ns = std::max(changed_ns, info.ctime_ns);
-                 return std::tuple(all.size(), all.empty() ? 0 : all.back().id, changed_ns);
+                 return std::tuple(all.size(), all.empty() ? 0 : all.back().id, changed_ns, hidden);
              })
         .def(
             "snapshot_named",
@@ -499,15 +506,17 @@ void bind_cleaner(nb::class_<Volume>& volume, nb::module_& m) {
         .def_ro("moved_blocks", &Volume::Cleaned::moved_blocks)
         .def_ro("removable", &Volume::Cleaned::removable);
     volume
-        .def("repeat_checkpoint",
-             [](Volume& self) -> nb::object {
-                 std::optional<std::pair<int, std::vector<std::byte>>> made;
-                 {
-                     const nb::gil_scoped_release unlocked;
-                     made = self.repeat_checkpoint();
-                 }
-                 return slot_of(made);
-             })
+        .def(
+            "repeat_checkpoint",
+            [](Volume& self, bool always) -> nb::object {
+                std::optional<std::pair<int, std::vector<std::byte>>> made;
+                {
+                    const nb::gil_scoped_release unlocked;
+                    made = self.repeat_checkpoint(always);
+                }
+                return slot_of(made);
+            },
+            nb::kw_only(), nb::arg("always") = false)
         .def("checkpoint_repeated", &Volume::checkpoint_repeated, nb::arg("written"),
              nb::call_guard<nb::gil_scoped_release>())
         .def("orphans", &Volume::orphans, nb::arg("segnos"), nb::call_guard<nb::gil_scoped_release>())
@@ -515,6 +524,31 @@ void bind_cleaner(nb::class_<Volume>& volume, nb::module_& m) {
         .def("clean_segment", &Volume::clean_segment, nb::arg("index"), nb::arg("fd"), nb::arg("how"),
              nb::arg("min_run"), nb::call_guard<nb::gil_scoped_release>())
         .def("release_segment", &Volume::release_segment, nb::arg("index"), nb::call_guard<nb::gil_scoped_release>());
+}
+
+void bind_clones(nb::class_<Volume>& volume) {
+    volume
+        .def("adopt", &Volume::adopt, nb::arg("origin"), nb::arg("snapshot_id"),
+             nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "foreign_blocks",
+            [](Volume& self, std::uint64_t first_block, std::size_t most) {
+                const auto found = [&] {
+                    const nb::gil_scoped_release unlocked;
+                    return self.foreign_blocks(first_block, most);
+                }();
+                return std::pair(found.base_generation, found.extents);
+            },
+            nb::arg("first_block"), nb::arg("most"))
+        .def(
+            "bring_in",
+            [](Volume& self, std::uint64_t base_generation, std::uint64_t first_block, const nb::bytes& data) {
+                const auto bytes = span_of(data);
+                const nb::gil_scoped_release unlocked;
+                return self.bring_in(base_generation, first_block, bytes);
+            },
+            nb::arg("base_generation"), nb::arg("first_block"), nb::arg("data"))
+        .def("forget_origin", &Volume::forget_origin, nb::call_guard<nb::gil_scoped_release>());
 }
 
 void bind_io(nb::class_<Volume>& volume) {
@@ -609,6 +643,7 @@ NB_MODULE(_core, m) {
     hlfs::bind_snapshots(volume, m);
     hlfs::bind_control(volume);
     hlfs::bind_cleaner(volume, m);
+    hlfs::bind_clones(volume);
     hlfs::bind_io(volume);
     hlfs::bind_channel(m);
     hlfs::bind_check(m);

@@ -302,6 +302,10 @@ void LogCheck::load_table() {
             std::memcpy(&entry, block.bytes + sizeof header + i * sizeof entry, sizeof entry);
             if (entry.state == SegmentState::free)
                 continue;
+            if (entry.log_no != kOwnLog) {
+                foreign_.insert(header.first + i);
+                continue;
+            }
             std::optional<std::uint64_t>& known = table_[header.first + i];
             if (known && *known != entry.segno)
                 found("segment table and segment headers disagree about index " + std::to_string(header.first + i),
@@ -317,6 +321,9 @@ void LogCheck::load_table() {
 bool LogCheck::check_pointer(Pointer pointer, std::uint32_t level, std::uint64_t block) {
     ++counts_.pointers;
     const std::uint32_t index = pointer_segment(pointer);
+    // What stands in a log of another volume, with all that leads to, is verified with that one.
+    if (foreign_.contains(index) && !pointer_compressed(pointer) && pointer_slot(pointer) != 0)
+        return false;
     if (index >= table_.size() || !table_[index] || pointer_compressed(pointer) || pointer_slot(pointer) == 0) {
         found("map pointer out of the segment table at level " + std::to_string(level), std::nullopt, block);
         return false;

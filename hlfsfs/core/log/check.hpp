@@ -74,6 +74,7 @@ class LogCheck {
     std::optional<Checkpoint> checkpoint_;
     std::map<std::uint64_t, Scanned> segments_;
     std::vector<std::optional<std::uint64_t>> table_;  // segno by index
+    std::unordered_set<std::uint32_t> foreign_;        // indexes of segments in logs of others
     std::vector<std::pair<std::uint64_t, std::uint64_t>> cuts_;
     std::uint64_t durable_upto_ = 0;
     std::map<std::uint64_t, std::uint64_t> durable_in_epoch_;

@@ -278,6 +278,10 @@ enum class SegmentState : std::uint8_t {
     damaged = 6
 };
 
+// Number, in a volume's segment table, of the log that it writes. The record of the volume says which logs the others
+// are: those that it reads and others wrote.
+inline constexpr std::uint16_t kOwnLog = 0;
+
 struct SegmentTableEntry {
     std::uint64_t segno = 0;
     std::uint32_t live_blocks_hint = 0;

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "cache/block_cache.hpp"
@@ -25,14 +26,27 @@ class SharedFd {
     int fd_;
 };
 
+// The number that the caches know a segment by: the same for every volume that reads it, and no other segment's while
+// anybody has it.
+class SegmentUid {
+  public:
+    SegmentUid() = default;
+    explicit SegmentUid(std::shared_ptr<const std::uint32_t> uid) noexcept : value_(*uid), held_(std::move(uid)) {}
+    [[nodiscard]] std::uint32_t value() const noexcept { return value_; }
+
+  private:
+    std::uint32_t value_ = 0;
+    std::shared_ptr<const std::uint32_t> held_;
+};
+
 struct ReadOp;
 
 // Guarded by the mutex of the volume whose table it stands in, except what is constant after construction.
 struct Segment {
     // constant after construction
-    std::uint32_t uid = 0;  // process-wide, the caches' key
+    SegmentUid uid;
     std::uint32_t index = 0;
-    std::uint16_t log_no = 0;
+    std::uint16_t log_no = kOwnLog;
     SegmentIdentity identity;
 
     std::uint64_t salt = 0;
@@ -63,7 +77,7 @@ struct Segment {
     bool moved = false;                  // the cleaner has published all of these again
     std::uint32_t last_time_s = 0;
 
-    [[nodiscard]] BlockAddress address(std::uint32_t slot) const noexcept { return {uid, slot}; }
+    [[nodiscard]] BlockAddress address(std::uint32_t slot) const noexcept { return {uid.value(), slot}; }
     // Blocks a footer would take if `more_bytes` of summary were added.
     [[nodiscard]] std::uint32_t footer_blocks(std::size_t more_bytes) const noexcept {
         return static_cast<std::uint32_t>((footer_body.size() + more_bytes + kBlockBytes - 1) / kBlockBytes) + 1;

@@ -26,6 +26,10 @@ std::optional<std::string> name_at(std::span<const std::byte> bytes, std::size_t
 bool is_snapshot_name(std::string_view name) noexcept {
     if (name.empty() || name.size() > kMaxSnapshotNameBytes || name == "." || name == "..")
         return false;
+    if (is_hidden_snapshot_name(name))
+        name.remove_prefix(1);
+    if (name.empty())
+        return false;
     for (const char c : name) {
         const auto byte = static_cast<unsigned char>(c);
         if (byte < 0x20 || byte == 0x7f || c == '/' || c == '%' || c == '@')

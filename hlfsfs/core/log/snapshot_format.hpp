@@ -38,7 +38,11 @@ struct SnapSideHeader {
 static_assert(sizeof(SnapSideHeader) == 64);
 
 // What no path, URI or terminal gives a meaning of its own: 1 to 255 bytes, no `/`, `%`, `@` or control character.
+// A hidden one, which is kept for clones and has no name for users, begins with an `@` all the same.
 bool is_snapshot_name(std::string_view name) noexcept;
+inline bool is_hidden_snapshot_name(std::string_view name) noexcept {
+    return name.starts_with('@');
+}
 
 struct SnapEntry {
     SnapSideHeader header;

@@ -276,7 +276,7 @@ void Host::answer(const Event& event) {
             return;
         }
         case EventKind::open_segment: {
-            const int fd = log->open(event.segno);
+            const int fd = (event.log_no == kOwnLog ? log : log->origins.at(event.log_no - 1U))->open(event.segno);
             volume->supply_descriptor(event.index, fd, fd < 0 ? -fd : 0);
             return;
         }
@@ -354,10 +354,10 @@ bool Host::checkpoint(Log& log) {
     return checkpoint(log, *volume);
 }
 
-bool Host::repeat_checkpoint(Log& log) {
+bool Host::repeat_checkpoint(Log& log, bool always) {
     std::shared_ptr<Volume> volume;
     log_of(log.id, volume);
-    const auto made = volume->repeat_checkpoint();
+    const auto made = volume->repeat_checkpoint(always);
     if (!made)
         return false;
     {
@@ -366,6 +366,42 @@ bool Host::repeat_checkpoint(Log& log) {
     }
     volume->checkpoint_repeated(true);
     return true;
+}
+
+std::shared_ptr<Volume> Host::clone(Log& log, Log& origin, std::uint64_t snapshot_id) {
+    log.origins = origin.origins;
+    log.origins.insert(log.origins.begin(), &origin);
+    std::shared_ptr<Volume> from;
+    log_of(origin.id, from);
+    auto volume = open(log).volume;
+    volume->adopt(*from, snapshot_id);
+    checkpoint(log);
+    repeat_checkpoint(log, true);
+    return volume;
+}
+
+void Host::flatten(Log& log) {
+    std::shared_ptr<Volume> volume;
+    log_of(log.id, volume);
+    for (;;) {
+        while (checkpoint(log)) {
+        }
+        repeat_checkpoint(log, true);
+        const auto found = volume->foreign_blocks(0, 16);
+        if (found.extents.empty())
+            break;
+        for (const auto& [first, count] : found.extents) {
+            Bytes data;
+            const auto part = std::min<std::uint64_t>(count, kMaxRequestPages);
+            read(*volume, first * kBlockBytes, static_cast<std::uint32_t>(part * kBlockBytes), data);
+            volume->bring_in(found.base_generation, first, data);
+        }
+    }
+    volume->forget_origin();
+    while (checkpoint(log)) {
+    }
+    repeat_checkpoint(log, true);
+    log.origins.clear();
 }
 
 Volume::Cleaned Host::clean(Log& log, Volume::CleanHow how, std::uint32_t min_run) {
@@ -399,8 +435,10 @@ Volume::Cleaned Host::clean(Log& log, Volume::CleanHow how, std::uint32_t min_ru
 }
 
 Host::Opened Host::open(Log& log, Ring* old_ring) {
-    auto volume =
-        core_->add_volume({.id = log.id, .log_uuid = log.uuid, .segment_shift = log.segment_shift, .read_only = false});
+    VolumeConfig config{.id = log.id, .log_uuid = log.uuid, .segment_shift = log.segment_shift, .read_only = false};
+    for (const Log* origin : log.origins)
+        config.origin_logs.emplace_back(static_cast<std::uint16_t>(config.origin_logs.size() + 1), origin->uuid);
+    auto volume = core_->add_volume(config);
     {
         const std::lock_guard lock(mutex_);
         open_[log.id] = {&log, volume};

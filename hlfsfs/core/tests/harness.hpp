@@ -97,6 +97,7 @@ class Log {
     std::array<Bytes, 2> slots;              // guarded by FaultyDisk::freeze() while a core runs
     int refuse_segments = 0;                 // errno that prepare() answers
     std::size_t spare_bytes = 0;             // prepare() begins with a file that held as much
+    std::vector<Log*> origins;               // a clone's: numbers 1, 2, … in its segment table
     std::map<std::uint64_t, bool> released;  // by the cleaner: whether the segment's file may serve another one
 
   private:
@@ -148,7 +149,11 @@ class Host {
     void drop(Log& log);
     bool checkpoint(Log& log);
     // The newest checkpoint into both slots.
-    bool repeat_checkpoint(Log& log);
+    bool repeat_checkpoint(Log& log, bool always = false);
+    // A clone of a snapshot that a checkpoint has merged; `log` is new, the origin's log is open. Durable.
+    std::shared_ptr<Volume> clone(Log& log, Log& origin, std::uint64_t snapshot_id);
+    // Has all that the clone reads in its own log; durable.
+    void flatten(Log& log);
     // Every segment that may be cleaned: removed if nothing leads into it, else `how`. Returns what it did, summed up.
     Volume::Cleaned clean(Log& log, Volume::CleanHow how, std::uint32_t min_run = 1);
 

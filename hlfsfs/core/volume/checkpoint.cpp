@@ -697,12 +697,13 @@ bool Volume::checkpoint_installed() {
     return more;
 }
 
-std::optional<std::pair<int, std::vector<std::byte>>> Volume::repeat_checkpoint() {
+std::optional<std::pair<int, std::vector<std::byte>>> Volume::repeat_checkpoint(bool always) {
     Lock lock(mutex_);
     while (checkpointing_)
         wait_change(lock);
-    if (read_only_ || !older_ ||
-        (older_->replay_start.segno == newest_.replay_start.segno && older_->root == newest_.root))
+    const bool frees =
+        older_ && (older_->replay_start.segno != newest_.replay_start.segno || older_->root != newest_.root);
+    if (read_only_ || !(frees || always))
         return std::nullopt;
     checkpointing_ = true;
     Checkpoint record = newest_;

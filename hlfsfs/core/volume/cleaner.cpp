@@ -188,8 +188,9 @@ std::uint64_t Volume::first_pinned_segno() const {
 
 bool Volume::cleanable(const Segment& segment) const {
     const bool ended = segment.state == SegmentState::sealed || segment.state == SegmentState::punched;
-    return ended && segment.log_no == 0 && &segment != current_ && segment.unwritten_chunks == 0 && !segment.unsynced &&
-           !segment.syncing && segment.footer_body.empty() && segment.identity.segno < first_pinned_segno();
+    return ended && segment.log_no == kOwnLog && &segment != current_ && segment.unwritten_chunks == 0 &&
+           !segment.unsynced && !segment.syncing && segment.footer_body.empty() &&
+           segment.identity.segno < first_pinned_segno();
 }
 
 std::vector<Volume::CleanCandidate> Volume::clean_candidates() {
@@ -214,7 +215,7 @@ std::vector<std::uint64_t> Volume::orphans(const std::vector<std::uint64_t>& seg
     const Lock lock(mutex_);
     std::vector<std::uint64_t> known;
     for (const auto& segment : table_) {
-        if (segment)
+        if (segment && segment->log_no == kOwnLog)
             known.push_back(segment->identity.segno);
     }
     std::sort(known.begin(), known.end());
@@ -378,89 +379,101 @@ std::uint64_t Volume::punch_dead(const Survey& survey, int fd, std::uint32_t min
     return after < before ? (before - after) / kBlockBytes : 0;
 }
 
+// Fills ring pages with blocks and publishes those that the base of `base_generation` still maps. Returns their number.
+std::uint64_t Volume::publish_moved(std::uint64_t base_generation, std::span<const std::uint64_t> blocks, bool for_room,
+                                    const std::function<std::uint32_t(std::size_t, std::byte*)>& fill) {
+    // Who makes room waits for the cleaner to be done, and may be who has the pages, or the space.
+    const auto yield_to_room = [this, for_room] {
+        if (for_room && making_room_)
+            throw std::system_error(ENOSPC, std::generic_category(), "no space to move blocks to");
+    };
+    const auto unchanged = [this, base_generation](std::uint64_t block) {
+        return base_generation_ == base_generation && version_of(block).kind == BlockVersion::Kind::base;
+    };
+    std::optional<PageRun> run;
+    while (!(run = core_.take_pages(static_cast<std::uint32_t>(blocks.size())))) {
+        core_.ring().wait_for_pages();
+        const Lock lock(mutex_);
+        yield_to_room();
+    }
+    std::vector<std::uint32_t> crcs;
+    std::vector<bool> published(blocks.size());
+    const auto give_back = [&] {
+        for (std::uint32_t i = 0; i < blocks.size(); ++i) {
+            if (!published[i])
+                core_.ring().free_page(run->first + i);
+        }
+    };
+    std::uint64_t moved = 0;
+    try {
+        for (std::uint32_t i = 0; i < blocks.size(); ++i)
+            crcs.push_back(fill(i, core_.ring().page(run->first + i)));
+        Lock lock(mutex_);
+        const std::uint64_t refusals = refusals_;
+        for (;;) {
+            std::vector<PublishItem> items;
+            std::fill(published.begin(), published.end(), false);
+            std::size_t count = 0;
+            for (std::uint32_t i = 0; i < blocks.size(); ++i) {
+                if (!unchanged(blocks[i]))
+                    continue;
+                published[i] = true;
+                ++count;
+                const bool follows = !items.empty() && i > 0 && published[i - 1] && blocks[i - 1] + 1 == blocks[i];
+                if (follows) {
+                    ++items.back().count;
+                    continue;
+                }
+                PublishItem item{};
+                item.kind = EntryKind::relocate;
+                item.block = blocks[i];
+                item.count = 1;
+                item.first_page = run->first + i;
+                item.crcs = crcs.data() + i;
+                items.push_back(item);
+            }
+            if (items.empty())
+                break;
+            const Admission admission = admit(items.size(), count, 0);
+            if (admission == Admission::ok) {
+                publish(items, nullptr);
+                moved = count;
+                break;
+            }
+            std::fill(published.begin(), published.end(), false);
+            if (admission == Admission::refused)
+                throw std::system_error(space_refused_, std::generic_category(), "no space to move blocks to");
+            yield_to_room();
+            wake();
+            wait_disk(lock, refusals);
+        }
+    } catch (...) {
+        give_back();
+        throw;
+    }
+    give_back();
+    return moved;
+}
+
 std::uint64_t Volume::move_live(const Survey& survey, int fd) {
     WindowReader reader(fd);
     std::uint64_t moved = 0;
     std::vector<const Survey::Block*> batch;
-    const auto unchanged = [this, &survey](std::uint64_t block) {
-        return base_generation_ == survey.base_generation && version_of(block).kind == BlockVersion::Kind::base;
-    };
     const auto publish_batch = [&] {
         if (batch.empty())
             return;
-        std::optional<PageRun> run;
-        while (!(run = core_.take_pages(static_cast<std::uint32_t>(batch.size())))) {
-            core_.ring().wait_for_pages();
-            // Who makes room waits for the cleaner to be done, and may be who has the pages.
-            const Lock lock(mutex_);
-            if (making_room_)
-                throw std::system_error(ENOSPC, std::generic_category(), "no space to move blocks to");
-        }
-        std::vector<std::uint32_t> crcs;
-        std::vector<bool> published(batch.size());
-        const auto give_back = [&] {
-            for (std::uint32_t i = 0; i < batch.size(); ++i) {
-                if (!published[i])
-                    core_.ring().free_page(run->first + i);
-            }
-        };
-        try {
-            for (std::uint32_t i = 0; i < batch.size(); ++i) {
-                const auto bytes = reader.at(batch[i]->slot, 1);
-                std::byte* page = core_.ring().page(run->first + i);
-                if (bytes.size() == kBlockBytes)
-                    std::memcpy(page, bytes.data(), kBlockBytes);
-                // All 32 bits: what is damaged stays where it is, so that it is damaged for its readers too.
-                if (bytes.size() != kBlockBytes || crc32c_block(page) != batch[i]->crc)
-                    throw FormatError("a block to be moved is damaged");
-                crcs.push_back(batch[i]->crc);
-            }
-            Lock lock(mutex_);
-            for (;;) {
-                std::vector<PublishItem> items;
-                std::fill(published.begin(), published.end(), false);
-                std::size_t blocks = 0;
-                for (std::uint32_t i = 0; i < batch.size(); ++i) {
-                    if (!unchanged(batch[i]->block))
-                        continue;
-                    published[i] = true;
-                    ++blocks;
-                    const bool follows =
-                        !items.empty() && i > 0 && published[i - 1] && batch[i - 1]->block + 1 == batch[i]->block;
-                    if (follows) {
-                        ++items.back().count;
-                        continue;
-                    }
-                    PublishItem item{};
-                    item.kind = EntryKind::relocate;
-                    item.block = batch[i]->block;
-                    item.count = 1;
-                    item.first_page = run->first + i;
-                    item.crcs = crcs.data() + i;
-                    items.push_back(item);
-                }
-                if (items.empty())
-                    break;
-                const Admission admission = admit(items.size(), blocks, 0);
-                if (admission == Admission::ok) {
-                    publish(items, nullptr);
-                    moved += blocks;
-                    break;
-                }
-                std::fill(published.begin(), published.end(), false);
-                if (admission == Admission::refused)
-                    throw std::system_error(space_refused_, std::generic_category(), "no space to move blocks to");
-                // Who makes room waits for the cleaner to be done.
-                if (making_room_)
-                    throw std::system_error(ENOSPC, std::generic_category(), "no space to move blocks to");
-                wake();
-                wait_change(lock);
-            }
-        } catch (...) {
-            give_back();
-            throw;
-        }
-        give_back();
+        std::vector<std::uint64_t> blocks;
+        for (const Survey::Block* block : batch)
+            blocks.push_back(block->block);
+        moved += publish_moved(survey.base_generation, blocks, true, [&](std::size_t i, std::byte* page) {
+            const auto bytes = reader.at(batch[i]->slot, 1);
+            if (bytes.size() == kBlockBytes)
+                std::memcpy(page, bytes.data(), kBlockBytes);
+            // All 32 bits: what is damaged stays where it is, so that it is damaged for its readers too.
+            if (bytes.size() != kBlockBytes || crc32c_block(page) != batch[i]->crc)
+                throw FormatError("a block to be moved is damaged");
+            return batch[i]->crc;
+        });
         batch.clear();
     };
     for (const Survey::Block& block : survey.blocks) {

@@ -72,6 +72,28 @@ Core::~Core() {
     munmap(const_cast<std::byte*>(zeros_), kMaxRequestBytes + kBlockBytes);
 }
 
+SegmentUid Core::segment_uid(const Uuid& log_uuid, std::uint64_t segno) {
+    const std::pair key(log_uuid, segno);
+    const auto forget = [this, key](const std::uint32_t* uid) {
+        delete uid;
+        const std::lock_guard lock(uids_mutex_);
+        const auto at = uids_.find(key);
+        // Somebody may have asked for it meanwhile.
+        if (at != uids_.end() && at->second.expired())
+            uids_.erase(at);
+    };
+    // Before the lock, which its end takes.
+    std::shared_ptr<const std::uint32_t> fresh(new std::uint32_t(next_uid_.fetch_add(1)), forget);
+    const std::lock_guard lock(uids_mutex_);
+    std::weak_ptr<const std::uint32_t>& known = uids_[key];
+    std::shared_ptr<const std::uint32_t> uid = known.lock();
+    if (uid == nullptr) {
+        uid = std::move(fresh);
+        known = uid;
+    }
+    return SegmentUid(std::move(uid));
+}
+
 std::shared_ptr<DataVolume> Core::find(std::uint64_t node_id) const noexcept {
     const std::shared_lock lock(volumes_mutex_);
     const auto it = findable_.find(node_id);

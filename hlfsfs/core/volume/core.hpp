@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -12,12 +13,14 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "base/dataplane.hpp"
 #include "cache/block_cache.hpp"
 #include "log/buffer_pool.hpp"
 #include "log/reader.hpp"
+#include "log/segment.hpp"
 #include "ring/ring.hpp"
 
 namespace hlfs {
@@ -122,7 +125,7 @@ class Core final : public VolumeTable {
     void relieve() noexcept;
     // Pages outside any channel thread's run; nullopt when there is no memory anywhere.
     std::optional<PageRun> take_pages(std::uint32_t count) noexcept;
-    std::uint32_t new_segment_uid() noexcept { return next_uid_.fetch_add(1, std::memory_order_relaxed); }
+    [[nodiscard]] SegmentUid segment_uid(const Uuid& log_uuid, std::uint64_t segno);
 
     std::atomic<std::uint64_t> published_pages{0};  // in chunks not yet retired
     std::atomic<std::uint64_t> overlay_entries{0};
@@ -148,7 +151,9 @@ class Core final : public VolumeTable {
     std::vector<std::thread> threads_;
 
     std::atomic<std::uint32_t> next_uid_{1};
-    std::mutex cursor_mutex_;  // guards cursor_
+    std::mutex uids_mutex_;                                                              // guards uids_
+    std::map<std::pair<Uuid, std::uint64_t>, std::weak_ptr<const std::uint32_t>> uids_;  // by log and segno
+    std::mutex cursor_mutex_;                                                            // guards cursor_
     RunCursor cursor_;
 
     mutable std::shared_mutex volumes_mutex_;  // guards volumes_ and findable_

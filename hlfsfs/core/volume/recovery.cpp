@@ -101,7 +101,7 @@ void Volume::load_segment_table(const Checkpoint& checkpoint,
             if (from.state == SegmentState::free)
                 continue;
             auto to = std::make_unique<Segment>();
-            to->uid = core_.new_segment_uid();
+            to->uid = core_.segment_uid(log_of(from.log_no), from.segno);
             to->index = header.first + i;
             to->log_no = from.log_no;
             to->identity.segno = from.segno;
@@ -345,13 +345,13 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
         if (table_.size() <= header.table_index)
             table_.resize(std::size_t{header.table_index} + 1);
         auto& entry = table_[header.table_index];
-        if (entry && entry->identity.segno != header.segno) {
+        if (entry && (entry->log_no != kOwnLog || entry->identity.segno != header.segno)) {
             replay.damage("segment table: index of " + place_name(header.segno, 0) + " is taken");
             continue;
         }
         if (!entry) {
             entry = std::make_unique<Segment>();
-            entry->uid = core_.new_segment_uid();
+            entry->uid = core_.segment_uid(config_.log_uuid, header.segno);
             entry->index = header.table_index;
             entry->state = SegmentState::sealed;
         }

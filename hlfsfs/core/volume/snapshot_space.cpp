@@ -18,9 +18,9 @@ constexpr std::uint32_t kHead = 0;
 
 class Volume::SpaceWalk {
   public:
-    // The head's map first.
-    SpaceWalk(Volume& volume, std::vector<KeptMap> maps)
-        : volume_(volume), maps_(std::move(maps)), alone_blocks_(maps_.size()) {}
+    // The head's map first. What stands in segments with these indexes is others'.
+    SpaceWalk(Volume& volume, std::vector<KeptMap> maps, std::vector<bool> foreign)
+        : volume_(volume), maps_(std::move(maps)), foreign_(std::move(foreign)), alone_blocks_(maps_.size()) {}
 
     void run() {
         std::uint32_t levels = 0;
@@ -55,8 +55,12 @@ class Volume::SpaceWalk {
                 add_root(found, maps_[i].root, i);
             smaller_below = smaller_below || (maps_[i].levels != 0 && maps_[i].levels <= level);
         }
+        // Nor is what such a node leads to the volume's own.
+        std::erase_if(found, [this](const Shared& node) { return is_foreign(node.pointer); });
         for (const Shared& node : found)
             count(node.owners, 1);
+        if (found.empty() && !smaller_below)
+            return;
         if (found.size() == 1 && !smaller_below) {
             if (found.front().owners.front() != kHead)
                 count(found.front().owners, mapped_below(level, found.front().pointer));
@@ -91,8 +95,10 @@ class Volume::SpaceWalk {
                 walk(level - 1, (index << kNodeShift) | at, std::move(shared));
                 continue;
             }
-            for (const Shared& block : shared)
-                count(block.owners, 1);
+            for (const Shared& block : shared) {
+                if (!is_foreign(block.pointer))
+                    count(block.owners, 1);
+            }
         }
     }
 
@@ -110,13 +116,18 @@ class Volume::SpaceWalk {
         at->owners.insert(std::lower_bound(at->owners.begin(), at->owners.end(), owner), owner);
     }
 
+    [[nodiscard]] bool is_foreign(Pointer pointer) const {
+        const std::uint32_t index = pointer_segment(pointer);
+        return index < foreign_.size() && foreign_[index];
+    }
+
     // Data and nodes.
     std::uint64_t mapped_below(std::uint32_t level, Pointer pointer) {
         auto node = std::make_unique<Node>();
         volume_.load_node_waiting(pointer, *node);
         std::uint64_t blocks = 0;
         for (const Pointer child : *node) {
-            if (child != kHole)
+            if (child != kHole && !is_foreign(child))
                 blocks += 1 + (level == 0 ? 0 : mapped_below(level - 1, child));
         }
         return blocks;
@@ -124,16 +135,19 @@ class Volume::SpaceWalk {
 
     Volume& volume_;
     const std::vector<KeptMap> maps_;
+    const std::vector<bool> foreign_;
     std::vector<std::uint64_t> alone_blocks_;
     std::uint64_t snapshot_blocks_ = 0;
 };
 
 Volume::SnapshotSpace Volume::snapshot_space() {
     std::vector<KeptMap> maps;
+    std::vector<bool> foreign;
     // What is removed meanwhile stays until they are let go.
     std::vector<std::shared_ptr<Snapshot>> walked;
     {
         const Lock lock(mutex_);
+        foreign = foreign_indexes();
         maps.push_back({.root = root_, .levels = levels_, .generation = generation_, .replay_start = {}});
         for (const auto& snapshot : snapshots_) {
             if (snapshot->frozen != nullptr)
@@ -146,7 +160,7 @@ Volume::SnapshotSpace Volume::snapshot_space() {
             walked.push_back(snapshot);
         }
     }
-    SpaceWalk walk(*this, std::move(maps));
+    SpaceWalk walk(*this, std::move(maps), std::move(foreign));
     walk.run();
     SnapshotSpace space{.snapshot_bytes = walk.snapshot_blocks() * kBlockBytes, .alone_bytes = {}};
     for (std::size_t i = 0; i < walked.size(); ++i)

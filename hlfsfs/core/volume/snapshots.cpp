@@ -433,7 +433,7 @@ void Volume::load_snapshots(const Checkpoint& checkpoint, const std::vector<std:
         const Segment* const segment =
             pointer_segment(pointer) < table_.size() ? table_[pointer_segment(pointer)].get() : nullptr;
         const auto at = std::find_if(segments.begin(), segments.end(), [segment](const auto& s) {
-            return segment != nullptr && s.first == segment->identity.segno;
+            return segment != nullptr && segment->log_no == kOwnLog && s.first == segment->identity.segno;
         });
         if (at == segments.end())
             throw FormatError("snapshot directory: a segment is missing");

@@ -90,7 +90,7 @@ Volume::Stats Volume::stats() const {
     stats.appended_bytes = log_slots_ * kBlockBytes;
     stats.first_pinned_segno = first_pinned_segno();
     for (const auto& segment : table_) {
-        if (!segment)
+        if (!segment || segment->log_no != kOwnLog)
             continue;
         ++stats.segments;
         stats.live_bytes += segment->live_blocks_hint * kBlockBytes;

@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -34,6 +35,8 @@ struct VolumeConfig {
     Uuid log_uuid{};
     std::uint32_t segment_shift = 26;
     bool read_only = false;
+    // A clone's: the logs that it reads and others write, with their numbers in its segment table.
+    std::vector<std::pair<std::uint16_t, Uuid>> origin_logs{};
 };
 
 struct Mutation;
@@ -130,7 +133,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
 
     // The newest checkpoint once more, for the slot of the older one: what only the older one keeps from the cleaner is
     // free then. nullopt where that would free nothing. Once it is written, or could not be: checkpoint_repeated().
-    std::optional<std::pair<int, std::vector<std::byte>>> repeat_checkpoint();
+    // `always`: even so.
+    std::optional<std::pair<int, std::vector<std::byte>>> repeat_checkpoint(bool always = false);
     void checkpoint_repeated(bool written) noexcept;
 
     // --- cleaning (cleaner.cpp), by one thread at a time; waits for I/O
@@ -251,6 +255,27 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
                                                              std::uint64_t first_block, std::size_t most);
     // Read-only; `node_id` is what its attributes tell. nullptr: there is none.
     [[nodiscard]] std::shared_ptr<DataVolume> open_snapshot(std::uint64_t id, std::uint64_t node_id);
+
+    // --- clones (clones.cpp)
+    // What an empty volume that was just made holds, size included, is what a snapshot of another one does, down to the
+    // segments; in memory, until both checkpoints hold it. All the logs that the other one reads are among this one's
+    // origins. Throws std::system_error: ENOENT, EAGAIN (no checkpoint has merged the snapshot yet), EEXIST (this one
+    // is not empty); FormatError: a log of the other one is not known here.
+    void adopt(const Volume& origin, std::uint64_t snapshot_id);
+    // Blocks of the newest map that stand in logs of others, so many extents at most of those from `first_block` on.
+    struct ForeignBlocks {
+        std::uint64_t base_generation = 0;
+        std::vector<std::pair<std::uint64_t, std::uint64_t>> extents;  // first block and count, in ascending order
+    };
+    // Waits for I/O. Throws FormatError, std::system_error.
+    [[nodiscard]] ForeignBlocks foreign_blocks(std::uint64_t first_block, std::size_t most);
+    // Publishes blocks that were read since foreign_blocks() told of them in this log too, but for those written
+    // meanwhile: their number. Waits for space. Throws std::system_error.
+    std::uint64_t bring_in(std::uint64_t base_generation, std::uint64_t first_block, std::span<const std::byte> data);
+    // Forgets the segments of others, once no map leads there: the checkpoints that follow do not name them any more.
+    // Both kept checkpoints must hold what foreign_blocks() found nothing in. Throws std::system_error: EBUSY
+    // (snapshots, or who reads one that was removed, may need them).
+    void forget_origin();
 
     // --- for the core's threads
     void work() noexcept;
@@ -440,8 +465,16 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::uint64_t punch_dead(const Survey& survey, int fd, std::uint32_t min_run);
     static std::uint64_t count_dead(const Survey& survey, int fd);
     std::uint64_t move_live(const Survey& survey, int fd);
+    // `for_room`: for who makes room, so it gives up where writers wait for that. `fill` returns the CRC.
+    std::uint64_t publish_moved(std::uint64_t base_generation, std::span<const std::uint64_t> blocks, bool for_room,
+                                const std::function<std::uint32_t(std::size_t, std::byte*)>& fill);
     void wait_for_readers(Lock& lock);
     [[nodiscard]] std::uint32_t next_index() const;
+
+    // clones (clones.cpp)
+    [[nodiscard]] const Uuid& log_of(std::uint16_t log_no) const;
+    [[nodiscard]] std::uint16_t number_of(const Uuid& log_uuid) const;
+    [[nodiscard]] std::vector<bool> foreign_indexes() const;
 
     // checkpoint (checkpoint.cpp)
     struct Merge;

@@ -103,12 +103,12 @@ void Volume::want_segment() {
     if (prepared_ || requested_ || read_only_ || (retry_segment_ns_ != 0 && monotonic_ns() < retry_segment_ns_))
         return;
     auto segment = std::make_unique<Segment>();
-    segment->uid = core_.new_segment_uid();
     segment->index = next_index();
     if (getrandom(&segment->salt, sizeof segment->salt, 0) != sizeof segment->salt)
         segment->salt = realtime_ns();
     segment->identity = {
         .segno = next_segno_++, .epoch = epoch_, .seed = salt_seed(segment->salt), .slots = segment_slots_};
+    segment->uid = core_.segment_uid(config_.log_uuid, segment->identity.segno);
     SegmentHeader header;
     header.log_uuid = config_.log_uuid;
     header.segno = segment->identity.segno;

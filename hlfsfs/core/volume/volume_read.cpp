@@ -468,6 +468,7 @@ void Volume::report_bad_read(const Segment* segment, std::uint32_t slot, int err
     event.kind = EventKind::bad_read;
     event.error = error;
     event.volume_id = config_.id;
+    event.log_no = segment->log_no;
     event.segno = segment->identity.segno;
     event.slot = slot;
     core_.post(std::move(event));

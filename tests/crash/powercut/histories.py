@@ -61,11 +61,31 @@ EVERYTHING_ONCE: History = [
     ["unlink", "g"],
     ["unsnapshot", "g", "together"],
     ["unlink", "g"],
+    ["clone", "a", "one", "h"],
+    ["write", "h", 3 * BLOCK, 40 * BLOCK, 33, False],
+    ["clone", "h", "", "i"],
+    ["write", "i", BLOCK, 2 * BLOCK, 34, True],
+    ["write", "a", 0, 1 << 20, 35, False],
+    ["clean", "a"],
+    ["unlink", "h"],
+    ["clean", "i"],
+    ["takeover"],
+    ["clone", "a", "three", "k"],
+    ["flatten", "k"],
+    ["unlink", "k"],
+    ["flatten", "i"],
+    ["write", "i", 0, BLOCK, 36, False],
+    ["clone", "i", "", "a"],
+    ["clone", "i", "", "k"],
+    ["unlink", "i"],
+    ["unlink", "k"],
+    ["clone", "a", "one", "h"],
     ["write", "a", 2 * BLOCK, 100 * BLOCK, 28, False],
     ["idle", "a"],
     ["clean", "a"],
     ["forget", "a"],
     ["unsnapshot", "a", "one"],
+    ["unlink", "h"],
     ["unsnapshot", "a", "three"],
     ["unsnapshot", "a", "together"],
     ["mkdir", "p"],
@@ -97,7 +117,7 @@ def _write(rng: random.Random, path: str) -> Operation:
     return ["write", path, offset, size_bytes, rng.randrange(1 << 20), rng.random() < 0.1]
 
 
-def _snapshot(rng: random.Random, path: str, *, rollback: bool) -> Operation:
+def _snapshot(rng: random.Random, path: str, *, known: bool) -> Operation:
     name, other = rng.sample("uvwxyz", 2)
     return rng.choices(
         [
@@ -105,13 +125,15 @@ def _snapshot(rng: random.Random, path: str, *, rollback: bool) -> Operation:
             ["unsnapshot", path, name],
             ["rename_snapshot", path, name, other],
             ["group", path, rng.choice(_PATHS), name],
-            ["rollback", path, name] if rollback else ["flush", path],
+            ["rollback", path, name] if known else ["flush", path],
+            ["clone", path, rng.choice([name, ""]), rng.choice(_PATHS)] if known else ["flush", path],
+            ["flatten", path],
         ],
-        weights=[4, 4, 1, 2, 2],
+        weights=[4, 4, 1, 2, 2, 4, 1],
     )[0]
 
 
-def _operation(rng: random.Random, *, rollback: bool = True) -> Operation:
+def _operation(rng: random.Random, *, known: bool = True) -> Operation:
     path, other = rng.choice(_PATHS), rng.choice(_PATHS)
     offset = rng.randrange(MAX_BLOCKS * BLOCK)
     some = rng.randrange(1, MAX_BLOCKS * BLOCK // 2)
@@ -124,7 +146,7 @@ def _operation(rng: random.Random, *, rollback: bool = True) -> Operation:
             ["resize", path, offset],
             [rng.choice(["checkpoint", "checkpoint", "idle"]), path],
             ["clean", path],
-            _snapshot(rng, path, rollback=rollback),
+            _snapshot(rng, path, known=known),
             ["write_failing", *_write(rng, path)[1:-1], rng.choice(["write", "sync"])],
             ["forget", path],
             ["takeover"],
@@ -147,7 +169,7 @@ def random_history(rng: random.Random, length: int) -> History:
 def next_life(rng: random.Random, length: int) -> History:
     """What is done to a store that a random history and a cut have left; contents begin anew.
 
-    No rollback: what snapshots of an earlier life hold is known by its digest only.
+    No rollback and no clone: what snapshots of an earlier life hold is known by its digest only.
     """
     beginning: History = [["resize", path, 0] for path in sorted({*_PATHS, "p"})]
-    return beginning + [_operation(rng, rollback=False) for _ in range(length)]
+    return beginning + [_operation(rng, known=False) for _ in range(length)]

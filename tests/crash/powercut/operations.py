@@ -168,8 +168,11 @@ class Player:
 
     def _snapshots(self, path: str) -> int:
         """Id of a volume's directory of snapshots."""
-        above, name = os.path.split(path.encode())
-        return self.world.names.resolve(os.path.join(above, b".snapshots", name))
+        return self.world.names.resolve(self._snapshot_path(path).encode())
+
+    def _snapshot_path(self, path: str) -> str:
+        above, name = os.path.split(path)
+        return os.path.join(above, ".snapshots", name)
 
     def snapshot(self, path: str, name: str) -> None:
         self.world.names.create(self._snapshots(path), name.encode(), 0o600, 0, 0)
@@ -188,6 +191,14 @@ class Player:
     def rollback(self, path: str, name: str) -> None:
         order = json.dumps({"snapshot": name}).encode()
         self.world.names.setxattr(self._snapshots(path), ROLLBACK_ATTRIBUTE.encode(), order)
+
+    def clone(self, path: str, name: str, new: str) -> None:
+        """Of a snapshot, or of the volume just now."""
+        source = os.path.join(self._snapshot_path(path), name) if name else path
+        self.world.names.clone(self.world.names.resolve(source.encode()), *self.place(new))
+
+    def flatten(self, path: str) -> None:
+        self.world.names.flatten(self.world.names.resolve(path.encode()))
 
     def forget(self, path: str) -> None:
         """Closes the volume, if nobody has it open."""
@@ -257,6 +268,8 @@ class Kind:
         paths: so many arguments are paths of volumes, and what follows goes for each of them.
         change: what it makes of the content of the volume at its path.
         snapshots: what it makes of that volume's snapshots; durable once it is done.
+        clones: what its last argument names comes to be with the content of the snapshot that the one before names, or
+            of the volume at its path.
         rolls_back: the content becomes that of the snapshot which is named last.
         durable: what it makes durable of what was acknowledged before it, itself included: the volume at its path, or
             all of them. A write does if its last argument says so.
@@ -267,6 +280,7 @@ class Kind:
     paths: int = field(default=1, kw_only=True)
     change: Change | None = None
     snapshots: SnapshotChange | None = None
+    clones: bool = False
     rolls_back: bool = False
     durable: str = ""
     alone: bool = False
@@ -296,6 +310,8 @@ KINDS = {
     "rename_snapshot": Kind(Player.rename_snapshot, snapshots=_rename_snapshot, durable="path"),
     "unsnapshot": Kind(Player.unsnapshot, snapshots=_unsnapshot, durable="path"),
     "rollback": Kind(Player.rollback, rolls_back=True, durable="path", alone=True),
+    "clone": Kind(Player.clone, clones=True, durable="path", alone=True),
+    "flatten": Kind(Player.flatten, durable="path", alone=True),
     "forget": Kind(Player.forget, alone=True),
     "takeover": Kind(Player.takeover, durable="all", alone=True),
     "reopen": Kind(Player.reopen, durable="all", alone=True),

@@ -84,7 +84,7 @@ class Oracle:
         kind = KINDS[name]
         group = None
         if not note["refused"]:
-            self._make_volumes(do, after)
+            self._make_volumes(do, after, self._cloned(arguments) if kind.clones else b"")
             paths = [path.encode() for path in arguments[: kind.paths]]
             changed = [self._volumes[self._names[path][1]] for path in paths if self._is_volume(path)]
             for volume in changed:
@@ -105,10 +105,15 @@ class Oracle:
     def _is_volume(self, path: bytes) -> bool:
         return path in self._names and self._names[path][1] in self._volumes
 
-    def _make_volumes(self, do: int, after: View) -> None:
+    def _make_volumes(self, do: int, after: View, content: bytes) -> None:
         for kind, node_id, _ in after.values():
             if kind == "volume" and node_id not in self._volumes:
-                self._volumes[node_id] = _Volume(contents=[(do, digest(b""))])
+                self._volumes[node_id] = _Volume(now=content, contents=[(do, digest(content))])
+
+    def _cloned(self, arguments: list[Any]) -> bytes:
+        path, name, _ = arguments
+        volume = self._volumes[self._names[path.encode()][1]]
+        return self._bytes[volume.snapshots[-1][2][name]] if name else volume.now
 
     def _change(self, volume: _Volume, do: int, contents: Iterator[bytes]) -> None:
         for now in contents:

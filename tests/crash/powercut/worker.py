@@ -143,10 +143,11 @@ def volumes_of(world: CutWorld) -> list[Volume]:
 
 
 def snapshots_of(volume: Volume) -> Snapshots:
-    """What they hold, by name."""
+    """What those hold that have a name, by it."""
     return {
         snapshot.name.decode(): digest(volume.read_snapshot(snapshot.id, 0, snapshot.size_bytes))
         for snapshot in volume.snapshots()
+        if not snapshot.hidden
     }
 
 

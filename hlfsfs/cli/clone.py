@@ -1,0 +1,103 @@
+"""`hlfs clone`: makes a volume that shares what a snapshot, or a volume, holds; through a mount or offline."""
+
+import errno
+import json
+import os
+
+import click
+
+from hlfsfs.cli.mounted import NotInAMount, path_error
+from hlfsfs.cli.offline import offline
+from hlfsfs.cli.snapshot_places import SNAPSHOTS
+from hlfsfs.errors import (
+    AccessDenied,
+    NameExists,
+    NoSpace,
+    NoSuchName,
+    NoSuchSnapshot,
+    NoSuchVolume,
+    NotAVolume,
+    UsageError,
+    printable,
+)
+from hlfsfs.pool import CLONE_ATTRIBUTE, STATS_ATTRIBUTE, Namespace
+from hlfsfs.store import locate
+
+
+@click.command("clone", short_help="Make a volume that shares what a snapshot holds.")
+@click.argument("source", metavar="VOLUME[@SNAPSHOT]")
+@click.argument("new_volume", metavar="NEW_VOLUME")
+def clone(source: str, new_volume: str) -> None:
+    """Make NEW_VOLUME, which holds what the SNAPSHOT of VOLUME does, or VOLUME just now, and takes no space for it.
+
+    Both are PATHs in one mount, or URIs in one store. Each then goes its own way, and the new one can be cloned too.
+    The snapshot, and the volume, can be deleted: what the clone needs is kept. `hlfs flatten` has it share nothing.
+    """
+    if ("://" in source) != ("://" in new_volume):
+        raise UsageError("hlfs clone: name two paths in one mount, or two URIs in one store")
+    if "://" in source:
+        _offline(source, new_volume)
+    else:
+        _mounted(source, new_volume)
+
+
+def _offline(source: str, new_volume: str) -> None:
+    root, path = locate(source)
+    if locate(new_volume, new_name=True)[0] != root:
+        raise UsageError("hlfs clone: a clone is in the store of what it shares; copy it instead")
+    with offline(new_volume, instead="hlfs clone", new=True) as place:
+        source_id = _resolve(place.names, path)
+        place.names.clone(source_id, place.child_parent_id(), place.name)
+
+
+def _resolve(names: Namespace, path: bytes) -> int:
+    """Id of a volume or snapshot, where `VOLUME@SNAPSHOT` is one too, unless there is a volume of just that name."""
+    volume, separator, snapshot = path.rpartition(b"@")
+    try:
+        return names.resolve(path)
+    except NoSuchName:
+        if not separator:
+            raise
+    names.resolve(volume)
+    return names.resolve(volume + b"%" + snapshot)
+
+
+def _mounted(source: str, new_volume: str) -> None:
+    found = _source_path(source)
+    pool, name = os.path.split(os.path.abspath(new_volume))
+    try:
+        if os.stat(found).st_dev != os.stat(pool).st_dev:
+            raise UsageError("hlfs clone: a clone is in the mount of what it shares; copy it instead")
+        os.getxattr(found, STATS_ATTRIBUTE)
+    except OSError as exc:
+        raise path_error(source if exc.filename == found else pool, exc) from exc
+    order = json.dumps({"source": f"{os.stat(found).st_ino:016x}", "name": name}).encode()
+    try:
+        os.setxattr(pool, CLONE_ATTRIBUTE, order)
+    except OSError as exc:
+        match exc.errno:
+            case errno.EEXIST:
+                raise NameExists(printable(new_volume)) from exc
+            case errno.EISDIR:
+                raise NotAVolume(printable(source)) from exc
+            case errno.ENOSPC:
+                raise NoSpace(printable(new_volume)) from exc
+            case errno.EPERM:
+                why = "its owner or root may clone it; others may copy it"
+                raise AccessDenied(f"{printable(source)}: {why}") from exc
+            case errno.EOPNOTSUPP:
+                raise NotInAMount(pool) from exc
+        raise path_error(new_volume, exc) from exc
+
+
+def _source_path(source: str) -> str:
+    if os.path.lexists(source):
+        return os.path.realpath(source)
+    volume, separator, snapshot = source.rpartition("@")
+    if not separator or not os.path.lexists(volume):
+        raise NoSuchVolume(printable(volume or source))
+    real = os.path.realpath(volume)
+    found = os.path.join(os.path.dirname(real), SNAPSHOTS, os.path.basename(real), snapshot)
+    if "/" in snapshot or not os.path.lexists(found):
+        raise NoSuchSnapshot(f"{printable(volume)}@{printable(snapshot)}")
+    return os.path.realpath(found)

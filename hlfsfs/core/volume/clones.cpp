@@ -1,0 +1,145 @@
+// Clones: volumes whose map leads into logs of others.
+//
+// A clone begins with the map of a snapshot as it stands, node for node, and with the segment table that these pointers
+// are numbers in; its own segments take numbers that are free there. What it writes goes to its own log, so what a node
+// that another volume wrote leads to was all written by others. Such segments are only read here: what keeps them is
+// the snapshot, which their owner keeps for as long as there is the clone.
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <system_error>
+#include <utility>
+
+#include "volume/map_diff.hpp"
+#include "volume/snapshots.hpp"
+
+namespace hlfs {
+
+const Uuid& Volume::log_of(std::uint16_t log_no) const {
+    if (log_no == kOwnLog)
+        return config_.log_uuid;
+    const auto at = std::ranges::find(config_.origin_logs, log_no, &std::pair<std::uint16_t, Uuid>::first);
+    if (at == config_.origin_logs.end())
+        throw FormatError("segment table: the volume's record does not name log " + std::to_string(log_no));
+    return at->second;
+}
+
+std::uint16_t Volume::number_of(const Uuid& log_uuid) const {
+    const auto at = std::ranges::find(config_.origin_logs, log_uuid, &std::pair<std::uint16_t, Uuid>::second);
+    if (at == config_.origin_logs.end())
+        throw FormatError("the volume's record does not name a log of its origin");
+    return at->first;
+}
+
+std::vector<bool> Volume::foreign_indexes() const {
+    std::vector<bool> foreign(table_.size());
+    for (std::size_t i = 0; i < table_.size(); ++i)
+        foreign[i] = table_[i] && table_[i]->log_no != kOwnLog;
+    return foreign;
+}
+
+void Volume::adopt(const Volume& origin, std::uint64_t snapshot_id) {
+    SnapshotRecord record;
+    std::vector<std::unique_ptr<Segment>> table;
+    {
+        const Lock lock(origin.mutex_);
+        const Snapshot* const snapshot = origin.find_snapshot(snapshot_id);
+        if (snapshot == nullptr)
+            throw std::system_error(ENOENT, std::generic_category(), "there is no such snapshot");
+        if (snapshot->frozen != nullptr)
+            throw std::system_error(EAGAIN, std::generic_category(), "no checkpoint has merged the snapshot");
+        record = snapshot->entry.record;
+        for (const auto& from : origin.table_) {
+            auto& to = table.emplace_back();
+            if (!from)
+                continue;
+            to = std::make_unique<Segment>();
+            to->uid = from->uid;
+            to->index = from->index;
+            to->log_no = number_of(origin.log_of(from->log_no));
+            to->identity = from->identity;
+            to->state = SegmentState::sealed;
+            to->last_time_s = from->last_time_s;
+        }
+    }
+    const Lock lock(mutex_);
+    if (!table_.empty() || size_bytes_ != 0 || publishes_ != 0)
+        throw std::system_error(EEXIST, std::generic_category(), "the volume is not empty");
+    for (std::uint32_t index = 0; index < table.size(); ++index) {
+        if (!table[index])
+            free_indexes_.emplace_back(index, generation_);
+    }
+    table_ = std::move(table);
+    root_ = record.root;
+    levels_ = static_cast<std::uint32_t>(record.levels);
+    mapped_blocks_ = static_cast<std::int64_t>(record.mapped_blocks);
+    size_bytes_ = record.size_bytes;
+    mtime_ns_ = ctime_ns_ = realtime_ns();
+    // The next checkpoint counts what lives from there on, and all of this is others'.
+    newest_.root = root_;
+    newest_.levels = static_cast<std::uint8_t>(levels_);
+    ++base_generation_;
+    ++publishes_;
+}
+
+Volume::ForeignBlocks Volume::foreign_blocks(std::uint64_t first_block, std::size_t most) {
+    ForeignBlocks found;
+    MapDiff::Subtree map;
+    std::vector<bool> foreign;
+    {
+        const Lock lock(mutex_);
+        foreign = foreign_indexes();
+        found.base_generation = base_generation_;
+        map = {.pointer = root_, .levels = levels_};
+    }
+    auto& extents = found.extents;
+    MapDiff all(*this, first_block, [&](std::uint32_t levels, std::uint64_t index, Pointer, Pointer pointer) {
+        const std::uint32_t segment = pointer_segment(pointer);
+        if (levels != 0 || segment >= foreign.size() || !foreign[segment])
+            return true;
+        if (!extents.empty() && extents.back().first + extents.back().second == index) {
+            ++extents.back().second;
+            return true;
+        }
+        if (extents.size() == most)
+            return false;
+        extents.emplace_back(index, 1);
+        return true;
+    });
+    all.walk({}, map);
+    return found;
+}
+
+std::uint64_t Volume::bring_in(std::uint64_t base_generation, std::uint64_t first_block,
+                               std::span<const std::byte> data) {
+    // A volume may end within a block.
+    std::vector<std::uint64_t> blocks((data.size() + kBlockBytes - 1) / kBlockBytes);
+    for (std::size_t i = 0; i < blocks.size(); ++i)
+        blocks[i] = first_block + i;
+    return publish_moved(base_generation, blocks, false, [data](std::size_t i, std::byte* page) {
+        const auto bytes = data.subspan(i * kBlockBytes, std::min(kBlockBytes, data.size() - i * kBlockBytes));
+        std::memcpy(page, bytes.data(), bytes.size());
+        std::memset(page + bytes.size(), 0, kBlockBytes - bytes.size());
+        return crc32c_block(page);
+    });
+}
+
+void Volume::forget_origin() {
+    Lock lock(mutex_);
+    forget_removed_snapshots();
+    if (!snapshots_.empty() || !removed_snapshots_.empty())
+        throw std::system_error(EBUSY, std::generic_category(), "snapshots may need the logs of others");
+    wait_for_readers(lock);
+    for (std::uint32_t index = 0; index < table_.size(); ++index) {
+        std::unique_ptr<Segment>& segment = table_[index];
+        if (!segment || segment->log_no == kOwnLog)
+            continue;
+        if (segment->fd_counted)
+            core_.open_descriptors.fetch_sub(1, std::memory_order_relaxed);
+        segment.reset();
+        free_indexes_.emplace_back(index, generation_ + (checkpointing_ ? 1 : 0));
+    }
+    ++publishes_;
+}
+
+}  // namespace hlfs

@@ -1,0 +1,268 @@
+"""Clones: volumes that share what snapshots hold, and what is kept for them."""
+
+import json
+import os
+from contextlib import closing
+from itertools import permutations
+
+import pytest
+
+from hlfsfs import errors
+from hlfsfs.pool import AttributeChanges
+from hlfsfs.pool.node_ids import ROOT_ID, stable_id
+from hlfsfs.store.local import open_local
+from hlfsfs.store.records import SnapshotNotes
+from tests.pool.conftest import World
+
+MIB = 1 << 20
+
+
+def directory(world: World, name: bytes) -> int:
+    """Id of a volume's directory of snapshots."""
+    return world.names.lookup(world.names.lookup(ROOT_ID, b".snapshots").id, name).id
+
+
+def take(world: World, volume: bytes, name: bytes) -> int:
+    """Id of a new snapshot."""
+    return world.names.create(directory(world, volume), name, 0o666, 0, 0).id
+
+
+def clone(world: World, source: bytes, name: bytes, snapshot: bytes = b"s") -> int:
+    """Id of a clone of a snapshot, which is taken for it."""
+    return world.names.clone(take(world, source, snapshot), ROOT_ID, name).id
+
+
+def nothing_is_left(world: World) -> bool:
+    return world.store.list_volumes() == [] and world.store.list_logs() == []
+
+
+def test_a_clone_goes_its_own_way(world: World) -> None:
+    volume = world.volume(b"v", data=b"before" * 1000)
+    world.names.setattr(volume.id, AttributeChanges(mode=0o640, uid=5, gid=6))
+    made = clone(world, b"v", b"c")
+    found = world.names.getattr(made)
+    assert (found.size_bytes, found.mode, found.uid, found.gid) == (6000, 0o640, 5, 6)
+    assert world.read(made) == b"before" * 1000
+    world.write(made, b"clone!")
+    world.write(volume.id, b"volume")
+    for crash in (False, True):
+        assert world.read(made) == b"clone!" + b"before" * 999
+        assert world.read(volume.id) == b"volume" + b"before" * 999
+        assert world.names.stats(made)["origin"].endswith("/v%s")
+        assert world.names.stats(world.names.resolve(b"v%s"))["clones"] == [f"{world.store.uri}/c"]
+        world.reopen(crash=crash)
+
+
+def test_what_a_clone_needs_outlives_what_it_was_made_of(world: World) -> None:
+    volume = world.volume(b"v", data=b"x" * MIB)
+    made = clone(world, b"v", b"c")
+    with pytest.raises(errors.VolumeBusy, match="has a snapshot"):
+        world.names.unlink(ROOT_ID, b"v")
+    where = directory(world, b"v")
+    world.names.unlink(where, b"s")
+    assert world.names.readdir(where) == []
+    with pytest.raises(errors.NoSuchSnapshot):
+        world.names.lookup(where, b"s")
+    (hidden,) = world.store.read_volume(volume.id).snapshots
+    for name in (b"@%016x" % hidden.id, b"latest"):
+        with pytest.raises(errors.NoSuchSnapshot):
+            world.names.lookup(where, name)
+    # Its name can be given again.
+    take(world, b"v", b"s")
+    world.names.unlink(where, b"s")
+    world.names.unlink(ROOT_ID, b"v")
+    assert world.listing() == [b"c"]
+    assert world.store.read_volume(volume.id).state == "hidden"
+    for crash in (False, True):
+        assert world.read(made) == b"x" * MIB
+        world.reopen(crash=crash)
+        assert world.report.damage == []
+    # What only the volume held is not kept.
+    assert world.engine.attach(world.store.read_volume(volume.id)).attr().size_bytes == 0
+    world.names.unlink(ROOT_ID, b"c")
+    assert nothing_is_left(world)
+
+
+@pytest.mark.parametrize(
+    "order", list(permutations((b"a", b"b", b"c", b"d"))), ids=lambda order: b"".join(order).decode()
+)
+def test_a_family_is_deleted_in_any_order(world: World, order: tuple[bytes, ...]) -> None:
+    """`b` and `d` are clones of `a`, `c` one of `b`."""
+    content = {b"a": b"a" * 9000, b"b": b"B" + b"a" * 8999, b"c": b"B" + b"a" * 8999, b"d": b"a" * 9000}
+    ids = {b"a": world.volume(b"a", data=content[b"a"]).id}
+    ids[b"b"] = clone(world, b"a", b"b")
+    world.write(ids[b"b"], b"B")
+    ids[b"c"] = clone(world, b"b", b"c")
+    ids[b"d"] = world.names.clone(world.names.resolve(b"a%s"), ROOT_ID, b"d").id
+    for number, name in enumerate(order):
+        if name in (b"a", b"b"):
+            world.names.unlink(directory(world, name), b"s")
+        world.names.unlink(ROOT_ID, name)
+        del ids[name]
+        if number == 1:
+            world.reopen(crash=True)
+        for left, volume_id in ids.items():
+            assert world.read(volume_id) == content[left]
+    assert nothing_is_left(world)
+
+
+def test_a_clone_of_just_now(world: World) -> None:
+    volume = world.volume(b"v", data=b"now")
+    made = world.names.clone(volume.id, ROOT_ID, b"c").id
+    world.write(volume.id, b"two")
+    assert (world.read(made), world.read(volume.id)) == (b"now", b"two")
+    assert world.names.readdir(directory(world, b"v")) == []
+    world.reopen(crash=True)
+    # What is kept for the clone alone does not keep the volume's name.
+    world.names.unlink(ROOT_ID, b"v")
+    assert world.read(made) == b"now"
+    world.names.unlink(ROOT_ID, b"c")
+    assert nothing_is_left(world)
+
+
+def test_a_clone_that_is_deleted_gives_back_what_was_kept_for_it(world: World) -> None:
+    volume = world.volume(b"v", data=b"now")
+    world.names.clone(volume.id, ROOT_ID, b"c")
+    world.names.unlink(ROOT_ID, b"c")
+    assert world.engine.attach(world.store.read_volume(volume.id)).snapshots() == []
+    assert world.store.read_volume(volume.id).snapshots == []
+    # One that is open stays until it is closed, and so does what it needs.
+    made = world.names.clone(volume.id, ROOT_ID, b"c").id
+    file = world.names.open(made, os.O_RDONLY)
+    world.names.unlink(ROOT_ID, b"c")
+    assert bytes(file.read(0, 10)) == b"now"
+    assert len(world.engine.attach(world.store.read_volume(volume.id)).snapshots()) == 1
+    world.names.release(made)
+    assert world.engine.attach(world.store.read_volume(volume.id)).snapshots() == []
+
+
+def test_a_flattened_clone_shares_nothing(world: World) -> None:
+    volume = world.volume(b"v", data=b"x" * MIB)
+    made = clone(world, b"v", b"c")
+    with pytest.raises(errors.UsageError, match="no clone"):
+        world.names.flatten(volume.id)
+    take(world, b"c", b"own")
+    with pytest.raises(errors.VolumeBusy, match="it has snapshots, or clones"):
+        world.names.flatten(made)
+    world.names.unlink(directory(world, b"c"), b"own")
+    seen: list[tuple[int, int]] = []
+    assert world.names.flatten(made, progress=lambda done, total: seen.append((done, total))) == MIB
+    assert seen[0] == (0, MIB)
+    assert world.store.read_volume(made).origin is None
+    assert [ref.role for ref in world.store.read_volume(made).logs] == ["own"]
+    assert world.names.stats(made)["origin"] == ""
+    assert world.names.stats(world.names.resolve(b"v%s"))["clones"] == []
+    world.names.unlink(directory(world, b"v"), b"s")
+    world.names.unlink(ROOT_ID, b"v")
+    assert world.store.list_volumes() == [made]
+    world.reopen(crash=True)
+    assert world.read(made) == b"x" * MIB
+
+
+def test_flattening_by_order(world: World) -> None:
+    world.volume(b"v", data=b"x" * MIB)
+    made = clone(world, b"v", b"c")
+    with pytest.raises(errors.UsageError, match="no such order; say run or stop"):
+        world.names.setxattr(made, b"user.hlfs.flatten", b"walk")
+    world.names.setxattr(made, b"user.hlfs.flatten", b"stop")
+    world.names.setxattr(made, b"user.hlfs.flatten", b"run")
+    while (state := json.loads(world.names.getxattr(made, b"user.hlfs.flatten")))["running"]:
+        pass
+    assert (state["copied_bytes"], state["error"]) == (MIB, "")
+    with pytest.raises(errors.UsageError, match="no clone"):
+        world.names.setxattr(made, b"user.hlfs.flatten", b"run")
+
+
+def test_what_cannot_be_cloned(world: World) -> None:
+    volume = world.volume(b"v", data=b"x")
+    snapshot = take(world, b"v", b"s")
+    before = world.store.list_volumes()
+    for name, refused in (
+        (b"v", errors.NameExists),
+        (b".snapshots", errors.RefusedName),
+        (b"x" * 256, errors.NameTooLong),
+    ):
+        with pytest.raises(refused):
+            world.names.clone(snapshot, ROOT_ID, name)
+    with pytest.raises(errors.NotAVolume):
+        world.names.clone(ROOT_ID, ROOT_ID, b"c")
+    with pytest.raises(errors.StaleId):
+        world.names.clone(snapshot + 1, ROOT_ID, b"c")
+    with pytest.raises(errors.NotAPool):
+        world.names.clone(snapshot, volume.id, b"c")
+    with pytest.raises(errors.NotPermitted, match="its owner or root may clone it; others may copy it"):
+        world.names.clone(snapshot, ROOT_ID, b"c", uid=1000)
+    assert world.store.list_volumes() == before
+    assert world.store.read_volume(volume.id).snapshots == []
+    assert world.listing() == [b"v"]
+    with pytest.raises(errors.RefusedName, match="begins with an `@`"):
+        take(world, b"v", b"@0")
+    world.reopen(read_only=True)
+    with pytest.raises(errors.ReadOnly):
+        world.names.clone(snapshot, ROOT_ID, b"c")
+
+
+def test_clones_by_order(world: World) -> None:
+    world.volume(b"v", data=b"x")
+    snapshot = take(world, b"v", b"s")
+    for value in (
+        b"",
+        b"{}",
+        b'{"source": "x", "name": "c"}',
+        b'{"source": "1", "name": "c", "more": 1}',
+        b'{"name": 1}',
+    ):
+        with pytest.raises(errors.UsageError):
+            world.names.setxattr(ROOT_ID, b"user.hlfs.clone", value)
+    order = json.dumps({"source": f"{snapshot:016x}", "name": "c"}).encode()
+    with pytest.raises(errors.NotPermitted):
+        world.names.setxattr(ROOT_ID, b"user.hlfs.clone", order, uid=1000)
+    world.names.setxattr(ROOT_ID, b"user.hlfs.clone", order)
+    assert world.read(world.names.resolve(b"c")) == b"x"
+
+
+def test_a_held_snapshot_is_not_hidden(world: World) -> None:
+    world.volume(b"v", data=b"x")
+    clone(world, b"v", b"c")
+    where = directory(world, b"v")
+    world.names.setxattr(where, b"user.hlfs.hold", json.dumps({"snapshot": "s", "tag": "backup"}).encode())
+    with pytest.raises(errors.VolumeBusy, match="held by backup"):
+        world.names.unlink(where, b"s")
+    world.names.setxattr(where, b"user.hlfs.release", json.dumps({"snapshot": "s", "tag": "backup"}).encode())
+    world.names.unlink(where, b"s")
+    assert world.read(world.names.resolve(b"c")) == b"x"
+
+
+def test_notes_of_clones_that_are_not_there_go(world: World) -> None:
+    """What a crash leaves between the notes and the clone, with the snapshot taken for it or before."""
+    volume = world.volume(b"v", data=b"x")
+    snapshot = take(world, b"v", b"s")
+    world.names.getattr(volume.id)
+    attached = world.engine.attached(volume.id)
+    attached.create_snapshot(b"@%016x" % (1 << 39), 1 << 39, 0o400, 0, 0)
+    record = world.store.read_volume(volume.id)
+    # The snapshot of an order that was cut, one that was never taken, and one that users see.
+    kept = (1 << 39, 1 << 40, stable_id(snapshot))
+    record.snapshots = [SnapshotNotes(id=each, clones=[1 << 41]) for each in kept]
+    world.close()
+    with closing(open_local(os.fsencode(world.root), create=False, read_only=False)) as store:
+        store.write_volume(record)
+    world.open()
+    assert world.store.read_volume(volume.id).snapshots == []
+    assert [name for name, _ in world.names.readdir(directory(world, b"v"))] == [b"latest", b"s"]
+    assert [each.name for each in world.engine.attached(volume.id).snapshots()] == [b"s"]
+
+
+def test_a_clone_whose_record_is_damaged_keeps_what_it_needs(world: World) -> None:
+    volume = world.volume(b"v", data=b"x")
+    made = world.names.clone(volume.id, ROOT_ID, b"c").id
+    path = world.root / f".hlfs/volumes/{made:016x}"
+    whole = path.read_bytes()
+    world.close()
+    path.write_bytes(whole[:-5])
+    world.open()
+    assert len(world.store.read_volume(volume.id).snapshots) == 1
+    world.close()
+    path.write_bytes(whole)
+    world.open()
+    assert world.read(made) == b"x"
