@@ -230,6 +230,16 @@ class PoolNotEmpty(HlfsError):
         self.what = what
 
 
+class NotEmpty(HlfsError):
+    """Something was done to a volume that is to share what another one holds."""
+
+    errno = _errno.EEXIST
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: it is not a new, empty volume")
+        self.what = what
+
+
 class VolumeBusy(HlfsError):
     """A volume that is in use in a way which forbids the change."""
 

@@ -19,6 +19,7 @@ from hlfsfs.engine.options import EngineOptions
 from hlfsfs.engine.rings import left_rings, make_core, sweep_rings
 from hlfsfs.engine.service import Service
 from hlfsfs.engine.volume import (
+    MAX_VOLUME_BYTES,
     OPEN_FOR_WRITING,
     REQUEST_BYTES,
     ChangedExtent,
@@ -41,7 +42,7 @@ from hlfsfs.errors import (
     VolumeBusy,
 )
 from hlfsfs.store import Store
-from hlfsfs.store.records import LockRecord, VolumeRecord
+from hlfsfs.store.records import LockRecord, LogRef, VolumeRecord
 from hlfsfs.store.ring_file import boot_id, remove_ring
 
 log = logging.getLogger(__name__)
@@ -185,14 +186,32 @@ class Engine:
         """
         self.create_log(record)
         clone = self.attach(record)
+        self.adopt(clone, origin, snapshot_id, MAX_VOLUME_BYTES, record.origin_logs)
+        return clone
+
+    def adopt(self, volume: Volume, origin: Volume, snapshot_id: int, size_bytes: int, logs: list[LogRef]) -> None:
+        """Has an attached volume that was just made hold, and share, the beginning of a snapshot of another; durable.
+
+        After a crash in here it is empty still, or holds all of that.
+
+        Args:
+            volume: nothing was done to it.
+            origin: attached.
+            snapshot_id: of that one.
+            size_bytes: so much of it, whole blocks, or all there is.
+            logs: all that the origin reads and writes, with the numbers that they have for the volume.
+
+        Raises:
+            NoSuchSnapshot: there is none.
+            NotEmpty: something was done to the volume.
+            HlfsError: as `checkpoint`.
+        """
         try:
-            clone.adopt(origin, snapshot_id)
+            volume.adopt(origin, snapshot_id, size_bytes, logs)
         except NotMerged:
             self.checkpoint(origin)
-            clone.adopt(origin, snapshot_id)
-        self.checkpoint(clone)
-        self.repeat_checkpoint(clone, always=True)
-        return clone
+            volume.adopt(origin, snapshot_id, size_bytes, logs)
+        self._checkpoint_both(volume)
 
     def flatten(self, volume: Volume, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Has all that a clone reads in logs of others in its own log, and its checkpoints name no other; durable.
@@ -211,6 +230,7 @@ class Engine:
             NoSpace, StoreFailed, LogDamaged: what was copied stays.
         """
         copied_bytes = 0
+        volume.forget_beyond_end()
         while True:
             self._checkpoint_both(volume)
             if not volume.foreign_extents(0, 1)[1]:
@@ -262,7 +282,7 @@ class Engine:
             record.log_uuid.bytes,
             segment_shift=record.segment_shift,
             read_only=read_only,
-            origin_logs=[(ref.no, ref.uuid.bytes) for ref in record.logs if ref.role == "origin"],
+            origin_logs=[(ref.no, ref.uuid.bytes) for ref in record.origin_logs],
         )
         volume = Volume(record, native, self._store)
         with self._lock:

@@ -21,6 +21,7 @@ from hlfsfs.errors import (
     NameExists,
     NoSpace,
     NoSuchSnapshot,
+    NotEmpty,
     ReadOnly,
     RefusedName,
     SizeTooBig,
@@ -30,7 +31,7 @@ from hlfsfs.errors import (
     printable,
 )
 from hlfsfs.store import Store
-from hlfsfs.store.records import HIDDEN_MARK, VolumeRecord
+from hlfsfs.store.records import HIDDEN_MARK, LogRef, VolumeRecord
 
 MAX_VOLUME_BYTES = 16 << 40
 # One native request; longer reads and writes are cut into these, each atomic by itself.
@@ -237,6 +238,16 @@ class Volume:
         with self._errors():
             self.native.set_times(mtime_ns, ctime_ns)
 
+    @property
+    def sequence(self) -> int:
+        """Of the last change that was published; 0: there was none ever."""
+        return int(self.native.stats()["sequence"])
+
+    @property
+    def is_new(self) -> bool:
+        """Nothing was ever done to it."""
+        return self.sequence == 0 and self.size_bytes == 0
+
     def seek(self, offset: int, whence: int) -> int:
         """SEEK_DATA or SEEK_HOLE; raises StoreFailed with ENXIO past the last data."""
         with self._errors():
@@ -363,15 +374,40 @@ class Volume:
         extents = self._walk(lambda: self.native.changed_extents(from_id, to_id, start // BLOCK_BYTES, most))
         return [ChangedExtent(block * BLOCK_BYTES, count * BLOCK_BYTES, data) for block, count, data in extents]
 
-    def adopt(self, origin: "Volume", snapshot_id: int) -> None:
-        """Makes an empty volume hold what a snapshot of another one does; in memory, until both checkpoints do.
+    def seek_snapshot(self, snapshot_id: int, offset: int, whence: int) -> int:
+        """`seek` in a snapshot. Raises NoSuchSnapshot."""
+        with self.snapshot_errors(f"{snapshot_id:016x}"):
+            return self.native.seek_snapshot(snapshot_id, offset, whence)
+
+    def adopt(self, origin: "Volume", snapshot_id: int, size_bytes: int, logs: list[LogRef]) -> None:
+        """The first step of `Engine.adopt`; in memory, until both checkpoints hold it.
 
         Raises:
             NoSuchSnapshot: there is none.
             NotMerged: a checkpoint of the origin is needed first.
+            NotEmpty: something was done to the volume.
         """
-        with origin.snapshot_errors(f"{snapshot_id:016x}"):
-            self.native.adopt(origin.native, snapshot_id)
+        numbered = [(ref.no, ref.uuid.bytes) for ref in logs]
+        # What reads the map asks for them.
+        self._logs |= {ref.no: ref.uuid for ref in logs}
+        try:
+            with origin.snapshot_errors(f"{snapshot_id:016x}"):
+                self.native.adopt(origin.native, snapshot_id, size_bytes, numbered)
+        except NameExists as exc:
+            raise NotEmpty(self.what) from exc
+
+    def adopt_more(self, size_bytes: int, end_bytes: int) -> bool:
+        """Has what was adopted go on to `end_bytes`, whole blocks or all there is, from `size_bytes`, where it ends.
+
+        False, and nothing happened: that is not so any more. Raises NoSpace, StoreFailed, ReadOnly.
+        """
+        with self._errors():
+            return self.native.adopt_more(size_bytes, end_bytes)
+
+    def forget_beyond_end(self) -> None:
+        """Maps nothing behind its end any more, which adopting a part leaves there. Raises NoSpace, StoreFailed."""
+        with self._errors():
+            self.native.forget_beyond_end()
 
     def foreign_extents(self, start: int, most: int) -> tuple[int, list[tuple[int, int]]]:
         """Which map is the newest, and what of it stands in others' logs: offset and size of extents from `start` on.

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 SOCKET_BUFFER_BYTES = 4 << 20
 SO_SNDBUFFORCE = 32
 ATTACHES = 4
+COPIES = 4
 
 
 class NativePlane:
@@ -56,12 +57,15 @@ class NativePlane:
     async def run(self, namespace: Namespace, initialized: Callable[[], None], ended: Callable[[], None]) -> None:
         """Serves the channel's events until the kernel ends the connection."""
         waiter, attachers = trio.CapacityLimiter(1), trio.CapacityLimiter(ATTACHES)
+        copiers = trio.CapacityLimiter(COPIES)
         async with trio.open_nursery() as nursery:
             while True:
                 event = await trio.to_thread.run_sync(self.channel.next_event, abandon_on_cancel=True, limiter=waiter)
                 match event.kind:
                     case _core.ChannelEventKind.ATTACH:
                         nursery.start_soon(self._attach, namespace, event.node_id, attachers)
+                    case _core.ChannelEventKind.COPY:
+                        nursery.start_soon(self._copy, namespace, event.copy, copiers)
                     case _core.ChannelEventKind.LOG:
                         log.warning("%s", event.text)
                     case _core.ChannelEventKind.INITIALIZED:
@@ -69,6 +73,18 @@ class NativePlane:
                     case _core.ChannelEventKind.ENDED:
                         ended()
                         return
+
+    async def _copy(self, namespace: Namespace, order: "_core.CopyOrder", limiter: trio.CapacityLimiter) -> None:
+        await trio.to_thread.run_sync(self._copy_now, namespace, order, limiter=limiter)
+
+    def _copy_now(self, namespace: Namespace, order: "_core.CopyOrder") -> None:
+        asked = (order.from_node, order.from_offset, order.to_node, order.to_offset, order.size_bytes)
+        try:
+            result = namespace.copy(*asked)
+        except Exception as exc:  # noqa: BLE001
+            result = -to_errno(exc)
+            log.warning("not copied: %s", exc)
+        self.channel.copied(order.unique, result)
 
     async def _attach(self, namespace: Namespace, node_id: int, limiter: trio.CapacityLimiter) -> None:
         await trio.to_thread.run_sync(self._attach_now, namespace, node_id, limiter=limiter)

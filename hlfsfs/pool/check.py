@@ -54,7 +54,7 @@ def _origins(node: VolumeNode, tree: Tree) -> list[VolumeNode]:
     """The volumes in whose logs a clone reads, as far as they are there."""
     if node.record is None:
         return []
-    read = {ref.uuid for ref in node.record.logs if ref.role == "origin"}
+    read = {ref.uuid for ref in node.record.origin_logs}
     return [other for other in tree.volumes() if other.record is not None and other.record.log_uuid in read]
 
 

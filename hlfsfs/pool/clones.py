@@ -17,7 +17,16 @@ from uuid import uuid4
 
 import msgspec
 
-from hlfsfs.errors import HlfsError, NoSuchSnapshot, NotDurable, NotPermitted, StoreFailed, UsageError, VolumeBusy
+from hlfsfs.errors import (
+    HlfsError,
+    NoSuchSnapshot,
+    NotDurable,
+    NotEmpty,
+    NotPermitted,
+    StoreFailed,
+    UsageError,
+    VolumeBusy,
+)
 from hlfsfs.pool import xattrs
 from hlfsfs.pool.changes import Changes, new_id
 from hlfsfs.pool.names import hidden_name
@@ -91,18 +100,70 @@ class Clones:
                     raise NotPermitted(f"{self._shared.what(node)}: its owner or root may clone it; others may copy it")
                 snapshot_id = source.id if isinstance(source, SnapshotNode) else new_id()
                 record = _clone_record(origin, snapshot_id)
-                self._hold(node, snapshot_id, record.id)
-                try:
-                    if isinstance(source, VolumeNode):
-                        volume.create_snapshot(hidden_name(snapshot_id), snapshot_id, 0o400, 0, 0)
+                with self._held(source, volume, snapshot_id, record.id):
                     return self._changes.make(
                         parent, name, record, lambda made: self._shared.engine.clone(volume, snapshot_id, made)
                     )
-                except (StoreFailed, NotDurable):
-                    raise  # what was done is unknown: the next sweep looks
-                except HlfsError:
-                    self._let_go_of_origin(record)
-                    raise
+
+    def share(
+        self, source: VolumeNode | SnapshotNode, target: VolumeNode, volume: "Volume", size_bytes: int
+    ) -> int | None:
+        """Makes a new, empty volume a clone of the beginning of a snapshot, or of a volume just now.
+
+        Durable steps: notes on the snapshot, the snapshot if it is of just now, the target's record, its checkpoints. A
+        crash leaves it empty, or with all of that.
+
+        Args:
+            source: what is shared.
+            target, volume: attached.
+            size_bytes: how much; whole blocks, or all there is.
+
+        Returns:
+            The last change of the source that the target holds, -1 where there were others at the same time. None:
+            the target is not new, has no name, or is the source.
+
+        Raises as `clone`.
+        """
+        with self._shared.changing:
+            node = source if isinstance(source, VolumeNode) else source.volume
+            before = target.require_record()
+            if before.origin is not None or before.had_snapshots or before.state != "live" or node is target:
+                return None
+            with self._volumes.using(node) as origin:
+                self._volumes.check_writable(node, origin)
+                snapshot_id = source.id if isinstance(source, SnapshotNode) else new_id()
+                sequence = origin.sequence
+                record = node.require_record()
+                logs = _logs_read_by_clones_of(record)
+                with self._held(source, origin, snapshot_id, target.id):
+                    shared = {"logs": [*before.logs, *logs], "origin": Origin(volume=record.uuid, snapshot=snapshot_id)}
+                    self._changes.update_record(target, shared)
+                # From here on the target may read it, whatever fails.
+                try:
+                    self._shared.engine.adopt(volume, origin, snapshot_id, size_bytes, logs)
+                except NotEmpty:
+                    self._changes.update_record(target, {"logs": before.logs, "origin": None})
+                    self._let_go(SnapshotNode(node, snapshot_id), target.id)
+                    return None
+                sequence += isinstance(source, VolumeNode)
+                return sequence if origin.sequence == sequence else -1
+
+    @contextmanager
+    def _held(
+        self, source: VolumeNode | SnapshotNode, volume: "Volume", snapshot_id: int, clone_id: int
+    ) -> Iterator[None]:
+        """Keeps a snapshot for a clone that the block makes, and takes one first where a volume is to be cloned."""
+        node = source if isinstance(source, VolumeNode) else source.volume
+        self._hold(node, snapshot_id, clone_id)
+        try:
+            if isinstance(source, VolumeNode):
+                volume.create_snapshot(hidden_name(snapshot_id), snapshot_id, 0o400, 0, 0)
+            yield
+        except (StoreFailed, NotDurable):
+            raise  # what was done is unknown: the next sweep looks
+        except HlfsError:
+            self._let_go(SnapshotNode(node, snapshot_id), clone_id)
+            raise
 
     def _hold(self, node: VolumeNode, snapshot_id: int, clone_id: int) -> None:
         if not node.require_record().had_snapshots:
@@ -172,13 +233,16 @@ class Clones:
         """For a clone that reads its origin no more; what cannot be done now the next mount does."""
         if clone.origin is None:
             return
+        with self._shared.changing:
+            snapshot = self._find(clone.origin)
+            if snapshot is not None:
+                self._let_go(snapshot, clone.id)
+
+    def _let_go(self, snapshot: SnapshotNode, clone_id: int) -> None:
         try:
-            with self._shared.changing:
-                snapshot = self._find(clone.origin)
-                if snapshot is not None:
-                    self._release(snapshot, {clone.id})
+            self._release(snapshot, {clone_id})
         except HlfsError as exc:
-            log.warning("volume %016x is gone, and what it was cloned from is kept for now: %s", clone.id, exc)
+            log.warning("what was kept for a clone, volume %016x, stays for now: %s", clone_id, exc)
 
     def _release(self, snapshot: SnapshotNode, clone_ids: set[int]) -> None:
         """Takes clones off a snapshot's notes, and away what was kept for them alone.
@@ -234,10 +298,14 @@ class Clones:
         return found is not None and (found.volume, found.snapshot) == (origin.uuid, notes.id)
 
 
+def _logs_read_by_clones_of(origin: VolumeRecord) -> list[LogRef]:
+    """Its own log, and those that it reads, with the numbers that they have for its clones."""
+    read = [origin.log_uuid, *(ref.uuid for ref in origin.origin_logs)]
+    return [LogRef(no=number, uuid=log_uuid, role="origin") for number, log_uuid in enumerate(read, start=1)]
+
+
 def _clone_record(origin: VolumeRecord, snapshot_id: int) -> VolumeRecord:
-    """With the logs that the clone reads: its origin's, and those that one reads."""
-    others = [origin.log_uuid, *(ref.uuid for ref in origin.logs if ref.role == "origin")]
-    read = [LogRef(no=number, uuid=log_uuid, role="origin") for number, log_uuid in enumerate(others, start=1)]
+    """Of a clone that has no name yet."""
     return VolumeRecord(
         uuid=uuid4(),
         id=new_id(),
@@ -245,7 +313,7 @@ def _clone_record(origin: VolumeRecord, snapshot_id: int) -> VolumeRecord:
         uid=origin.uid,
         gid=origin.gid,
         state="unlinked-open",
-        logs=[LogRef(no=0, uuid=uuid4()), *read],
+        logs=[LogRef(no=0, uuid=uuid4()), *_logs_read_by_clones_of(origin)],
         segment_shift=origin.segment_shift,
         origin=Origin(volume=origin.uuid, snapshot=snapshot_id),
     )

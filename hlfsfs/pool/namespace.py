@@ -16,6 +16,7 @@ from hlfsfs.pool import clones, xattrs
 from hlfsfs.pool.attributes import AttributeChanges, Attributes, Defaults, EntryAttributes, Ownership
 from hlfsfs.pool.changes import Changes
 from hlfsfs.pool.cleaning import Cleaning
+from hlfsfs.pool.copies import Copies
 from hlfsfs.pool.flattening import Flattening
 from hlfsfs.pool.names import SNAPSHOTS, check_length
 from hlfsfs.pool.node_ids import ROOT_ID, mark_of
@@ -66,6 +67,7 @@ class Namespace:
         self._cleaning = Cleaning(self._shared, self._volumes)
         self._snapshots = Snapshots(self._shared, self._volumes, self._changes, root)
         self._clones = clones.Clones(self._shared, self._volumes, self._changes, self._snapshots)
+        self._copies = Copies(self._volumes, self._clones)
         self._flattening = Flattening(self._shared, self._clones)
         self._properties = Properties(
             self._shared, self._volumes, self._changes, self._snapshots, self._clones, self._cleaning, self._flattening
@@ -217,6 +219,16 @@ class Namespace:
         if not isinstance(source, (VolumeNode, SnapshotNode)):
             raise NotAVolume(self._properties.what(source))
         return self._properties.attributes(self._clones.clone(source, self._pool(parent_id), name, uid))
+
+    def copy(self, source_id: int, from_offset: int, target_id: int, to_offset: int, size_bytes: int) -> int:
+        """Copies a part of a volume or snapshot into a volume, both open; how many bytes.
+
+        Shares instead where it can. Raises as `Copies.copy`, and NotAVolume.
+        """
+        source = self._node(source_id)
+        if not isinstance(source, (VolumeNode, SnapshotNode)):
+            raise NotAVolume(self._properties.what(source))
+        return self._copies.copy(source, from_offset, self._volume(target_id), to_offset, size_bytes)
 
     def flatten(self, node_id: int, *, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Has a clone share nothing any more; how many bytes were copied. What `user.hlfs.flatten` orders.

@@ -161,6 +161,11 @@ class VolumeRecord(Owned, kw_only=True):
     snapshots: list[SnapshotNotes] = []
 
     @property
+    def origin_logs(self) -> list[LogRef]:
+        """The logs that it reads and others write."""
+        return [log for log in self.logs if log.role == "origin"]
+
+    @property
     def log_uuid(self) -> UUID:
         """The log this volume writes."""
         return next(log.uuid for log in self.logs if log.role == "own")

@@ -16,7 +16,7 @@ import pytest
 
 from contrib.demo.guest import SUCCESS
 from contrib.demo.image import build_image, check_guest_filesystem, read_guest_file
-from tests.fuse.mounts import Mounted, mounted, needs_fuse, run
+from tests.fuse.mounts import Mounted, hlfs, mounted, needs_fuse, run
 from tests.system.libvirt_daemon import libvirt_daemons, virsh
 from tests.system.tools import KIB, MIB, random_file, sh, wait_for
 
@@ -249,6 +249,33 @@ def test_a_guest_boots_from_a_snapshot(pool: Path, scratch: Path) -> None:
         in_pool("vol-delete", "disk")
     sh(pool, "rm .snapshots/disk/golden overlay.qcow2")
     in_pool("vol-delete", "disk")
+
+
+def test_guests_boot_from_clones(pool: Path, scratch: Path) -> None:
+    """Of a golden image that is deleted meanwhile, and of a copy that cp made of that: plain volumes to libvirt."""
+    build_image(scratch / "image")
+    virsh("vol-create-as", POOL, "golden", "64M")
+    in_pool("vol-upload", "golden", scratch / "image")
+    sh(pool, "touch .snapshots/golden/released")
+    ended = hlfs("clone", f"{pool}/golden@released", pool / "first")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    sh(pool, "cp first second; rm .snapshots/golden/released golden")
+    virsh("pool-refresh", POOL)
+    assert virsh("vol-list", POOL).split()[0::2] == ["first", "second"]
+    for name in ("first", "second"):
+        serial = scratch / f"{name}.log"
+        start_guest(GUEST, pool / name, serial)
+        try:
+            wait_for(lambda: GUEST not in virsh("list", "--name").split(), "the guest powers off", BOOT_TIMEOUT_S)
+        finally:
+            end_guest(GUEST)
+        said = serial.read_text(errors="replace")
+        assert SUCCESS in said.split(), said
+        check_guest_filesystem(pool / name)
+    letters = {read_guest_file(pool / name, "letter.txt") for name in ("first", "second")}
+    assert len(letters) == 2
+    in_pool("vol-delete", "first")
+    in_pool("vol-delete", "second")
 
 
 def start_guest(name: str, volume: Path, serial: Path, *words: str, kind: str = "raw") -> None:

@@ -42,12 +42,21 @@ nb::str text_of(const ChannelEvent& event) {
 void bind_channel(nb::module_& m) {
     nb::enum_<ChannelEventKind>(m, "ChannelEventKind")
         .value("ATTACH", ChannelEventKind::attach, "Attach the volume `node_id`, then call Channel.attached.")
+        .value("COPY", ChannelEventKind::copy, "Do what `copy` says, then call Channel.copied.")
         .value("LOG", ChannelEventKind::log, "`text` is a line for the log.")
         .value("INITIALIZED", ChannelEventKind::initialized, "The mount answers.")
         .value("ENDED", ChannelEventKind::ended, "Unmounted, aborted or stopped; repeated for ever, after all else.");
+    nb::class_<CopyOrder>(m, "CopyOrder")
+        .def_ro("unique", &CopyOrder::unique)
+        .def_ro("from_node", &CopyOrder::from_node)
+        .def_ro("from_offset", &CopyOrder::from_offset)
+        .def_ro("to_node", &CopyOrder::to_node)
+        .def_ro("to_offset", &CopyOrder::to_offset)
+        .def_ro("size_bytes", &CopyOrder::size_bytes);
     nb::class_<ChannelEvent>(m, "ChannelEvent")
         .def_ro("kind", &ChannelEvent::kind)
         .def_ro("node_id", &ChannelEvent::node_id)
+        .def_ro("copy", &ChannelEvent::copy)
         .def_prop_ro("text", text_of);
     nb::class_<Channel>(m, "Channel", "The native side of a mount; see channel.hpp.")
         .def(
@@ -77,6 +86,8 @@ void bind_channel(nb::module_& m) {
         .def("attached", &Channel::attached, nb::arg("node_id"), nb::arg("error"),
              nb::call_guard<nb::gil_scoped_release>(),
              "Answers an ATTACH event: error 0, or the errno that all requests waiting for the volume fail with.")
+        .def("copied", &Channel::copied, nb::arg("unique"), nb::arg("result"), nb::call_guard<nb::gil_scoped_release>(),
+             "Answers a COPY event: how many bytes were copied, or a negative errno.")
         .def("invalidate", &Channel::invalidate, nb::arg("node_id"), nb::call_guard<nb::gil_scoped_release>(),
              "Has the kernel forget a node's attributes and pages, before it returns. Raises OSError.")
         .def("statistics", statistics, "Counters; `requests` and `errors` are lists indexed by FUSE opcode.");

@@ -213,6 +213,13 @@ void bind_ring(nb::module_& m) {
         nb::arg("ring_bytes"), nb::arg("spill_bytes"));
 }
 
+Volume::OriginLogs numbered_logs(const std::vector<std::pair<std::uint16_t, nb::bytes>>& logs) {
+    Volume::OriginLogs numbered;
+    for (const auto& [number, uuid] : logs)
+        numbered.emplace_back(number, uuid_of(uuid));
+    return numbered;
+}
+
 void bind_core(nb::module_& m) {
     nb::enum_<EventKind>(m, "EventKind")
         .value("PREPARE_SEGMENT", EventKind::prepare_segment)
@@ -245,11 +252,11 @@ void bind_core(nb::module_& m) {
             "add_volume",
             [](Core& core, std::uint64_t id, const nb::bytes& log_uuid, std::uint32_t segment_shift, bool read_only,
                const std::vector<std::pair<std::uint16_t, nb::bytes>>& origin_logs) {
-                VolumeConfig config{
-                    .id = id, .log_uuid = uuid_of(log_uuid), .segment_shift = segment_shift, .read_only = read_only};
-                for (const auto& [number, uuid] : origin_logs)
-                    config.origin_logs.emplace_back(number, uuid_of(uuid));
-                return core.add_volume(config);
+                return core.add_volume({.id = id,
+                                        .log_uuid = uuid_of(log_uuid),
+                                        .segment_shift = segment_shift,
+                                        .read_only = read_only,
+                                        .origin_logs = numbered_logs(origin_logs)});
             },
             nb::arg("id"), nb::arg("log_uuid"), nb::kw_only(), nb::arg("segment_shift"), nb::arg("read_only"),
             nb::arg("origin_logs"), nb::keep_alive<0, 1>())
@@ -411,7 +418,16 @@ void bind_snapshots(nb::class_<Volume>& volume, nb::module_& m) {
                     raise_errno(static_cast<int>(-result));
                 return nb::bytes(waiter.data().data(), waiter.data().size());
             },
-            nb::arg("id"), nb::arg("offset"), nb::arg("size_bytes"));
+            nb::arg("id"), nb::arg("offset"), nb::arg("size_bytes"))
+        .def(
+            "seek_snapshot",
+            [](Volume& self, std::uint64_t id, std::uint64_t offset, int whence) {
+                const auto view = self.open_snapshot(id, id);
+                if (view == nullptr)
+                    raise_errno(ENOENT);
+                return run([&](Completion& done) { view->seek(offset, whence, done); });
+            },
+            nb::arg("id"), nb::arg("offset"), nb::arg("whence"));
 }
 
 void bind_recovery(nb::class_<Volume>& volume, nb::module_& m) {
@@ -528,8 +544,18 @@ void bind_cleaner(nb::class_<Volume>& volume, nb::module_& m) {
 
 void bind_clones(nb::class_<Volume>& volume) {
     volume
-        .def("adopt", &Volume::adopt, nb::arg("origin"), nb::arg("snapshot_id"),
+        .def(
+            "adopt",
+            [](Volume& self, const Volume& origin, std::uint64_t snapshot_id, std::uint64_t size_bytes,
+               const std::vector<std::pair<std::uint16_t, nb::bytes>>& logs) {
+                Volume::OriginLogs numbered = numbered_logs(logs);
+                const nb::gil_scoped_release unlocked;
+                self.adopt(origin, snapshot_id, size_bytes, std::move(numbered));
+            },
+            nb::arg("origin"), nb::arg("snapshot_id"), nb::arg("size_bytes"), nb::arg("logs"))
+        .def("adopt_more", &Volume::adopt_more, nb::arg("size_bytes"), nb::arg("end_bytes"),
              nb::call_guard<nb::gil_scoped_release>())
+        .def("forget_beyond_end", &Volume::forget_beyond_end, nb::call_guard<nb::gil_scoped_release>())
         .def(
             "foreign_blocks",
             [](Volume& self, std::uint64_t first_block, std::size_t most) {

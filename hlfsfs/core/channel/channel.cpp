@@ -399,7 +399,7 @@ void Channel::dispatch(Request& request) noexcept {
         }
         case FUSE_COPY_FILE_RANGE:
         case wire::kCopyFileRange64:
-            fail(request, -EOPNOTSUPP);
+            copy(request);
             return;
         case FUSE_INTERRUPT:
             // Carries the interrupted request's unique | 1. "Don't send these": nothing here can be interrupted. Only
@@ -556,6 +556,16 @@ void Channel::completed(Request& request, std::int64_t result) noexcept {
             device_.finish(request, &out, sizeof out);
             return;
         }
+        case FUSE_COPY_FILE_RANGE: {
+            const fuse_write_out out{.size = static_cast<std::uint32_t>(result), .padding = 0};
+            device_.finish(request, &out, sizeof out);
+            return;
+        }
+        case wire::kCopyFileRange64: {
+            const wire::CopyFileRangeOut out{.bytes_copied = static_cast<std::uint64_t>(result)};
+            device_.finish(request, &out, sizeof out);
+            return;
+        }
         default:
             device_.finish(request, 0);
     }
@@ -563,6 +573,63 @@ void Channel::completed(Request& request, std::int64_t result) noexcept {
 
 void Channel::completed_data(Request& request, const iovec* vectors, int count, std::size_t size_bytes) noexcept {
     device_.finish(request, vectors, count, size_bytes);
+}
+
+// --- copies, which Python makes: they may take notes of who shares what
+
+void Channel::copy(Request& request) noexcept {
+    fuse_copy_file_range_in in{};
+    constexpr std::size_t kInSlot = kRequestHeaderBytes - wire::kInHeaderBytes;
+    static_assert(kInSlot < sizeof in);
+    if (request.length_bytes != wire::kInHeaderBytes + sizeof in || request.payload.count == 0) {
+        fail(request, -EIO);
+        return;
+    }
+    std::memcpy(&in, request.slot->header + wire::kInHeaderBytes, kInSlot);
+    std::memcpy(reinterpret_cast<std::byte*>(&in) + kInSlot, ring_.page(request.payload.first), sizeof in - kInSlot);
+    if (in.fh_in != request.node_id || in.fh_out != in.nodeid_out) {
+        mailbox_.log("a FUSE request (opcode %u) names nodes and others' handles", request.opcode);
+        fail(request, -EIO);
+        return;
+    }
+    // The first form's reply has 32 bits for it.
+    const std::uint64_t most =
+        request.opcode == FUSE_COPY_FILE_RANGE ? UINT32_MAX & ~(kBlockBytes - 1) : std::uint64_t{INT64_MAX};
+    if (in.flags != 0 || in.off_in > INT64_MAX || in.off_out > INT64_MAX) {
+        fail(request, -EINVAL);
+        return;
+    }
+    {
+        const std::lock_guard lock(parked_mutex_);
+        if (!parking_ends_) {
+            request.next_parked = std::exchange(copying_, &request);
+            mailbox_.post_copy({.unique = request.unique,
+                                .from_node = request.node_id,
+                                .from_offset = in.off_in,
+                                .to_node = in.nodeid_out,
+                                .to_offset = in.off_out,
+                                .size_bytes = std::min<std::uint64_t>(in.len, most)});
+            return;
+        }
+    }
+    fail(request, -ENOTCONN);
+}
+
+void Channel::copied(std::uint64_t unique, std::int64_t result) noexcept {
+    Request* found = nullptr;
+    {
+        const std::lock_guard lock(parked_mutex_);
+        Request** link = &copying_;
+        while (*link != nullptr && (*link)->unique != unique) {
+            link = &(*link)->next_parked;
+        }
+        if ((found = *link) != nullptr) {
+            *link = found->next_parked;
+        }
+    }
+    if (found != nullptr) {
+        completed(*found, result);
+    }
 }
 
 // --- requests of volumes that are not attached yet
@@ -635,6 +702,10 @@ void Channel::fail_parked() noexcept {
         const std::lock_guard lock(parked_mutex_);
         parking_ends_ = true;
         failed = std::exchange(parked_, nullptr);
+        while (copying_ != nullptr) {
+            Request* const request = std::exchange(copying_, copying_->next_parked);
+            request->next_parked = std::exchange(failed, request);
+        }
     }
     while (failed != nullptr) {
         Request& request = *std::exchange(failed, failed->next_parked);

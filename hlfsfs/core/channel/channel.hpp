@@ -57,6 +57,9 @@ class Channel final : private RequestOwner {
     // for it.
     void attached(std::uint64_t node_id, int error) noexcept;
 
+    // Answers a copy event: the bytes copied, or a negative errno. What is not pending any more is ignored.
+    void copied(std::uint64_t unique, std::int64_t result) noexcept;
+
     // Has the kernel forget a node's attributes and pages. It has when this returns, which a notification from the
     // control plane does not promise: that may reach the kernel after replies sent later. May wait for reads of the
     // node under way. Throws std::system_error.
@@ -100,6 +103,7 @@ class Channel final : private RequestOwner {
     void serve_on(Request& request, DataVolume& volume) noexcept;
     void read(Request& request, DataVolume& volume) noexcept;
     void write(Request& request, DataVolume& volume) noexcept;
+    void copy(Request& request) noexcept;
     void park(Request& request) noexcept;
     void fail_parked() noexcept;
     void wait_for_completions() noexcept;
@@ -126,8 +130,9 @@ class Channel final : private RequestOwner {
     bool started_ = false;
     bool stopped_ = false;
 
-    std::mutex parked_mutex_;  // guards the two below
+    std::mutex parked_mutex_;  // guards the three below
     Request* parked_ = nullptr;
+    Request* copying_ = nullptr;
     bool parking_ends_ = false;
 };
 

@@ -14,6 +14,9 @@ namespace hlfs::wire {
 // Newer than the oldest header this is built with (protocol 7.38).
 inline constexpr std::uint32_t kStatx = 52;
 inline constexpr std::uint32_t kCopyFileRange64 = 53;
+struct CopyFileRangeOut {
+    std::uint64_t bytes_copied;
+};
 inline constexpr std::uint64_t kInitDirectIoAllowMmap = std::uint64_t{1} << 36;
 inline constexpr std::uint64_t kInitPassthrough = std::uint64_t{1} << 37;
 inline constexpr std::uint64_t kInitOverIoUring = std::uint64_t{1} << 41;

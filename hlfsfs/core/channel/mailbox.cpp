@@ -15,6 +15,15 @@ void Mailbox::post_attach(std::uint64_t node_id) noexcept {
     posted_.notify_all();
 }
 
+void Mailbox::post_copy(const CopyOrder& order) noexcept {
+    {
+        const std::lock_guard lock(mutex_);
+        assert(copy_count_ < copies_.size());
+        copies_[(first_copy_ + copy_count_++) % copies_.size()] = order;
+    }
+    posted_.notify_all();
+}
+
 void Mailbox::post_initialized() noexcept {
     {
         const std::lock_guard lock(mutex_);
@@ -54,6 +63,13 @@ bool Mailbox::take(ChannelEvent& event) noexcept {
         event.node_id = attaches_[first_attach_];
         first_attach_ = (first_attach_ + 1) % attaches_.size();
         --attach_count_;
+        return true;
+    }
+    if (copy_count_ > 0) {
+        event.kind = ChannelEventKind::copy;
+        event.copy = copies_[first_copy_];
+        first_copy_ = (first_copy_ + 1) % copies_.size();
+        --copy_count_;
         return true;
     }
     if (initialized_) {

@@ -13,22 +13,35 @@ namespace hlfs {
 
 enum class ChannelEventKind {
     attach,       // attach the volume `node_id`, then call Channel::attached
+    copy,         // do what `copy` says, then call Channel::copied
     log,          // `text` is a line for the log
     initialized,  // the kernel has its INIT reply: the mount answers
     ended,        // the kernel ended the connection (or stop() was called); repeated for ever, after all else
 };
 
+// Of one file, or two, from one offset to another; `unique` is the request's.
+struct CopyOrder {
+    std::uint64_t unique = 0;
+    std::uint64_t from_node = 0;
+    std::uint64_t from_offset = 0;
+    std::uint64_t to_node = 0;
+    std::uint64_t to_offset = 0;
+    std::uint64_t size_bytes = 0;
+};
+
 struct ChannelEvent {
     ChannelEventKind kind = ChannelEventKind::ended;
     std::uint64_t node_id = 0;
+    CopyOrder copy;
     std::array<char, 200> text{};
 };
 
 class Mailbox {
   public:
-    // At most `attaches` attach events are ever outstanding.
-    explicit Mailbox(std::size_t attaches) : attaches_(attaches) {}
+    // At most so many attach events, and so many copies, are ever outstanding.
+    explicit Mailbox(std::size_t requests) : attaches_(requests), copies_(requests) {}
 
+    void post_copy(const CopyOrder& order) noexcept;
     void post_attach(std::uint64_t node_id) noexcept;
     void post_initialized() noexcept;
     void post_ended() noexcept;
@@ -47,6 +60,9 @@ class Mailbox {
     std::vector<std::uint64_t> attaches_;  // a ring of fixed size
     std::size_t first_attach_ = 0;
     std::size_t attach_count_ = 0;
+    std::vector<CopyOrder> copies_;  // another one
+    std::size_t first_copy_ = 0;
+    std::size_t copy_count_ = 0;
     std::array<std::array<char, 200>, 64> lines_{};
     std::size_t first_line_ = 0;
     std::size_t line_count_ = 0;

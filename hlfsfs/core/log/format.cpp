@@ -279,7 +279,7 @@ std::optional<Checkpoint> decode_checkpoint(std::span<const std::byte> slot) {
     if (checkpoint.length_bytes != sizeof checkpoint || checkpoint.crc != struct_crc(0, checkpoint)) {
         throw FormatError("checkpoint damaged");
     }
-    if (checkpoint.version != kFormatVersion || checkpoint.incompat != 0)
+    if (checkpoint.version != kFormatVersion || (checkpoint.incompat & ~kMapReachesBeyondEnd) != 0)
         throw FormatError("checkpoint of an unknown format");
     if (checkpoint.levels > kMaxLevels || checkpoint.segment_table_count > kMaxSegmentIndex ||
         checkpoint.size_bytes > kMaxMappedBytes)

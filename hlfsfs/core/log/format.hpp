@@ -314,6 +314,10 @@ inline constexpr std::uint32_t kTableEntriesPerBlock = (kBlockBytes - sizeof(Cha
 inline constexpr std::uint64_t kCheckpointMagic = 0x31504b43'53464c48;  // "HLFSCKP1"
 inline constexpr std::size_t kCheckpointSlotBytes = 65536;
 
+// In `incompat`: behind the volume's end the map may lead to what the volume does not hold. Whatever makes it longer
+// punches all of that first.
+inline constexpr std::uint64_t kMapReachesBeyondEnd = 1;
+
 struct Checkpoint {
     std::uint64_t magic = kCheckpointMagic;
     std::uint16_t version = kFormatVersion;

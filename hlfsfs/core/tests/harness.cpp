@@ -368,13 +368,13 @@ bool Host::repeat_checkpoint(Log& log, bool always) {
     return true;
 }
 
-std::shared_ptr<Volume> Host::clone(Log& log, Log& origin, std::uint64_t snapshot_id) {
+std::shared_ptr<Volume> Host::clone(Log& log, Log& origin, std::uint64_t snapshot_id, std::uint64_t size_bytes) {
     log.origins = origin.origins;
     log.origins.insert(log.origins.begin(), &origin);
     std::shared_ptr<Volume> from;
     log_of(origin.id, from);
     auto volume = open(log).volume;
-    volume->adopt(*from, snapshot_id);
+    volume->adopt(*from, snapshot_id, size_bytes, origin_logs(log));
     checkpoint(log);
     repeat_checkpoint(log, true);
     return volume;
@@ -383,9 +383,10 @@ std::shared_ptr<Volume> Host::clone(Log& log, Log& origin, std::uint64_t snapsho
 void Host::flatten(Log& log) {
     std::shared_ptr<Volume> volume;
     log_of(log.id, volume);
+    volume->forget_beyond_end();
+    // Once each: to a writer beside it there is always more.
     for (;;) {
-        while (checkpoint(log)) {
-        }
+        checkpoint(log);
         repeat_checkpoint(log, true);
         const auto found = volume->foreign_blocks(0, 16);
         if (found.extents.empty())
@@ -397,9 +398,10 @@ void Host::flatten(Log& log) {
             volume->bring_in(found.base_generation, first, data);
         }
     }
+    checkpoint(log);
+    repeat_checkpoint(log, true);
     volume->forget_origin();
-    while (checkpoint(log)) {
-    }
+    checkpoint(log);
     repeat_checkpoint(log, true);
     log.origins.clear();
 }
@@ -434,10 +436,16 @@ Volume::Cleaned Host::clean(Log& log, Volume::CleanHow how, std::uint32_t min_ru
     return sum;
 }
 
+Volume::OriginLogs origin_logs(const Log& log) {
+    Volume::OriginLogs numbered;
+    for (const Log* origin : log.origins)
+        numbered.emplace_back(static_cast<std::uint16_t>(numbered.size() + 1), origin->uuid);
+    return numbered;
+}
+
 Host::Opened Host::open(Log& log, Ring* old_ring) {
     VolumeConfig config{.id = log.id, .log_uuid = log.uuid, .segment_shift = log.segment_shift, .read_only = false};
-    for (const Log* origin : log.origins)
-        config.origin_logs.emplace_back(static_cast<std::uint16_t>(config.origin_logs.size() + 1), origin->uuid);
+    config.origin_logs = origin_logs(log);
     auto volume = core_->add_volume(config);
     {
         const std::lock_guard lock(mutex_);

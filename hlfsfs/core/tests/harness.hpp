@@ -104,6 +104,9 @@ class Log {
     TempDir dir_;
 };
 
+// The numbers that a clone's segment table has for the logs of others.
+Volume::OriginLogs origin_logs(const Log& log);
+
 // The ring of a dead process.
 class LeftRing {
   public:
@@ -151,7 +154,8 @@ class Host {
     // The newest checkpoint into both slots.
     bool repeat_checkpoint(Log& log, bool always = false);
     // A clone of a snapshot that a checkpoint has merged; `log` is new, the origin's log is open. Durable.
-    std::shared_ptr<Volume> clone(Log& log, Log& origin, std::uint64_t snapshot_id);
+    std::shared_ptr<Volume> clone(Log& log, Log& origin, std::uint64_t snapshot_id,
+                                  std::uint64_t size_bytes = UINT64_MAX);
     // Has all that the clone reads in its own log; durable.
     void flatten(Log& log);
     // Every segment that may be cleaned: removed if nothing leads into it, else `how`. Returns what it did, summed up.

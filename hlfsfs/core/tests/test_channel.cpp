@@ -193,8 +193,6 @@ TEST_CASE("fallocate, lseek and the attributes of a volume are native", "[channe
 TEST_CASE("what needs no volume is answered at once", "[channel]") {
     Mount mount;
     attach(mount);
-    CHECK(mount.kernel.call(FUSE_COPY_FILE_RANGE, kNode, fuse_copy_file_range_in{}).error == -EOPNOTSUPP);
-    CHECK(mount.kernel.call(wire::kCopyFileRange64, kNode, fuse_copy_file_range_in{}).error == -EOPNOTSUPP);
     Bytes name;
     append(name, std::string("security.capability"));
     CHECK(mount.kernel.call(FUSE_GETXATTR, kNode, fuse_getxattr_in{}, name).error == -ENODATA);
@@ -480,6 +478,55 @@ TEST_CASE("a handle of another node is refused", "[channel]") {
     sync.fh = kNode + 1;
     CHECK(mount.kernel.call(FUSE_FSYNC, kNode, sync).error == -EIO);
     CHECK(volume->flushes == 0);
+}
+
+TEST_CASE("copies are Python's to make, in both forms", "[channel]") {
+    Mount mount;
+    attach(mount);
+    fuse_copy_file_range_in in{};
+    in.fh_in = kNode;
+    in.off_in = 4096;
+    in.nodeid_out = in.fh_out = kNode + 1;
+    in.off_out = 8192;
+    in.len = std::uint64_t{10} << 32;
+    const auto first = mount.kernel.ask(FUSE_COPY_FILE_RANGE, kNode, in);
+    const auto order = mount.event_of(ChannelEventKind::copy).copy;
+    CHECK(order.unique == first);
+    CHECK(order.from_node == kNode);
+    CHECK(order.from_offset == 4096);
+    CHECK(order.to_node == kNode + 1);
+    CHECK(order.to_offset == 8192);
+    CHECK(order.size_bytes == (std::uint64_t{1} << 32) - 4096);
+    const auto second = mount.kernel.ask(wire::kCopyFileRange64, kNode, in);
+    const auto longer = mount.event_of(ChannelEventKind::copy).copy;
+    CHECK(longer.unique == second);
+    CHECK(longer.size_bytes == in.len);
+    mount.channel.copied(second + 1000, 1);
+    mount.channel.copied(second, std::int64_t{5} << 32);
+    const auto answered = mount.kernel.reply().value();
+    CHECK(answered.unique == second);
+    CHECK(answered.as<wire::CopyFileRangeOut>().bytes_copied == std::uint64_t{5} << 32);
+    mount.channel.copied(first, 12288);
+    CHECK(mount.kernel.reply().value().as<fuse_write_out>().size == 12288);
+    mount.kernel.ask(FUSE_COPY_FILE_RANGE, kNode, in);
+    mount.channel.copied(mount.event_of(ChannelEventKind::copy).copy.unique, -ENOSPC);
+    CHECK(mount.kernel.reply().value().error == -ENOSPC);
+    for (const auto change : {+[](fuse_copy_file_range_in& of) { of.flags = 1; },
+                              +[](fuse_copy_file_range_in& of) { of.off_in = UINT64_MAX; },
+                              +[](fuse_copy_file_range_in& of) { of.fh_in = kNode + 2; },
+                              +[](fuse_copy_file_range_in& of) { of.fh_out = kNode + 2; }}) {
+        auto bad = in;
+        change(bad);
+        CHECK(mount.kernel.call(wire::kCopyFileRange64, kNode, bad).error < 0);
+    }
+    CHECK(mount.kernel.call(FUSE_COPY_FILE_RANGE, kNode, std::uint64_t{kNode}).error == -EIO);
+    CHECK(mount.slots_become_free());
+    // What is not answered at the end fails.
+    mount.kernel.ask(FUSE_COPY_FILE_RANGE, kNode, in);
+    (void)mount.event_of(ChannelEventKind::copy);
+    mount.channel.stop();
+    CHECK(mount.kernel.reply().value().error == -ENOTCONN);
+    CHECK(mount.ring->pages_in_use() == 0);
 }
 
 TEST_CASE("messages that lie about their length are refused", "[channel]") {

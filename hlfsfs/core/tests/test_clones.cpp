@@ -1,4 +1,8 @@
 // Clones: volumes whose maps lead into logs of others.
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <catch2/catch.hpp>
@@ -9,6 +13,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -184,19 +189,19 @@ TEST_CASE("what cannot be cloned is refused") {
     origin.make(host, *parent);
     log.origins = {&origin.log};
     const auto clone = host.open(log).volume;
-    CHECK(error_of([&] { clone->adopt(*parent, 4); }) == ENOENT);
+    CHECK(error_of([&] { clone->adopt(*parent, 4, UINT64_MAX, origin_logs(log)); }) == ENOENT);
     put(host, origin.log, *parent, origin.head, 0, kBlockBytes, 5);
     parent->create_snapshot(6, "young", 0, {});
-    CHECK(error_of([&] { clone->adopt(*parent, 6); }) == EAGAIN);
+    CHECK(error_of([&] { clone->adopt(*parent, 6, UINT64_MAX, origin_logs(log)); }) == EAGAIN);
     checkpoint_all(host, origin.log);
     Log stranger(3, 21);
     const auto other = host.open(stranger).volume;
-    CHECK_THROWS_AS(other->adopt(*parent, 6), FormatError);
+    CHECK_THROWS_AS(other->adopt(*parent, 6, UINT64_MAX, {}), FormatError);
     Bytes model;
     put(host, stranger, *other, model, 0, kBlockBytes, 5);
     CHECK(holds(*other, model));
     put(host, log, *clone, model, 0, kBlockBytes, 6);
-    CHECK(error_of([&] { clone->adopt(*parent, 6); }) == EEXIST);
+    CHECK(error_of([&] { clone->adopt(*parent, 6, UINT64_MAX, origin_logs(log)); }) == EEXIST);
     host.close(log);
     // One whose record lacks a log that its table names is not opened.
     Log third(7, 21);
@@ -209,6 +214,123 @@ TEST_CASE("what cannot be cloned is refused") {
     host.close(third);
     for (Log* each : {&stranger, &origin.log})
         host.close(*each);
+}
+
+TEST_CASE("of a snapshot that was adopted in part nothing shows behind the end") {
+    FaultyDisk::instance().reset();
+    Origin origin;
+    Log log(2, 21);
+    auto host = std::make_unique<Host>();
+    auto parent = host->open(origin.log).volume;
+    origin.make(*host, *parent);
+    auto clone = host->clone(log, origin.log, 5, 2 * kMiB);
+    Bytes model(origin.snapshot.begin(), origin.snapshot.begin() + 2 * kMiB);
+    CHECK(holds(*clone, model));
+    CHECK(seek(*clone, 0, SEEK_HOLE) == static_cast<std::int64_t>(2 * kMiB));
+    CHECK(clone->attr().allocated_bytes == 2 * kMiB);
+    const auto reopen = [&](bool clean) {
+        std::unique_ptr<Log> left;
+        std::unique_ptr<LeftRing> ring;
+        if (clean) {
+            host->close(log);
+        } else {
+            std::tie(left, ring) = host->after_death(log);
+        }
+        host->close(origin.log);
+        clone.reset(), parent.reset();
+        host = std::make_unique<Host>();
+        parent = host->open(origin.log).volume;
+        if (clean) {
+            clone = host->open(log).volume;
+            return std::unique_ptr<Log>();
+        }
+        left->origins = log.origins;
+        clone = host->open(*left, ring->ring()).volume;
+        return left;
+    };
+    std::unique_ptr<Log> left;
+    SECTION("more of it is adopted, and more") {
+        CHECK(clone->adopt_more(2 * kMiB, 3 * kMiB));
+        CHECK_FALSE(clone->adopt_more(2 * kMiB, 4 * kMiB));
+        put(*host, log, *clone, model = Bytes(origin.snapshot.begin(), origin.snapshot.begin() + 3 * kMiB), 100, 9000,
+            7);
+        checkpoint_all(*host, log);
+        CHECK(clone->adopt_more(3 * kMiB, 5 * kMiB));
+        model.insert(model.end(), origin.snapshot.begin() + 3 * kMiB, origin.snapshot.begin() + 5 * kMiB);
+        CHECK(holds(*clone, model));
+        SECTION("and is there after a death") {
+            left = reopen(false);
+        }
+        SECTION("and after an end") {
+            left = reopen(true);
+        }
+        CHECK(holds(*clone, model));
+        if (left)
+            CHECK_FALSE(clone->adopt_more(5 * kMiB, 6 * kMiB));
+    }
+    SECTION("not once it was cut, whatever came then") {
+        REQUIRE(resize(*clone, kMiB) == 0);
+        model.resize(kMiB);
+        CHECK_FALSE(clone->adopt_more(2 * kMiB, 3 * kMiB));
+        CHECK_FALSE(clone->adopt_more(kMiB, 3 * kMiB));
+        REQUIRE(resize(*clone, 2 * kMiB) == 0);
+        model.resize(2 * kMiB);
+        CHECK_FALSE(clone->adopt_more(2 * kMiB, 3 * kMiB));
+        CHECK(holds(*clone, model));
+    }
+    const int before = GENERATE(0, 1, 2, 3);
+    if (!left && before == 1) {
+        left = reopen(false);
+    } else if (!left && before == 2) {
+        left = reopen(true);
+    } else if (!left && before == 3) {
+        // Rolled back to, it is as it was.
+        clone->create_snapshot(9, "nine", 0, {});
+        Bytes since = model;
+        put(*host, log, *clone, since, kMiB, kMiB, 400);
+        put(*host, log, *clone, since, 3 * kMiB, kMiB, 401);
+        do {
+            checkpoint_all(*host, log);
+            host->repeat_checkpoint(log);
+        } while (!clone->roll_back(9));
+        CHECK(holds(*clone, model));
+    }
+    Log& now = left ? *left : log;
+    // What makes it longer finds nothing there.
+    const int how = GENERATE(0, 1, 2, 3);
+    const std::uint64_t end = model.size();
+    switch (how) {
+        case 0:
+            REQUIRE(resize(*clone, 6 * kMiB) == 0);
+            model.resize(6 * kMiB);
+            break;
+        case 1:
+            put(*host, now, *clone, model, 5 * kMiB + 300, 2 * kMiB / 3, 500);
+            break;
+        case 2:
+            REQUIRE(fallocate_range(*clone, FALLOC_FL_ZERO_RANGE, end - 100, 3 * kMiB) == 0);
+            std::fill(model.end() - 100, model.end(), std::byte{0});
+            model.resize(end - 100 + 3 * kMiB);
+            break;
+        default:
+            put(*host, now, *clone, model, end + 4 * kBlockBytes, kBlockBytes, 501);
+            put(*host, now, *clone, model, end + kMiB, kBlockBytes, 502);
+    }
+    CHECK(holds(*clone, model));
+    checkpoint_all(*host, now);
+    CHECK(holds(*clone, model));
+    host->close(now);
+    clone = host->open(now).volume;
+    CHECK(holds(*clone, model));
+    REQUIRE(resize(*clone, 7 * kMiB) == 0);
+    model.resize(7 * kMiB);
+    CHECK(holds(*clone, model));
+    if (clone->snapshots().size() == 1)
+        clone->remove_snapshot(9);
+    host->flatten(now);
+    CHECK(holds(*clone, model));
+    host->close(now);
+    host->close(origin.log);
 }
 
 TEST_CASE("clones share what the caches hold") {

@@ -469,6 +469,7 @@ Volume::Frozen& Volume::freeze_now() {
     frozen.size_bytes = size_bytes_;
     frozen.mtime_ns = mtime_ns_;
     frozen.ctime_ns = ctime_ns_;
+    frozen.beyond_end = beyond_end_;
     frozen.boundary_chunk = open_ != nullptr ? open_->number : next_number();
     frozen.publishes = publishes_;
     frozen.log_slots = log_slots_;
@@ -631,6 +632,7 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
         record.durable_sequence = durable_end_ - 1;
         record.next_segno = next_segno_;
         record.mapped_blocks = static_cast<std::uint64_t>(pending->mapped);
+        record.incompat = frozen->beyond_end ? kMapReachesBeyondEnd : 0;
         pending_ = std::move(pending);
         Failpoint::pass("checkpoint");
         return std::pair{1 - newest_slot_, encode(pending_->record)};

@@ -12,6 +12,7 @@ struct Volume::Frozen {
     std::uint64_t size_bytes = 0;
     std::uint64_t mtime_ns = 0;
     std::uint64_t ctime_ns = 0;
+    bool beyond_end = false;
     std::uint64_t boundary_chunk = 0;  // chunks from here on are not in the overlay
     std::uint64_t publishes = 0;
     std::uint64_t log_slots = 0;

@@ -18,17 +18,10 @@ namespace hlfs {
 const Uuid& Volume::log_of(std::uint16_t log_no) const {
     if (log_no == kOwnLog)
         return config_.log_uuid;
-    const auto at = std::ranges::find(config_.origin_logs, log_no, &std::pair<std::uint16_t, Uuid>::first);
-    if (at == config_.origin_logs.end())
+    const auto at = std::ranges::find(origin_logs_, log_no, &OriginLogs::value_type::first);
+    if (at == origin_logs_.end())
         throw FormatError("segment table: the volume's record does not name log " + std::to_string(log_no));
     return at->second;
-}
-
-std::uint16_t Volume::number_of(const Uuid& log_uuid) const {
-    const auto at = std::ranges::find(config_.origin_logs, log_uuid, &std::pair<std::uint16_t, Uuid>::second);
-    if (at == config_.origin_logs.end())
-        throw FormatError("the volume's record does not name a log of its origin");
-    return at->first;
 }
 
 std::vector<bool> Volume::foreign_indexes() const {
@@ -38,7 +31,7 @@ std::vector<bool> Volume::foreign_indexes() const {
     return foreign;
 }
 
-void Volume::adopt(const Volume& origin, std::uint64_t snapshot_id) {
+void Volume::adopt(const Volume& origin, std::uint64_t snapshot_id, std::uint64_t size_bytes, OriginLogs logs) {
     SnapshotRecord record;
     std::vector<std::unique_ptr<Segment>> table;
     {
@@ -53,10 +46,13 @@ void Volume::adopt(const Volume& origin, std::uint64_t snapshot_id) {
             auto& to = table.emplace_back();
             if (!from)
                 continue;
+            const auto known = std::ranges::find(logs, origin.log_of(from->log_no), &OriginLogs::value_type::second);
+            if (known == logs.end())
+                throw FormatError("the volume's record does not name a log of its origin");
             to = std::make_unique<Segment>();
             to->uid = from->uid;
             to->index = from->index;
-            to->log_no = number_of(origin.log_of(from->log_no));
+            to->log_no = known->first;
             to->identity = from->identity;
             to->state = SegmentState::sealed;
             to->last_time_s = from->last_time_s;
@@ -69,17 +65,67 @@ void Volume::adopt(const Volume& origin, std::uint64_t snapshot_id) {
         if (!table[index])
             free_indexes_.emplace_back(index, generation_);
     }
+    origin_logs_ = std::move(logs);
     table_ = std::move(table);
     root_ = record.root;
     levels_ = static_cast<std::uint32_t>(record.levels);
     mapped_blocks_ = static_cast<std::int64_t>(record.mapped_blocks);
-    size_bytes_ = record.size_bytes;
+    size_bytes_ = std::min(size_bytes, record.size_bytes);
+    beyond_end_ = true;
+    shared_end_ = size_bytes_;
     mtime_ns_ = ctime_ns_ = realtime_ns();
     // The next checkpoint counts what lives from there on, and all of this is others'.
     newest_.root = root_;
     newest_.levels = static_cast<std::uint8_t>(levels_);
     ++base_generation_;
     ++publishes_;
+}
+
+// Until there is room for one more entry.
+void Volume::wait_for_entry(Lock& lock, std::size_t side_bytes) {
+    const std::uint64_t refusals = refusals_;
+    for (;;) {
+        if (read_only_)
+            throw std::system_error(EROFS, std::generic_category(), "the volume is read-only");
+        const Admission admission = admit(1, 0, side_bytes);
+        if (admission == Admission::ok)
+            return;
+        if (admission == Admission::refused)
+            throw std::system_error(space_refused_, std::generic_category(), "no space for an entry");
+        wake();
+        wait_disk(lock, refusals);
+    }
+}
+
+bool Volume::adopt_more(std::uint64_t size_bytes, std::uint64_t end_bytes) {
+    Lock lock(mutex_);
+    wait_for_entry(lock, sizeof end_bytes);
+    if (!beyond_end_ || shared_end_ != size_bytes || size_bytes_ != size_bytes)
+        return false;
+    PublishItem item{};
+    item.kind = EntryKind::resize;
+    item.size_bytes = end_bytes;
+    publish({&item, 1}, nullptr);
+    shared_end_ = end_bytes;
+    return true;
+}
+
+// There is room for an entry.
+void Volume::cut_beyond_end() {
+    PublishItem item{};
+    item.kind = EntryKind::punch;
+    item.block = (size_bytes_ + kBlockBytes - 1) >> kBlockShift;
+    item.count = (kMaxVolumeBytes >> kBlockShift) - item.block;
+    beyond_end_ = false;
+    if (item.count != 0)
+        publish({&item, 1}, nullptr);
+}
+
+void Volume::forget_beyond_end() {
+    Lock lock(mutex_);
+    wait_for_entry(lock, 0);
+    if (beyond_end_)
+        cut_beyond_end();
 }
 
 Volume::ForeignBlocks Volume::foreign_blocks(std::uint64_t first_block, std::size_t most) {
@@ -139,6 +185,7 @@ void Volume::forget_origin() {
         segment.reset();
         free_indexes_.emplace_back(index, generation_ + (checkpointing_ ? 1 : 0));
     }
+    origin_logs_.clear();
     ++publishes_;
 }
 

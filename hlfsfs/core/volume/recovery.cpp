@@ -276,6 +276,7 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
         root_ = from.root;
         levels_ = from.levels;
         size_bytes_ = from.size_bytes;
+        beyond_end_ = (from.incompat & kMapReachesBeyondEnd) != 0;
         mtime_ns_ = from.mtime_ns;
         ctime_ns_ = from.ctime_ns;
         mapped_blocks_ = static_cast<std::int64_t>(from.mapped_blocks);

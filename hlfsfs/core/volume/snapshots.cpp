@@ -333,6 +333,9 @@ void Volume::rebase(const SnapEntry& entry) {
     levels_ = static_cast<std::uint32_t>(record.levels);
     mapped_blocks_ = static_cast<std::int64_t>(record.mapped_blocks);
     size_bytes_ = record.size_bytes;
+    // Of a snapshot it is not known.
+    beyond_end_ = true;
+    shared_end_.reset();
     mtime_ns_ = std::max(mtime_ns_, entry.header.time_ns);
     ctime_ns_ = std::max(ctime_ns_, entry.header.time_ns);
     head_parent_id_ = record.id;

@@ -21,7 +21,8 @@ Volume::Volume(Core& core, const VolumeConfig& config)
     : core_(core),
       config_(config),
       segment_slots_((1U << config.segment_shift) / static_cast<std::uint32_t>(kBlockBytes)),
-      read_only_(config.read_only) {
+      read_only_(config.read_only),
+      origin_logs_(config.origin_logs) {
     if (config.segment_shift < kMinSegmentShift || config.segment_shift > kMaxSegmentShift)
         throw FormatError("segments of 2^" + std::to_string(config.segment_shift) + " bytes");
     mtime_ns_ = ctime_ns_ = realtime_ns();

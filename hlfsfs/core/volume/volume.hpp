@@ -257,11 +257,18 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     [[nodiscard]] std::shared_ptr<DataVolume> open_snapshot(std::uint64_t id, std::uint64_t node_id);
 
     // --- clones (clones.cpp)
-    // What an empty volume that was just made holds, size included, is what a snapshot of another one does, down to the
-    // segments; in memory, until both checkpoints hold it. All the logs that the other one reads are among this one's
-    // origins. Throws std::system_error: ENOENT, EAGAIN (no checkpoint has merged the snapshot yet), EEXIST (this one
-    // is not empty); FormatError: a log of the other one is not known here.
-    void adopt(const Volume& origin, std::uint64_t snapshot_id);
+    // What a volume that was just made holds is what the beginning of a snapshot of another one does, down to the
+    // segments; in memory, until both checkpoints hold it. The beginning ends with a block, or with the snapshot.
+    // `logs` are all that the other one reads and writes, by the numbers they get here. Throws std::system_error:
+    // ENOENT, EAGAIN (no checkpoint has merged the snapshot yet), EEXIST (something was done to this one); FormatError:
+    // a log of the other one is not among them.
+    using OriginLogs = std::vector<std::pair<std::uint16_t, Uuid>>;
+    void adopt(const Volume& origin, std::uint64_t snapshot_id, std::uint64_t size_bytes, OriginLogs logs);
+    // What was adopted goes on, from `size_bytes`, which is all there is so far, to `end_bytes`. false, and nothing
+    // happened: that is not so any more. Waits for space. Throws std::system_error.
+    [[nodiscard]] bool adopt_more(std::uint64_t size_bytes, std::uint64_t end_bytes);
+    // Nothing is mapped behind the volume's end any more. Waits for space. Throws std::system_error.
+    void forget_beyond_end();
     // Blocks of the newest map that stand in logs of others, so many extents at most of those from `first_block` on.
     struct ForeignBlocks {
         std::uint64_t base_generation = 0;
@@ -473,7 +480,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
 
     // clones (clones.cpp)
     [[nodiscard]] const Uuid& log_of(std::uint16_t log_no) const;
-    [[nodiscard]] std::uint16_t number_of(const Uuid& log_uuid) const;
+    void wait_for_entry(Lock& lock, std::size_t side_bytes);
+    void cut_beyond_end();
     [[nodiscard]] std::vector<bool> foreign_indexes() const;
 
     // checkpoint (checkpoint.cpp)
@@ -535,6 +543,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::uint32_t gid_ = 0;
     std::uint32_t nlink_ = 1;
 
+    // The logs of others that the segment table names.
+    OriginLogs origin_logs_;
+
     // map
     Overlay overlay_;
     std::deque<std::unique_ptr<Frozen>> frozen_;                // the oldest first
@@ -542,6 +553,10 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::vector<std::shared_ptr<Snapshot>> removed_snapshots_;  // kept by readers, or until that is durable
     std::uint64_t head_parent_id_ = 0;                          // the snapshot that the head came from; 0: none
     std::uint64_t snapshots_forgotten_ = 0;                     // of those: pins that were found earlier may be gone
+    // Behind the volume's end the map may lead to what the volume does not hold: whatever makes it longer cuts that
+    // off.
+    bool beyond_end_ = false;
+    std::optional<std::uint64_t> shared_end_;  // adopt_more() may go on from here, while this is the end
     // The base that the overlay lies on: the newest checkpoint's map, or a snapshot's that was rolled back to since.
     Pointer root_ = kHole;
     std::uint32_t levels_ = 0;

@@ -115,7 +115,8 @@ void Volume::write(std::uint64_t offset, std::uint32_t size_bytes, PageRun paylo
         item.size_bytes = offset + size_bytes;
         side = 8;
     }
-    if (!parked_.empty() || admit(count, data_blocks, side) != Admission::ok) {
+    const bool must_cut = beyond_end_ && side != 0;
+    if (!parked_.empty() || must_cut || admit(count, data_blocks, side) != Admission::ok) {
         Mutation* mutation = mutation_of();
         mutation->crcs.assign(crcs.begin(), crcs.begin() + blocks);
         mutation->zero.assign(zero.begin(), zero.begin() + blocks);
@@ -281,6 +282,21 @@ bool Volume::try_publish(Lock&, Mutation* mutation, std::int64_t& result, bool& 
     if (read_only_ || shut_down_) {
         result = shut_down_ ? -ESHUTDOWN : -EROFS;
         return true;
+    }
+    const bool may_grow = m.kind == Mutation::Kind::write || m.kind == Mutation::Kind::resize || !m.keep_size;
+    const std::uint64_t end_bytes = m.kind == Mutation::Kind::resize ? m.size_bytes : m.offset + m.size_bytes;
+    if (beyond_end_ && m.kind != Mutation::Kind::times && may_grow && end_bytes > size_bytes_) {
+        const Admission admission = admit(1, 0, 0);
+        if (admission == Admission::ok)
+            cut_beyond_end();
+        if (admission == Admission::refused) {
+            result = -space_refused_;
+            return true;
+        }
+        if (admission == Admission::wait) {
+            parked = true;
+            return false;
+        }
     }
     for (Mutation::Edge& edge : m.edges) {
         if (edge.used && edge.version != version_of(edge.block))
