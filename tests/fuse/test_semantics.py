@@ -442,7 +442,7 @@ class TestNativeOnly:
         again(mount, plane, 'assert read("disk")[131072:196608] == bytes(32868) + b"x" * 32668')
 
     def test_a_copy_inside_the_mount(self, mount: Mounted) -> None:
-        """COPY_FILE_RANGE is refused, so that cp copies by itself; twice, as the kernel may remember."""
+        """As cp asks for it, and the kernel where there is no native plane; twice, as the kernel may remember."""
         for _ in range(2):
             mount.run("cp", sys.executable, mount.path / "one")
             mount.run("cp", mount.path / "one", mount.path / "two")

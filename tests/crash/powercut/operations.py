@@ -197,6 +197,12 @@ class Player:
         source = os.path.join(self._snapshot_path(path), name) if name else path
         self.world.names.clone(self.world.names.resolve(source.encode()), *self.place(new))
 
+    def copy(self, path: str, name: str, new: str, first: int, end: int) -> None:
+        """Some bytes of a snapshot, or of the volume just now, to where they are in it."""
+        source = self.world.names.resolve((os.path.join(self._snapshot_path(path), name) if name else path).encode())
+        target = self.world.names.resolve(new.encode())
+        assert self.world.names.copy(source, first, target, first, end - first) == end - first
+
     def flatten(self, path: str) -> None:
         self.world.names.flatten(self.world.names.resolve(path.encode()))
 
@@ -270,6 +276,7 @@ class Kind:
         snapshots: what it makes of that volume's snapshots; durable once it is done.
         clones: what its last argument names comes to be with the content of the snapshot that the one before names, or
             of the volume at its path.
+        copies: the third argument names what comes to have the bytes between the last two, from where `clones` has it.
         rolls_back: the content becomes that of the snapshot which is named last.
         durable: what it makes durable of what was acknowledged before it, itself included: the volume at its path, or
             all of them. A write does if its last argument says so.
@@ -281,6 +288,7 @@ class Kind:
     change: Change | None = None
     snapshots: SnapshotChange | None = None
     clones: bool = False
+    copies: bool = False
     rolls_back: bool = False
     durable: str = ""
     alone: bool = False
@@ -311,6 +319,7 @@ KINDS = {
     "unsnapshot": Kind(Player.unsnapshot, snapshots=_unsnapshot, durable="path"),
     "rollback": Kind(Player.rollback, rolls_back=True, durable="path", alone=True),
     "clone": Kind(Player.clone, clones=True, durable="path", alone=True),
+    "copy": Kind(Player.copy, copies=True, alone=True),
     "flatten": Kind(Player.flatten, durable="path", alone=True),
     "forget": Kind(Player.forget, alone=True),
     "takeover": Kind(Player.takeover, durable="all", alone=True),

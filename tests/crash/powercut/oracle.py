@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.crash.powercut.operations import KINDS, History, Snapshots
 from tests.crash.powercut.worker import Found, digest
+from tests.engine.contents import written
 from tests.pool.views import View
 
 
@@ -90,6 +91,10 @@ class Oracle:
             for volume in changed:
                 if kind.change is not None:
                     self._change(volume, do, kind.change(volume.now, *arguments[kind.paths :]))
+                if kind.copies:
+                    target, first, end = self._volumes[self._names[arguments[2].encode()][1]], *arguments[3:]
+                    copied = written(target.now, first, self._cloned(arguments[:3])[first:end])
+                    self._change(target, do, iter([copied]))
                 if kind.rolls_back:
                     self._change(volume, do, iter([self._bytes[volume.snapshots[-1][2][arguments[-1]]]]))
                 if kind.snapshots is not None:
