@@ -295,4 +295,8 @@ SNAPSHOTS = (
     Figure("many_remove", "many", "removing one of them", "s"),
     Figure("many_list", "many", "`hlfs snapshot list` of them", "s"),
     Figure("many_open", "many", "`hlfs mount`, and a look at one of them", "s"),
+    Figure("clone", "clone", "cloning a 100 GiB sparse template, median", "s", at_most=0.1),
+    Figure("cp_template", "clone", "`cp` of it in the mount, with 64 MiB of data", "s", at_most=0.1),
+    Figure("cp_whole", "clone", "`cp` of a volume written whole in the mount", "s", at_most=0.1),
+    Figure("cp_raw", "clone", "`cp` of the same as a raw file", "s"),
 )

@@ -1,4 +1,4 @@
-"""Group `snapshots`: what it costs to take them, to have many, and to read them."""
+"""Group `snapshots`: what it costs to take them, to have many, to read them, and to share what they hold."""
 
 import shutil
 import sys
@@ -13,6 +13,7 @@ from statistics import median
 import click
 from rich.console import Console
 
+from bench.clones import clone
 from bench.commands import run_command
 from bench.fio import fill, run_fio, warm
 from bench.jobs import SNAPSHOTS
@@ -35,6 +36,11 @@ LOAD_WRITES = 40_000
 LOAD_PERIOD_S = 0.25
 MANY = 1000
 MANY_DIRTY = 20
+# A sparse template, how much of it holds data, and how many clones and copies are made.
+TEMPLATE = 100 << 30
+TEMPLATE_DATA = 64 << 20
+CLONES = 30
+COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -206,11 +212,49 @@ def many(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict[st
     }
 
 
+# --- sharing them -------------------------------------------------------------------------------------------------
+
+
+def cloning(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict[str, float]:
+    """Clones of a template; `cp` of it and of a volume that was written whole, beside that of a raw file."""
+    mount = mounted(place / "clone", stack)
+    sparse(mount, TEMPLATE)
+    fill(mount.file, TEMPLATE_DATA)
+    snapshot = directory_of(mount) / "one"
+    run_command(["touch", snapshot], mount.file)
+    console.print("cloning a sparse template")
+    cloned = clone(snapshot, mount.directory, CLONES)
+    whole = mount.directory / "whole"
+    run_command(["truncate", "-s", str(plan.size), whole], mount.file)
+    fill(whole, plan.size)
+    raw = place / "raw"
+    run_command(["cp", whole, raw], mount.file)
+    took: dict[str, list[float]] = {}
+    for number in range(COPIES):
+        console.print(f"copying: round {number + 1}")
+        for name, source, target in (
+            ("template", snapshot, mount.directory / "copy"),
+            ("whole", whole, mount.directory / "copy"),
+            ("raw", raw, place / "copy"),
+        ):
+            words: list[str | Path] = ["cp", source, target]
+            took.setdefault(name, []).append(seconds(lambda words=words: run_command(words, mount.file)))  # type: ignore[misc]
+            run_command(["rm", target], mount.file)
+    mount.down()
+    return {
+        "clone": median(cloned),
+        "cp_template": median(took["template"]),
+        "cp_whole": median(took["whole"]),
+        "cp_raw": median(took["raw"]),
+    }
+
+
 PARTS: dict[str, Callable[[Plan, Path, ExitStack, Console], dict[str, float]]] = {
     "take": taking,
     "load": under_load,
     "read": reading,
     "many": many,
+    "clone": cloning,
 }
 
 
@@ -223,7 +267,7 @@ PARTS: dict[str, Callable[[Plan, Path, ExitStack, Console], dict[str, float]]] =
 @click.option("--parts", multiple=True, type=click.Choice(list(PARTS)), help="Again for more.  [default: all]")
 @click.option("--json", "output", type=click.Path(path_type=Path), default=BUILD / "bench.json", show_default=True)
 def snapshots(*, parent: Path, rounds: int, parts: tuple[str, ...], output: Path, **sizes: str) -> None:
-    """Measure taking snapshots, writing beside them, reading them, and having many."""
+    """Measure taking snapshots, writing beside them, reading them, having many, and cloning them."""
     parent.mkdir(parents=True, exist_ok=True)
     console = wide_console()
     plan = Plan(**{name: parse_size(size) for name, size in sizes.items()}, rounds=rounds)

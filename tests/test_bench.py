@@ -220,7 +220,7 @@ def test_space_at_a_small_size(tmp_path: Path) -> None:
 
 @needs_fuse
 @pytest.mark.hunt
-@pytest.mark.parametrize("part", ["take", "load", "read", "many"])
+@pytest.mark.parametrize("part", ["take", "load", "read", "many", "clone"])
 def test_snapshots_at_a_small_size(tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshots, "MANY", 20)
     monkeypatch.setattr(snapshots, "LOAD_WRITES", 2000)

@@ -206,11 +206,11 @@ class Engine:
             NotEmpty: something was done to the volume.
             HlfsError: as `checkpoint`.
         """
-        try:
-            volume.adopt(origin, snapshot_id, size_bytes, logs)
-        except NotMerged:
+        if not origin.is_merged(snapshot_id):
             self.checkpoint(origin)
-            volume.adopt(origin, snapshot_id, size_bytes, logs)
+        # From an older checkpoint the origin would merge the snapshot's map once more, and lead to other nodes then.
+        self.repeat_checkpoint(origin, always=True)
+        volume.adopt(origin, snapshot_id, size_bytes, logs)
         self._checkpoint_both(volume)
 
     def flatten(self, volume: Volume, progress: Callable[[int, int], None] = lambda done, total: None) -> int:

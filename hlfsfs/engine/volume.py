@@ -384,7 +384,7 @@ class Volume:
 
         Raises:
             NoSuchSnapshot: there is none.
-            NotMerged: a checkpoint of the origin is needed first.
+            NotMerged: a checkpoint of the origin is needed first, and that in both slots.
             NotEmpty: something was done to the volume.
         """
         numbered = [(ref.no, ref.uuid.bytes) for ref in logs]
@@ -434,6 +434,14 @@ class Volume:
             if exc.errno == errno.EBUSY:
                 raise VolumeBusy(self.what, "one of its snapshots may share with its origin") from exc
             raise self.translated(exc) from exc
+
+    def is_merged(self, snapshot_id: int) -> bool:
+        """A checkpoint has written the snapshot's map. Raises NoSuchSnapshot."""
+        try:
+            self.changed_extents(snapshot_id, snapshot_id, 0, 1)
+        except NotMerged:
+            return False
+        return True
 
     def read_snapshot(self, snapshot_id: int, offset: int, size_bytes: int) -> bytes:
         """Reads up to `size_bytes`, fewer at its end. Raises NoSuchSnapshot."""

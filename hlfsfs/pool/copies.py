@@ -28,6 +28,8 @@ BLOCK_BYTES = 4096
 # Read and written at once; so much data at most is copied for one request, which the kernel waits for.
 PART_BYTES = 1 << 20
 COPY_BYTES = 16 << 20
+# So many volumes at most are remembered that are being made of others.
+SHARING = 1024
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,9 @@ class Copies:
             return False
         with self._lock:
             self._sharing[target.id] = _Sharing(source, sequence)
+            while len(self._sharing) > SHARING:
+                # The one that began first; its next part is copied.
+                del self._sharing[next(iter(self._sharing))]
         return True
 
 

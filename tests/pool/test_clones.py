@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 from contextlib import closing
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,7 @@ from hlfsfs.pool import AttributeChanges
 from hlfsfs.pool.node_ids import ROOT_ID, stable_id
 from hlfsfs.store.local import open_local
 from hlfsfs.store.records import SnapshotNotes
-from tests.pool.conftest import World
+from tests.pool.conftest import RealWorld, World
 
 MIB = 1 << 20
 
@@ -266,3 +268,28 @@ def test_a_clone_whose_record_is_damaged_keeps_what_it_needs(world: World) -> No
     path.write_bytes(whole)
     world.open()
     assert world.read(made) == b"x"
+
+
+def test_what_a_clone_reads_outlives_a_checkpoint_of_its_origin(tmp_path: Path) -> None:
+    """With the newest one destroyed the origin merges the snapshot's map once more: not what the clone leads to."""
+    (tmp_path / "store").mkdir()
+    world = RealWorld(tmp_path / "store")
+    data = random.Random(1).randbytes(3 * MIB)
+    volume = world.volume(b"v", data=data)
+    made = clone(world, b"v", b"c")
+    world.crash()
+    path = world.root / f".hlfs/logs/{world.store.read_volume(volume.id).log_uuid}/checkpoint"
+    slots = path.read_bytes()
+    generations = [int.from_bytes(slots[at + 32 : at + 40], "little") for at in (0, 65536)]
+    newest = generations.index(max(generations)) * 65536
+    path.write_bytes(slots[:newest] + bytes([0xA5]) * 65536 + slots[newest + 65536 :])
+    world.open()
+    attached = world.names.volume(volume.id)
+    for number in range(40):
+        # So that all of it lies behind what the cleaner may touch.
+        attached.write(number % 3 * MIB, random.Random(number).randbytes(MIB))
+    for _ in range(3):
+        world.engine.clean(attached)
+        attached.write(0, b"more")
+    assert world.names.volume(made).read(0, 4 * MIB) == data
+    world.crash()

@@ -373,6 +373,8 @@ std::shared_ptr<Volume> Host::clone(Log& log, Log& origin, std::uint64_t snapsho
     log.origins.insert(log.origins.begin(), &origin);
     std::shared_ptr<Volume> from;
     log_of(origin.id, from);
+    // From an older checkpoint the origin would merge the snapshot's map once more, and lead to other nodes then.
+    repeat_checkpoint(origin, true);
     auto volume = open(log).volume;
     volume->adopt(*from, snapshot_id, size_bytes, origin_logs(log));
     checkpoint(log);

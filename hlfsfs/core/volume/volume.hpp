@@ -258,10 +258,10 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
 
     // --- clones (clones.cpp)
     // What a volume that was just made holds is what the beginning of a snapshot of another one does, down to the
-    // segments; in memory, until both checkpoints hold it. The beginning ends with a block, or with the snapshot.
-    // `logs` are all that the other one reads and writes, by the numbers they get here. Throws std::system_error:
-    // ENOENT, EAGAIN (no checkpoint has merged the snapshot yet), EEXIST (something was done to this one); FormatError:
-    // a log of the other one is not among them.
+    // segments; in memory, until both checkpoints hold it. Both checkpoints of the other one know the snapshot's map.
+    // The beginning ends with a block, or with the snapshot. `logs` are all that the other one reads and writes, by the
+    // numbers they get here. Throws std::system_error: ENOENT, EAGAIN (no checkpoint has merged the snapshot yet),
+    // EEXIST (something was done to this one); FormatError: a log of the other one is not among them.
     using OriginLogs = std::vector<std::pair<std::uint16_t, Uuid>>;
     void adopt(const Volume& origin, std::uint64_t snapshot_id, std::uint64_t size_bytes, OriginLogs logs);
     // What was adopted goes on, from `size_bytes`, which is all there is so far, to `end_bytes`. false, and nothing
