@@ -5,6 +5,7 @@ QEMU runs as a user of its own here: what it may open is up to libvirt's chown a
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pwd
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from contrib.demo.guest import SUCCESS
+from contrib.demo.guest import SUCCESS, boot
 from contrib.demo.image import build_image, check_guest_filesystem, read_guest_file
 from tests.fuse.mounts import Mounted, hlfs, mounted, needs_fuse, run
 from tests.system.libvirt_daemon import libvirt_daemons, virsh
@@ -39,10 +40,31 @@ DOMAIN = """<domain type='qemu'>
       <source file='{volume}'/>
       <target dev='vda' bus='virtio'/>
     </disk>
-    <serial type='file'><source path='{serial}'/></serial>
+{more}    <serial type='file'><source path='{serial}'/></serial>
     <memballoon model='none'/>
   </devices>
 </domain>
+"""
+
+
+READ_ONLY_DISK = """    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw' cache='none'/>
+      <source file='{volume}'/>
+      <target dev='vdb' bus='virtio'/>
+      <readonly/>
+    </disk>
+"""
+
+# What a guest does with its disks.
+READ_SECOND_DISK = """sum=$(md5sum </dev/vdb)
+say "second disk ${sum%% *}"
+if dd if=/dev/zero of=/dev/vdb bs=512 count=1 conv=fsync 2>/dev/null; then say "written to"; false; fi
+"""
+COUNT = """for i in $(seq 40); do
+  echo $i >>/data/count.txt && sync || exit 1
+  say "count $i"
+  sleep 1
+done
 """
 
 
@@ -278,10 +300,87 @@ def test_guests_boot_from_clones(pool: Path, scratch: Path) -> None:
     in_pool("vol-delete", "second")
 
 
-def start_guest(name: str, volume: Path, serial: Path, *words: str, kind: str = "raw") -> None:
-    """Starts a guest without KVM. Raises AssertionError with libvirt's words."""
+def test_a_guest_has_a_snapshot_as_a_read_only_disk(pool: Path, scratch: Path) -> None:
+    """With <readonly/>, beside the volume that it is of."""
+    build_image(scratch / "image", guest_script=READ_SECOND_DISK)
+    virsh("vol-create-as", POOL, "disk", "64M")
+    in_pool("vol-upload", "disk", scratch / "image")
+    sh(pool, "touch .snapshots/disk/golden")
+    serial = scratch / "readonly.log"
+    second = READ_ONLY_DISK.format(volume=pool / ".snapshots/disk/golden")
+    start_guest(GUEST, pool / "disk", serial, more=second)
+    try:
+        wait_for(lambda: GUEST not in virsh("list", "--name").split(), "the guest powers off", BOOT_TIMEOUT_S)
+    finally:
+        end_guest(GUEST)
+    said = serial.read_text(errors="replace")
+    assert SUCCESS in said.split(), said
+    digest = hashlib.md5((scratch / "image").read_bytes(), usedforsecurity=False).hexdigest()
+    assert f"second disk {digest}" in said
+    # What can only be read libvirt does not give back: other guests may have it too.
+    assert sh(pool, "stat -c '%U %a' .snapshots/disk/golden") == "libvirt-qemu 400\n"
+    sh(pool, "rm .snapshots/disk/golden")
+    in_pool("vol-delete", "disk")
+
+
+def test_a_guest_boots_from_a_snapshot_that_it_does_not_change(pool: Path, scratch: Path) -> None:
+    """QEMU's snapshot=on: what the guest writes goes to a file of QEMU's that nobody sees."""
+    build_image(scratch / "image")
+    sh(pool, f"cp {scratch}/image disk; touch .snapshots/disk/golden; : > disk")
+    assert boot(pool / ".snapshots/disk/golden", more=["-snapshot"]).succeeded
+    run("cmp", pool / ".snapshots/disk/golden", scratch / "image")
+    sh(pool, "rm .snapshots/disk/golden disk")
+
+
+def test_overlays_of_a_running_guest(pool: Path, scratch: Path) -> None:
+    """libvirt's external snapshots: taken, committed into the volume, taken again, and what is below pulled in."""
+    build_image(scratch / "image", guest_script=COUNT)
+    virsh("vol-create-as", POOL, "disk", "64M")
+    in_pool("vol-upload", "disk", scratch / "image")
+    serial = scratch / "overlays.log"
+    start_guest(GUEST, pool / "disk", serial)
+
+    def counted() -> int:
+        return max((int(line.split()[-1]) for line in serial.read_text().splitlines() if "count" in line), default=0)
+
+    def go_on() -> None:
+        """The guest writes on, twice at least."""
+        target = counted() + 2
+        wait_for(lambda: counted() >= target, "the guest writes", BOOT_TIMEOUT_S)
+
+    def overlay(name: str) -> None:
+        disk = f"vda,file={pool / name},driver=qcow2"
+        virsh("snapshot-create-as", GUEST, "--disk-only", "--no-metadata", "--diskspec", disk, timeout_s=60)
+        assert virsh("domblklist", GUEST).split()[-1] == str(pool / name)
+        go_on()
+
+    try:
+        go_on()
+        overlay("first.qcow2")
+        virsh("blockcommit", GUEST, "vda", "--active", "--pivot", "--wait", timeout_s=60)
+        assert virsh("domblklist", GUEST).split()[-1] == str(pool / "disk")
+        sh(pool, "rm first.qcow2")
+        go_on()
+        overlay("second.qcow2")
+        virsh("blockpull", GUEST, "vda", "--wait", timeout_s=60)
+        go_on()
+        wait_for(lambda: GUEST not in virsh("list", "--name").split(), "the guest powers off", BOOT_TIMEOUT_S)
+    finally:
+        end_guest(GUEST)
+    said = serial.read_text(errors="replace")
+    assert SUCCESS in said.split(), said
+    assert "backing file" not in run("qemu-img", "info", pool / "second.qcow2")
+    sh(pool, "rm disk")
+    run("qemu-img", "convert", "-O", "raw", pool / "second.qcow2", scratch / "after")
+    assert read_guest_file(scratch / "after", "count.txt").decode().split() == [str(n + 1) for n in range(counted())]
+    check_guest_filesystem(scratch / "after")
+    sh(pool, "rm second.qcow2")
+
+
+def start_guest(name: str, volume: Path, serial: Path, *words: str, kind: str = "raw", more: str = "") -> None:
+    """Starts a guest without KVM, with `more` devices. Raises AssertionError with libvirt's words."""
     definition = serial.with_suffix(".xml")
-    definition.write_text(DOMAIN.format(name=name, volume=volume, serial=serial, kind=kind))
+    definition.write_text(DOMAIN.format(name=name, volume=volume, serial=serial, kind=kind, more=more))
     virsh("create", definition, *words, timeout_s=BOOT_TIMEOUT_S)
 
 
