@@ -36,6 +36,7 @@ SHOWN = {
     "clones": "clones",
     "volumes": "volumes",
     "pools": "pools",
+    "hidden_volumes": "deleted, kept for clones",
     "store_total_bytes": "store",
     "store_available_bytes": "free in the store",
     "read_only": "read-only",

@@ -255,12 +255,16 @@ class Properties:
         with self._shared.lock:
             pools = sum(isinstance(child, PoolNode) for child in node.children.values())
             volumes = len(node.children) - pools
+            # They are nowhere else to be seen, and are the store's, not a pool's.
+            records = [each.record for each in self._shared.tree.volumes()]
+            hidden = sum(record is not None and record.state == "hidden" for record in records)
         space = self._shared.store.statfs()
         return {
             "kind": "pool",
             **named,
             "volumes": volumes,
             "pools": pools,
+            **({"hidden_volumes": hidden} if node is self._shared.tree.root else {}),
             "store_total_bytes": space.total_bytes,
             "store_available_bytes": space.available_bytes,
         }

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from hlfsfs.cli.offline import offline
+from hlfsfs.store.records import VolumeRecord, decode_record, encode_record
 from tests.cli.places import Place, invoke, spawn
 from tests.fuse.mounts import mounted, needs_fuse, run
 
@@ -123,3 +125,36 @@ def test_help(command: str) -> None:
     status, output, _ = invoke(command, "--help")
     assert status == 0
     assert "share" in output
+
+
+def test_check_follows_what_a_clone_shares(tmp_path: Path) -> None:
+    """Wherever that is stored; and it tells where what is shared is not kept."""
+    store = tmp_path / "store"
+    store.mkdir()
+    uri = f"local://{store}"
+    assert invoke("pool", "create", f"{uri}/p")[0] == 0
+    assert invoke("volume", "create", f"{uri}/v", "--size", "1M")[0] == 0
+    with offline(f"{uri}/v", instead="") as place:
+        place.names.volume(place.names.resolve(place.path)).write(0, b"shared" * 10000)
+    assert invoke("clone", f"{uri}/v", f"{uri}/p/c")[0] == 0
+    assert invoke("volume", "delete", f"{uri}/v")[0] == 0
+    for what in (uri, f"{uri}/p", f"{uri}/p/c"):
+        status, output, said = invoke("check", what)
+        assert (status, said) == (0, "")
+        assert output.startswith("2 volumes")
+    (origin,) = [path for path in store.glob(".hlfs/volumes/*") if b'"hidden"' in path.read_bytes()]
+    record = decode_record(VolumeRecord, origin.read_bytes(), "v")
+    segments = store.glob(f".hlfs/logs/{record.log_uuid}/*.seg")
+    segment = next(each for each in segments if b"sharedshared" in each.read_bytes())
+    whole = segment.read_bytes()
+    segment.write_bytes(whole.replace(b"sharedshared", b"sharedSHARED", 1))
+    status, output, _ = invoke("check", f"{uri}/p/c")
+    assert status != 0
+    assert "does not match its checksum" in output
+    segment.write_bytes(whole)
+    assert invoke("check", f"{uri}/p/c")[0] == 0
+    record.snapshots[0].clones = []
+    origin.write_bytes(encode_record(record))
+    status, output, _ = invoke("check", f"{uri}/p/c")
+    assert status != 0
+    assert "that it was cloned from is not kept for it" in output

@@ -75,6 +75,7 @@ def test_what_a_clone_needs_outlives_what_it_was_made_of(world: World) -> None:
     world.names.unlink(ROOT_ID, b"v")
     assert world.listing() == [b"c"]
     assert world.store.read_volume(volume.id).state == "hidden"
+    assert (world.names.stats(ROOT_ID)["volumes"], world.names.stats(ROOT_ID)["hidden_volumes"]) == (1, 1)
     for crash in (False, True):
         assert world.read(made) == b"x" * MIB
         world.reopen(crash=crash)

@@ -31,6 +31,10 @@ EVERYTHING_ONCE: History = [
     ["resize", "a", 100 * BLOCK + 7],
     ["snapshot", "a", "three"],
     ["rename_snapshot", "a", "two", "2"],
+    ["hold", "a", "2", "backup"],
+    ["hold", "a", "2", "another"],
+    ["unsnapshot", "a", "2"],
+    ["release_hold", "a", "2", "backup"],
     ["write", "a", 0, 3 * BLOCK, 13, False],
     ["takeover"],
     ["write", "a", 4 * BLOCK, 2 * BLOCK, 16, False],
@@ -47,6 +51,7 @@ EVERYTHING_ONCE: History = [
     ["write", "a", 3 * BLOCK, 200 * BLOCK, 26, False],
     ["write", "a", 2 * BLOCK, 200 * BLOCK, 27, False],
     ["clean", "a"],
+    ["release_hold", "a", "2", "another"],
     ["unsnapshot", "a", "2"],
     ["create", "g"],
     ["write", "g", 0, 3 * BLOCK, 29, False],
@@ -140,8 +145,9 @@ def _snapshot(rng: random.Random, path: str, *, known: bool) -> Operation:
             ["rollback", path, name] if known else ["flush", path],
             ["clone", path, rng.choice([name, ""]), rng.choice(_PATHS)] if known else ["flush", path],
             ["flatten", path],
+            [rng.choice(["hold", "release_hold"]), path, name, "tag"],
         ],
-        weights=[4, 4, 1, 2, 2, 4, 1],
+        weights=[4, 4, 1, 2, 2, 4, 1, 1],
     )[0]
 
 

@@ -17,7 +17,14 @@ from typing import Any
 
 from hlfsfs.engine import Engine, EngineOptions, Volume
 from hlfsfs.errors import StoreFailed
-from hlfsfs.pool import GROUP_ATTRIBUTE, ROLLBACK_ATTRIBUTE, AttributeChanges, Defaults
+from hlfsfs.pool import (
+    GROUP_ATTRIBUTE,
+    HOLD_ATTRIBUTE,
+    RELEASE_ATTRIBUTE,
+    ROLLBACK_ATTRIBUTE,
+    AttributeChanges,
+    Defaults,
+)
 from hlfsfs.store.disk import Disk
 from tests.crash.powercut.shim import Shim
 from tests.engine.contents import content, written, zeroed
@@ -188,6 +195,14 @@ class Player:
     def unsnapshot(self, path: str, name: str) -> None:
         self.world.names.unlink(self._snapshots(path), name.encode())
 
+    def hold(self, path: str, name: str, tag: str) -> None:
+        order = json.dumps({"snapshot": name, "tag": tag}).encode()
+        self.world.names.setxattr(self._snapshots(path), HOLD_ATTRIBUTE.encode(), order)
+
+    def release_hold(self, path: str, name: str, tag: str) -> None:
+        order = json.dumps({"snapshot": name, "tag": tag}).encode()
+        self.world.names.setxattr(self._snapshots(path), RELEASE_ATTRIBUTE.encode(), order)
+
     def rollback(self, path: str, name: str) -> None:
         order = json.dumps({"snapshot": name}).encode()
         self.world.names.setxattr(self._snapshots(path), ROLLBACK_ATTRIBUTE.encode(), order)
@@ -248,8 +263,10 @@ def _resize(now: bytes, size_bytes: int) -> Iterator[bytes]:
     yield now[:size_bytes].ljust(size_bytes, b"\0")
 
 
-# What a change makes of a volume's snapshots, by name, from those that are given and the content of the volume.
+# What a change makes of a volume's snapshots, by name, from those that are given and the content of the volume. Each is
+# the digest of what it holds, and what it is held by.
 Snapshots = dict[str, str]
+HELD = ", held by "
 SnapshotChange = Callable[..., Snapshots]
 
 
@@ -259,6 +276,15 @@ def _snapshot(now: Snapshots, content: str, name: str) -> Snapshots:
 
 def _rename_snapshot(now: Snapshots, _content: str, name: str, new_name: str) -> Snapshots:
     return {new_name if each == name else each: content for each, content in now.items()}
+
+
+def _hold(now: Snapshots, _content: str, name: str, tag: str) -> Snapshots:
+    return {**now, name: HELD.join([now[name], tag])}
+
+
+def _release_hold(now: Snapshots, _content: str, name: str, tag: str) -> Snapshots:
+    content, *tags = now[name].split(HELD)
+    return {**now, name: HELD.join([content, *(each for each in tags if each != tag)])}
 
 
 def _unsnapshot(now: Snapshots, _content: str, name: str) -> Snapshots:
@@ -317,6 +343,8 @@ KINDS = {
     "group": Kind(Player.group, paths=2, snapshots=_snapshot, durable="path"),
     "rename_snapshot": Kind(Player.rename_snapshot, snapshots=_rename_snapshot, durable="path"),
     "unsnapshot": Kind(Player.unsnapshot, snapshots=_unsnapshot, durable="path"),
+    "hold": Kind(Player.hold, snapshots=_hold, durable="path"),
+    "release_hold": Kind(Player.release_hold, snapshots=_release_hold, durable="path"),
     "rollback": Kind(Player.rollback, rolls_back=True, durable="path", alone=True),
     "clone": Kind(Player.clone, clones=True, durable="path", alone=True),
     "copy": Kind(Player.copy, copies=True, alone=True),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.crash.powercut.operations import KINDS, History, Snapshots
+from tests.crash.powercut.operations import HELD, KINDS, History, Snapshots
 from tests.crash.powercut.worker import Found, digest
 from tests.engine.contents import written
 from tests.pool.views import View
@@ -96,7 +96,7 @@ class Oracle:
                     copied = written(target.now, first, self._cloned(arguments[:3])[first:end])
                     self._change(target, do, iter([copied]))
                 if kind.rolls_back:
-                    self._change(volume, do, iter([self._bytes[volume.snapshots[-1][2][arguments[-1]]]]))
+                    self._change(volume, do, iter([self._bytes[volume.snapshots[-1][2][arguments[-1]].split(HELD)[0]]]))
                 if kind.snapshots is not None:
                     now = kind.snapshots(volume.snapshots[-1][2], volume.contents[-1][1], *arguments[kind.paths :])
                     volume.snapshots.append((do, done, now))
@@ -118,7 +118,7 @@ class Oracle:
     def _cloned(self, arguments: list[Any]) -> bytes:
         path, name, _ = arguments
         volume = self._volumes[self._names[path.encode()][1]]
-        return self._bytes[volume.snapshots[-1][2][name]] if name else volume.now
+        return self._bytes[volume.snapshots[-1][2][name].split(HELD)[0]] if name else volume.now
 
     def _change(self, volume: _Volume, do: int, contents: Iterator[bytes]) -> None:
         for now in contents:

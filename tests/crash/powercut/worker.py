@@ -18,7 +18,7 @@ from unittest.mock import patch
 from hlfsfs.engine import Volume, rings
 from hlfsfs.errors import HlfsError
 from hlfsfs.store.ring_file import list_rings, remove_ring
-from tests.crash.powercut.operations import KINDS, OPTIONS, CutWorld, History, Player, Snapshots, make_world
+from tests.crash.powercut.operations import HELD, KINDS, OPTIONS, CutWorld, History, Player, Snapshots, make_world
 from tests.crash.powercut.shim import Shim, built
 from tests.engine.contents import BLOCK, content, written
 from tests.pool.views import View, check_whole, view
@@ -70,7 +70,7 @@ class Host:
         world = make_world(root, segment_shift)
         player = Player(world, self._shim)
         digests = {volume.id: digest(volume.read(0, volume.size_bytes)) for volume in volumes_of(world)}
-        snapshots = {volume.id: snapshots_of(volume) for volume in volumes_of(world)}
+        snapshots = {volume.id: snapshots_of(world, volume) for volume in volumes_of(world)}
         self._shim.note(made=digests, snapshots=snapshots, names=_names(world))
         for number, (name, *arguments) in enumerate(history):
             kind = KINDS[name]
@@ -122,7 +122,7 @@ class Host:
             assert not volume.damage, volume.damage
             contents[volume.id] = volume.read(0, volume.size_bytes)
             found.digests[volume.id] = digest(contents[volume.id])
-            found.snapshots[volume.id] = snapshots_of(volume)
+            found.snapshots[volume.id] = snapshots_of(world, volume)
         if traced:
             self._shim.note(recovered=True)
         for volume in volumes:
@@ -132,7 +132,7 @@ class Host:
             volume.flush()
             assert volume.read(offset, len(data)) == data, "a write after a recovery reads back as something else"
             found.probed[volume.id] = digest(written(contents[volume.id], offset, data))
-            assert snapshots_of(volume) == found.snapshots[volume.id], "a write changed a snapshot"
+            assert snapshots_of(world, volume) == found.snapshots[volume.id], "a write changed a snapshot"
         if traced:
             self._shim.note(probed=True)
 
@@ -142,10 +142,13 @@ def volumes_of(world: CutWorld) -> list[Volume]:
     return [world.names.volume(node_id) for kind, node_id, _ in view(world).values() if kind == "volume"]
 
 
-def snapshots_of(volume: Volume) -> Snapshots:
-    """What those hold that have a name, by it."""
+def snapshots_of(world: CutWorld, volume: Volume) -> Snapshots:
+    """What those hold that have a name, by it, and what they are held by."""
+    holds = {notes.id: notes.holds for notes in world.store.read_volume(volume.id).snapshots}
     return {
-        snapshot.name.decode(): digest(volume.read_snapshot(snapshot.id, 0, snapshot.size_bytes))
+        snapshot.name.decode(): HELD.join(
+            [digest(volume.read_snapshot(snapshot.id, 0, snapshot.size_bytes)), *holds.get(snapshot.id, [])]
+        )
         for snapshot in volume.snapshots()
         if not snapshot.hidden
     }
