@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 
 import click
 
@@ -11,12 +12,15 @@ from hlfsfs.cli.offline import offline
 from hlfsfs.cli.snapshot_places import SNAPSHOTS
 from hlfsfs.errors import (
     AccessDenied,
+    HlfsError,
     NameExists,
     NoSpace,
     NoSuchName,
     NoSuchSnapshot,
     NoSuchVolume,
     NotAVolume,
+    RefusedName,
+    TooManySnapshots,
     UsageError,
     printable,
 )
@@ -75,19 +79,23 @@ def _mounted(source: str, new_volume: str) -> None:
     try:
         os.setxattr(pool, CLONE_ATTRIBUTE, order)
     except OSError as exc:
-        match exc.errno:
-            case errno.EEXIST:
-                raise NameExists(printable(new_volume)) from exc
-            case errno.EISDIR:
-                raise NotAVolume(printable(source)) from exc
-            case errno.ENOSPC:
-                raise NoSpace(printable(new_volume)) from exc
-            case errno.EPERM:
-                why = "its owner or root may clone it; others may copy it"
-                raise AccessDenied(f"{printable(source)}: {why}") from exc
-            case errno.EOPNOTSUPP:
-                raise NotInAMount(pool) from exc
-        raise path_error(new_volume, exc) from exc
+        raise _clone_error(source, new_volume, exc) from exc
+
+
+def _clone_error(source: str, new_volume: str, exc: OSError) -> HlfsError:
+    """What the order's failure means."""
+    name = os.fsencode(os.path.basename(new_volume))
+    theirs = "its owner or root may clone it; others may copy it"
+    meanings: dict[int | None, Callable[[], HlfsError]] = {
+        errno.EEXIST: lambda: NameExists(printable(new_volume)),
+        errno.EISDIR: lambda: NotAVolume(printable(source)),
+        errno.EINVAL: lambda: RefusedName(name, "is no name for a volume, or no text"),
+        errno.EDQUOT: lambda: TooManySnapshots(printable(source)),
+        errno.ENOSPC: lambda: NoSpace(printable(new_volume)),
+        errno.EPERM: lambda: AccessDenied(f"{printable(source)}: {theirs}"),
+        errno.EOPNOTSUPP: lambda: NotInAMount(os.path.dirname(new_volume)),
+    }
+    return meanings.get(exc.errno, lambda: path_error(new_volume, exc))()
 
 
 def _source_path(source: str) -> str:

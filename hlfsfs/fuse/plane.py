@@ -82,8 +82,8 @@ class NativePlane:
         try:
             result = namespace.copy(*asked)
         except Exception as exc:  # noqa: BLE001
+            # Whoever copies is told; the log is not theirs to fill.
             result = -to_errno(exc)
-            log.warning("not copied: %s", exc)
         self.channel.copied(order.unique, result)
 
     async def _attach(self, namespace: Namespace, node_id: int, limiter: trio.CapacityLimiter) -> None:

@@ -59,10 +59,10 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Sharing:
-    """What a volume is being made of; `sequence` is the source's, if that was nothing but the snapshot's own."""
+    """What a volume is being made of, and the last change of that which it holds (see `Clones.share`)."""
 
     source: VolumeNode | SnapshotNode
-    sequence: int | None
+    sequence: int
 
 
 class Copies:

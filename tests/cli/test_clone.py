@@ -43,6 +43,9 @@ def test_clones(place: Place) -> None:
     assert "clone local://" in place.done("list", "/v")
     assert place.names("/c") == []
     assert "exists already" in refused(place, "clone", "/v@one", "/c")
+    said = refused(place, "clone", "/v@one", "/.snapshots")
+    assert said.startswith("'.snapshots': is ")
+    assert said.endswith("; choose another name")
     assert "two: no such snapshot" in refused(place, "clone", "/v@two", "/e")
     assert "none: no such" in refused(place, "clone", "/none", "/e")
     assert "none: no such" in refused(place, "clone", "/none@one", "/e")
