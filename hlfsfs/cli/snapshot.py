@@ -57,6 +57,8 @@ def list_snapshots(volume: str, as_json: bool) -> None:
 def _row(listed: dict[str, Any]) -> tuple[str, str, str, str, str]:
     sizes = format_size(listed["size_bytes"]), format_size(listed["alone_bytes"])
     held_by = [*listed["holds"], *(f"clone {name}" for name in listed["clones"])]
+    if unnamed := listed["clone_count"] - len(listed["clones"]):
+        held_by.append(f"{unnamed} more clones")
     return listed["snapshot"], format_time(listed["time_ns"]), *sizes, ", ".join(held_by)
 
 

@@ -34,6 +34,7 @@ SHOWN = {
     "dirty_bytes": "dirty",
     "holds": "held by",
     "clones": "clones",
+    "clone_count": "number of clones",
     "volumes": "volumes",
     "pools": "pools",
     "hidden_volumes": "deleted, kept for clones",

@@ -47,6 +47,7 @@ _WRITE_BITS = 0o222
 _SEARCH_BITS = 0o111
 # An attribute has 64 KiB at most, and one more snapshot may take half of it.
 PAGE_BYTES = 32768
+CLONES_SHOWN_CHARACTERS = 4096
 _NUMBER = re.compile(r"[0-9a-f]{1,8}")
 
 
@@ -583,10 +584,16 @@ class Snapshots:
         with self._using(node) as (volume, snapshot):
             return self._stats_of(node.volume, snapshot, self._shared.engine.snapshot_space(volume))
 
-    def _name_of(self, volume_id: int) -> str:
-        with self._shared.lock:
-            node = self._shared.tree.by_id.get(volume_id)
-        return self._shared.what(node) if node is not None else f"volume {volume_id:016x}"
+    def _names_of(self, volume_ids: list[int]) -> list[str]:
+        """Of the first ones, as many as an attribute has room for."""
+        names: list[str] = []
+        for volume_id in volume_ids:
+            with self._shared.lock:
+                node = self._shared.tree.by_id.get(volume_id)
+            names.append(self._shared.what(node) if node is not None else f"volume {volume_id:016x}")
+            if sum(map(len, names)) > CLONES_SHOWN_CHARACTERS:
+                return names[:-1]
+        return names
 
     def _stats_of(self, node: VolumeNode, snapshot: "Snapshot", space: "SnapshotSpace") -> dict[str, Any]:
         notes = self.notes(SnapshotNode(node, snapshot.id))
@@ -603,7 +610,8 @@ class Snapshots:
             "alone_bytes": space.alone_bytes.get(snapshot.id, 0),
             "group": f"{snapshot.group_id:016x}" if snapshot.group_id else "",
             "holds": notes.holds,
-            "clones": [self._name_of(clone_id) for clone_id in notes.clones],
+            "clones": self._names_of(notes.clones),
+            "clone_count": len(notes.clones),
         }
 
     def page(self, node: Node, attribute: str) -> bytes:

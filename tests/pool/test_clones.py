@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hlfsfs import errors
-from hlfsfs.pool import AttributeChanges
+from hlfsfs.pool import AttributeChanges, snapshots
 from hlfsfs.pool.node_ids import ROOT_ID, stable_id
 from hlfsfs.store.local import open_local
 from hlfsfs.store.records import SnapshotNotes
@@ -174,6 +174,20 @@ def test_flattening_by_order(world: World) -> None:
     assert (state["copied_bytes"], state["error"]) == (MIB, "")
     with pytest.raises(errors.UsageError, match="no clone"):
         world.names.setxattr(made, b"user.hlfs.flatten", b"run")
+
+
+def test_a_snapshot_with_many_clones_is_told_of(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told fits into an attribute, however many there are."""
+    monkeypatch.setattr(snapshots, "CLONES_SHOWN_CHARACTERS", 3 * len(f"{world.store.uri}/c1"))
+    world.volume(b"v", data=b"x")
+    source = take(world, b"v", b"s")
+    for number in range(8):
+        world.names.clone(source, ROOT_ID, b"c%d" % number)
+    found = world.names.stats(source)
+    assert found["clones"] == [f"{world.store.uri}/c{number}" for number in range(3)]
+    assert found["clone_count"] == 8
+    page = json.loads(world.names.getxattr(directory(world, b"v"), b"user.hlfs.snapshots.0"))
+    assert page["snapshots"][0]["clone_count"] == 8
 
 
 def test_what_cannot_be_cloned(world: World) -> None:
