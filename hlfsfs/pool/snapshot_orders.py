@@ -24,7 +24,7 @@ from hlfsfs.errors import (
 )
 from hlfsfs.pool import xattrs
 from hlfsfs.pool.changes import new_id
-from hlfsfs.pool.names import check_new_snapshot_name
+from hlfsfs.pool.names import check_new_snapshot_name, hidden_name
 from hlfsfs.pool.snapshots import Node, PoolSnapshots, SnapshotNode, Snapshots, VolumeSnapshots
 from hlfsfs.pool.tree import PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
@@ -63,10 +63,15 @@ _ORDERS: dict[str, type[_GroupOrder | _HoldOrder | _RollbackOrder]] = {
 }
 
 
-def remove_group(volume: "Volume", group_id: int) -> None:
-    """Removes what there is of a group of snapshots in one volume; durable."""
+def remove_group(node: VolumeNode, volume: "Volume", group_id: int) -> None:
+    """Removes what there is of a group of snapshots in one volume; durable. What clones read is hidden."""
+    read = {notes.id for notes in node.require_record().snapshots if notes.clones}
     for snapshot in volume.snapshots():
-        if snapshot.group_id == group_id:
+        if snapshot.group_id != group_id:
+            continue
+        if snapshot.id in read:
+            volume.rename_snapshot(snapshot.id, hidden_name(snapshot.id))
+        else:
             volume.remove_snapshot(snapshot.id)
 
 
@@ -144,15 +149,15 @@ class SnapshotOrders:
                 self._end_group(group)
             except HlfsError as exc:
                 if not isinstance(exc, NotDurable):
-                    self._take_back(group, wanted)
+                    self._take_back(group, nodes, wanted)
                 raise
             for new, node in zip(wanted, nodes, strict=True):
                 self._snapshots.learn(node, [new])
 
-    def _take_back(self, group: SnapshotGroup, wanted: "list[NewSnapshot]") -> None:
+    def _take_back(self, group: SnapshotGroup, nodes: list[VolumeNode], wanted: "list[NewSnapshot]") -> None:
         try:
-            for new in wanted:
-                remove_group(new.volume, group.id)
+            for node, new in zip(nodes, wanted, strict=True):
+                remove_group(node, new.volume, group.id)
             self._end_group(group)
         except HlfsError as exc:
             log.warning("what was taken of a group of snapshots goes at the next mount: %s", exc)

@@ -132,7 +132,7 @@ class Sweep:
             if isinstance(node, VolumeNode) and not node.gone:
                 try:
                     with self._volumes.using(node) as volume:
-                        remove_group(volume, group.id)
+                        remove_group(node, volume, group.id)
                 except HlfsError as exc:
                     log.warning("an unfinished group of snapshots stays for now: %s", exc)
                     whole = False

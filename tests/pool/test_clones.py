@@ -13,7 +13,7 @@ from hlfsfs import errors
 from hlfsfs.pool import AttributeChanges, snapshots
 from hlfsfs.pool.node_ids import ROOT_ID, stable_id
 from hlfsfs.store.local import open_local
-from hlfsfs.store.records import SnapshotNotes
+from hlfsfs.store.records import SnapshotGroup, SnapshotNotes
 from tests.pool.conftest import RealWorld, World
 
 MIB = 1 << 20
@@ -268,6 +268,25 @@ def test_notes_of_clones_that_are_not_there_go(world: World) -> None:
     assert world.store.read_volume(volume.id).snapshots == []
     assert [name for name, _ in world.names.readdir(directory(world, b"v"))] == [b"latest", b"s"]
     assert [each.name for each in world.engine.attached(volume.id).snapshots()] == [b"s"]
+
+
+def test_a_clone_of_a_group_that_is_taken_back(world: World) -> None:
+    """One that failed, and could not be taken back before the next mount, was there to be cloned."""
+    volumes = [world.volume(name, data=name).id for name in (b"a", b"b")]
+    order = json.dumps({"name": "all"}).encode()
+    world.names.setxattr(world.names.lookup(ROOT_ID, b".snapshots").id, b"user.hlfs.snapshot", order)
+    made = world.names.clone(world.names.resolve(b"a%all"), ROOT_ID, b"c").id
+    (group_id,) = {each.group_id for each in world.engine.attached(volumes[0]).snapshots()}
+    info = world.store.info()
+    info.unfinished_groups = [SnapshotGroup(id=group_id, volumes=volumes)]
+    world.store.write_info(info)
+    world.reopen(crash=True)
+    for name in (b"a", b"b"):
+        assert world.names.readdir(directory(world, name)) == []
+    assert world.read(made) == b"a"
+    for name in (b"c", b"a", b"b"):
+        world.names.unlink(ROOT_ID, name)
+    assert nothing_is_left(world)
 
 
 def test_a_clone_whose_record_is_damaged_keeps_what_it_needs(world: World) -> None:
