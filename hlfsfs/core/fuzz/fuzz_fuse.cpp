@@ -76,6 +76,10 @@ class Server {
             channel_->next_event(event);
             if (event.kind == ChannelEventKind::attach)
                 channel_->attached(event.node_id, ENOENT);
+            if (event.kind == ChannelEventKind::copy) {
+                const bool fails = event.copy.to_node % 2 != 0;
+                channel_->copied(event.copy.unique, fails ? -EIO : static_cast<std::int64_t>(event.copy.size_bytes));
+            }
         } while (event.kind != ChannelEventKind::ended);
     }
 
@@ -258,7 +262,8 @@ Bytes other_seed() {
     append_request(seed, kFalseNode, FUSE_GETXATTR, fuse_getxattr_in{.size = 10}, std::span(nodes).first(20));
     append_request(seed, kFalseNode, FUSE_LOOKUP, std::uint64_t{0x6d6d6d6d});
     append_request(seed, 0, FUSE_POLL, fuse_poll_in{});
-    append_request(seed, 0, FUSE_COPY_FILE_RANGE, fuse_copy_file_range_in{});
+    append_request(seed, 0, FUSE_COPY_FILE_RANGE, fuse_copy_file_range_in{.len = 4096});
+    append_request(seed, 0, wire::kCopyFileRange64, fuse_copy_file_range_in{.nodeid_out = 5, .fh_out = 5, .len = 4096});
     append_request(seed, kFalseLength, FUSE_READ, fuse_read_in{});
     return seed;
 }
