@@ -73,6 +73,15 @@ bool wait_until(const std::function<bool()>& condition, std::chrono::millisecond
     return condition();
 }
 
+int error_of(const std::function<void()>& call) {
+    try {
+        call();
+    } catch (const std::system_error& error) {
+        return error.code().value();
+    }
+    return 0;
+}
+
 // --- files -----------------------------------------------------------------------------------------------------------
 
 TempDir::TempDir() {

@@ -51,6 +51,9 @@ class Wait final : public Completion {
     Bytes data_;
 };
 
+// The errno that a call fails with; 0: it does not.
+int error_of(const std::function<void()>& call);
+
 // Whether it comes to be within that time.
 bool wait_until(const std::function<bool()>& condition,
                 std::chrono::milliseconds patience = std::chrono::milliseconds(20'000));

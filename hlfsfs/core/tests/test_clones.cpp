@@ -26,15 +26,6 @@ namespace {
 
 constexpr std::size_t kMiB = std::size_t{1} << 20;
 
-int error_of(const std::function<void()>& call) {
-    try {
-        call();
-    } catch (const std::system_error& error) {
-        return error.code().value();
-    }
-    return 0;
-}
-
 void put(Host& host, Log& log, Volume& volume, Bytes& model, std::uint64_t offset, std::size_t size_bytes,
          std::uint64_t stamp) {
     const Change change{.offset = offset, .size_bytes = size_bytes, .stamp = stamp};

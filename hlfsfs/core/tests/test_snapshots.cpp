@@ -28,15 +28,6 @@ namespace {
 
 constexpr std::size_t kMiB = std::size_t{1} << 20;
 
-int error_of(const std::function<void()>& call) {
-    try {
-        call();
-    } catch (const std::system_error& error) {
-        return error.code().value();
-    }
-    return 0;
-}
-
 Bytes read_all(DataVolume& volume) {
     const auto size_bytes = volume.attr().size_bytes;
     Bytes all;
