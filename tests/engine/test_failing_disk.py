@@ -167,6 +167,8 @@ def test_a_map_node_that_cannot_be_read_is_not_damaged(path: Path, disk: BadDisk
     content = os.urandom(64 * 4096)
     volume.write(0, content)
     engine.detach(record.id)
+    # What the caches have of its segments is found again for as long as anybody has them.
+    del volume
     volume = engine.attach(record)
     volume.write(0, content[:4096])
     disk.unreadable = b".seg"
