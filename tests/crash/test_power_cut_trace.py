@@ -127,6 +127,23 @@ def test_what_a_sync_covers(tmp_path: Path, entries: list[bytes], expected: set[
     assert left(tmp_path, *entries) == expected
 
 
+def test_a_write_that_failed_did_nothing(tmp_path: Path) -> None:
+    """In the end it has not made the file longer, either; at a cut it may have."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "f").write_bytes(b"old")
+    recording = Recording(tmp_path / "root")
+    recording.inodes[_INODE] = recording.node(os.fsencode(tmp_path / "root" / "f"))
+    cut = [entry("t", 4, a=2), entry("e", 4), entry("s", 5), entry("e", 5)]
+    (tmp_path / "trace").write_bytes(b"".join([entry("w", 3, data=b"longer"), entry("e", 3, a=-1), *cut]))
+    trace = read_trace(tmp_path / "trace", recording)
+    fate = Fate()
+    fate.undone = frozenset(trace.failed)
+    assert recording.after_loss(len(recording.events), fate) == {b"f": b"ol"}
+    fate.undone = frozenset()
+    fate.lost = {index: [] for index in trace.failed}
+    assert recording.after_loss(len(recording.events), fate) == {b"f": b"ol".ljust(6, b"\0")}
+
+
 def test_shrinking() -> None:
     history: History = [["write", f"{number}"] for number in range(40)]
     found = shrink(history, lambda shorter: ["write", "7"] in shorter and ["write", "30"] in shorter, tries=500)

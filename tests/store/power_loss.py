@@ -102,11 +102,13 @@ class Fate:
     Attributes:
         lost: by number of the event, what of it happened; missing ones happened.
         lengths: by file, how many of its changes of length happened; missing ones all did.
+        undone: numbers of writes that did nothing, not even to a length.
     """
 
     def __init__(self) -> None:
         self.lost: dict[int, Parts] = {}
         self.lengths: dict[int, int] = {}
+        self.undone: frozenset[int] = frozenset()
 
     def happens(self, index: int) -> bool:
         """Whether a change of names happened."""
@@ -188,19 +190,20 @@ class _File:
             self._frozen = bytes(self._durable)
         if not self.pending:
             return self._frozen
-        changing = set(self._length_changes())
+        done = [(index, event) for index, event in self.pending if index not in fate.undone]
+        changing = set(self._length_changes(done))
         kept = fate.lengths_kept(node, len(changing))
         content, seen = bytearray(self._durable), 0
-        for index, event in self.pending:
+        for index, event in done:
             seen += index in changing
             may_grow = index in changing and seen <= kept
             if not isinstance(event, Resize) or may_grow:
                 _apply(content, event, fate.parts(index, event), may_grow=may_grow)
         return bytes(content)
 
-    def _length_changes(self) -> Iterator[int]:
+    def _length_changes(self, done: list[tuple[int, FileEvent]]) -> Iterator[int]:
         length = len(self._durable)
-        for index, event in self.pending:
+        for index, event in done:
             after = _length_after(length, event)
             if after != length:
                 yield index

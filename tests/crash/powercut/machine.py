@@ -124,7 +124,7 @@ def record(
     worker.call("run", store, directory / "trace", history, segment_shift, _DELAY_US)
     run = Run(directory, history)
     everything = Fate()
-    everything.lost = {index: [] for index in run.trace.failed}
+    everything.undone = frozenset(run.trace.failed)
     explained = run.trace.recording.after_loss(run.events, everything)
     found = read_tree(store)
     wrong = sorted(path for path in explained.keys() | found.keys() if explained.get(path) != found.get(path))
