@@ -32,7 +32,7 @@ from hlfsfs.store import locate
 @click.argument("source", metavar="VOLUME[@SNAPSHOT]")
 @click.argument("new_volume", metavar="NEW_VOLUME")
 def clone(source: str, new_volume: str) -> None:
-    """Make NEW_VOLUME, which holds what the SNAPSHOT of VOLUME does, or VOLUME just now, and takes no space for it.
+    """Make NEW_VOLUME, which holds what the SNAPSHOT of VOLUME does, or VOLUME just now, and takes next to no space.
 
     Both are PATHs in one mount, or URIs in one store. Each then goes its own way, and the new one can be cloned too.
     The snapshot, and the volume, can be deleted: what the clone needs is kept. `hlfs flatten` has it share nothing.
