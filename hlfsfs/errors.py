@@ -163,6 +163,19 @@ class NoSuchSnapshot(NoSuchName):
         super().__init__(what, "snapshot")
 
 
+class NotRetained(NoSuchName):
+    """What the volume held at that time is not known any more, or never was."""
+
+    def __init__(self, what: str, oldest: str) -> None:
+        HlfsError.__init__(
+            self,
+            f"{what}: no checkpoint of so early is retained; the oldest is of {oldest}"
+            if oldest
+            else f"{what}: no checkpoint of it is retained; mount it with -o retain=1h, say, and there will be",
+        )
+        self.what = what
+
+
 class TooManySnapshots(HlfsError):
     """The volume has as many snapshots as it may."""
 

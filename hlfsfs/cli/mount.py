@@ -40,6 +40,8 @@ Options for -o, separated by commas:
   map_cache=SIZE          memory for the maps of volumes
   read_cache=SIZE         memory for data that was read
   commit=TIME             acknowledged data is durable after this long (5s)
+  retain=TIME             what a checkpoint of a volume held can be made a snapshot
+                          of for this long, such as 1h or 7d (0); see hlfs snapshot
   segment_size=SIZE       of the files that new volumes' logs consist of (64M,
                           less on a disk below 1 GiB)
   discard_ring            go on without writes that were lost with the ring

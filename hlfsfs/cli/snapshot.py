@@ -1,5 +1,6 @@
 """`hlfs snapshot`: takes, lists, renames, deletes and holds snapshots, through a mount or offline."""
 
+import time
 from typing import Any
 
 import click
@@ -7,6 +8,7 @@ import click
 from hlfsfs.cli.output import format_size, format_time, print_json, print_table
 from hlfsfs.cli.snapshot_places import snapshots_of, take_all, take_group
 from hlfsfs.errors import UsageError
+from hlfsfs.pool import format_moment, parse_moment
 
 volume_argument = click.argument("volume", metavar="VOLUME")
 
@@ -22,13 +24,24 @@ def snapshot() -> None:
 @snapshot.command("create", short_help="Take a snapshot.")
 @click.argument("words", metavar="[VOLUME...] NAME", nargs=-1, required=True)
 @click.option("--all", "pool", metavar="POOL", help="Of every volume directly in this pool.")
-def create(words: tuple[str, ...], pool: str | None) -> None:
+@click.option(
+    "--at", "moment", metavar="TIME", help="Of what the last checkpoint held that is retained from then or before."
+)
+def create(words: tuple[str, ...], pool: str | None, moment: str | None) -> None:
     """Take a snapshot of VOLUME as NAME. It holds all that was written before, and is durable.
 
     Of several volumes, or of all in a pool, at one instant: all are taken or none.
+
+    In a mount with -o retain=1h, say, each checkpoint within that time is retained: `hlfs snapshot list --checkpoints`
+    lists them, and with --at one of them becomes the snapshot. TIME is such as 2026-11-24T03:30Z, with its offset from
+    UTC.
     """
     *volumes, name = words
-    if pool is not None:
+    if moment is not None:
+        if pool is not None or len(volumes) != 1:
+            raise UsageError("hlfs snapshot create: --at is for one volume; name it and the snapshot")
+        _create_of(volumes[0], name, moment)
+    elif pool is not None:
         if volumes:
             raise UsageError("hlfs snapshot create: --all takes no volumes, only a name")
         take_all(pool, name)
@@ -41,15 +54,26 @@ def create(words: tuple[str, ...], pool: str | None) -> None:
             found.take(name)
 
 
+def _create_of(volume: str, name: str, moment: str) -> None:
+    at_ns = parse_moment(moment)
+    if at_ns > time.time_ns():
+        raise UsageError(f"hlfs snapshot create: {moment} is still to come")
+    with snapshots_of(volume, f"hlfs snapshot create --at {moment} PATH {name}") as found:
+        found.take_of(name, at_ns)
+
+
 @snapshot.command("list", short_help="List the snapshots of a volume.")
 @volume_argument
+@click.option("--checkpoints", is_flag=True, help="Checkpoints that --at of `create` can go back to.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_snapshots(volume: str, as_json: bool) -> None:
+def list_snapshots(volume: str, checkpoints: bool, as_json: bool) -> None:
     """List the snapshots of VOLUME, the oldest first. ALONE is what would be given back with that one alone."""
     with snapshots_of(volume, "hlfs snapshot list PATH") as found:
-        listed = list(found.listed())
+        listed = list(found.checkpoints() if checkpoints else found.listed())
     if as_json:
         print_json(listed)
+    elif checkpoints:
+        print_table(("CHECKPOINT", "WRITTEN", "SIZE", "IN USE"), [_checkpoint_row(each) for each in listed])
     else:
         print_table(("SNAPSHOT", "TAKEN", "SIZE", "ALONE", "HELD BY"), [_row(each) for each in listed])
 
@@ -60,6 +84,11 @@ def _row(listed: dict[str, Any]) -> tuple[str, str, str, str, str]:
     if unnamed := listed["clone_count"] - len(listed["clones"]):
         held_by.append(f"{unnamed} more clones")
     return listed["snapshot"], format_time(listed["time_ns"]), *sizes, ", ".join(held_by)
+
+
+def _checkpoint_row(listed: dict[str, Any]) -> tuple[str, str, str, str]:
+    sizes = format_size(listed["size_bytes"]), format_size(listed["allocated_bytes"])
+    return format_moment(listed["time_ns"]), format_time(listed["mtime_ns"]), *sizes
 
 
 @snapshot.command("rename", short_help="Rename a snapshot.")
@@ -76,15 +105,20 @@ def rename(volume: str, name: str, new_name: str) -> None:
 @volume_argument
 @click.argument("names", metavar="[NAME...]", nargs=-1)
 @click.option("--all", "all_of_them", is_flag=True, help="All snapshots of the volume.")
-def delete(volume: str, names: tuple[str, ...], all_of_them: bool) -> None:
+@click.option("--checkpoints", is_flag=True, help="All checkpoints that are retained.")
+def delete(volume: str, names: tuple[str, ...], all_of_them: bool, checkpoints: bool) -> None:
     """Delete the snapshots NAME of VOLUME. What only they held is given back when the volume rests.
 
     One that is open or held stays, and so do those named after it. Of one that clones share, what they need is kept
     until the last of them is deleted or flattened.
     """
-    if bool(names) == all_of_them:
-        raise UsageError("hlfs snapshot delete: name snapshots, or say --all")
-    with snapshots_of(volume, f"hlfs snapshot delete PATH {' '.join(names) or '--all'}") as found:
+    if bool(names) + all_of_them + checkpoints != 1:
+        raise UsageError("hlfs snapshot delete: name snapshots, or say --all, or --checkpoints")
+    which = " ".join(names) or ("--all" if all_of_them else "--checkpoints")
+    with snapshots_of(volume, f"hlfs snapshot delete PATH {which}") as found:
+        if checkpoints:
+            found.forget_checkpoints()
+            return
         for name in names or found.names():
             found.remove(name)
 

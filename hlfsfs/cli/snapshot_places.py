@@ -29,12 +29,16 @@ from hlfsfs.errors import (
 )
 from hlfsfs.pool import (
     CHANGES_PREFIX,
+    CHECKPOINTS_PREFIX,
+    FORGET_ATTRIBUTE,
     GROUP_ATTRIBUTE,
     HOLD_ATTRIBUTE,
     LIST_PREFIX,
+    PROMOTE_ATTRIBUTE,
     RELEASE_ATTRIBUTE,
     ROLLBACK_ATTRIBUTE,
     STATS_ATTRIBUTE,
+    not_retained,
 )
 from hlfsfs.store import locate
 
@@ -64,6 +68,22 @@ class VolumeSnapshots(ABC):
             page = json.loads(self.list_page(f"{LIST_PREFIX}{start}"))
             yield from page["snapshots"]
             start = page["next"]
+
+    def checkpoints(self) -> Iterator[dict[str, Any]]:
+        """Those that are retained, the oldest first: `time_ns`, `mtime_ns`, `size_bytes`, `allocated_bytes`."""
+        after: str | None = "0"
+        while after is not None:
+            page = json.loads(self.list_page(f"{CHECKPOINTS_PREFIX}{after}"))
+            yield from page["checkpoints"]
+            after = page["next"]
+
+    @abstractmethod
+    def take_of(self, name: str, at_ns: int) -> None:
+        """Of what the last checkpoint at or before a time held; durable on return."""
+
+    @abstractmethod
+    def forget_checkpoints(self) -> None:
+        """Retains none of those of before."""
 
     @abstractmethod
     def stats(self, name: str) -> dict[str, Any]:
@@ -139,6 +159,17 @@ class Mounted(VolumeSnapshots):
     def take(self, name: str) -> None:
         with self._errors(name):
             os.mknod(self._at(name), stat.S_IFREG | 0o600)
+
+    def take_of(self, name: str, at_ns: int) -> None:
+        retained_ns = [each["time_ns"] for each in self.checkpoints()]
+        if not any(time_ns <= at_ns for time_ns in retained_ns):
+            raise not_retained(printable(self._path), retained_ns)
+        with self._errors(name):
+            os.setxattr(self._directory, PROMOTE_ATTRIBUTE, _promotion(name, at_ns))
+
+    def forget_checkpoints(self) -> None:
+        with self._errors(""):
+            os.setxattr(self._directory, FORGET_ATTRIBUTE, b"{}")
 
     def names(self) -> list[str]:
         with self._errors(""):
@@ -218,6 +249,10 @@ class Mounted(VolumeSnapshots):
             raise _snapshot_error(self._path, self._what(name), os.fsencode(name), exc) from exc
 
 
+def _promotion(name: str, at_ns: int) -> bytes:
+    return json.dumps({"name": name, "at_ns": at_ns}).encode()
+
+
 def _snapshot_error(path: str, what: str, name: bytes, exc: OSError) -> HlfsError:
     barred = "a snapshot's name has no `/`, `%`, `@` or control character, and is not `latest`"
     meanings: dict[int | None, Callable[[], HlfsError]] = {
@@ -245,6 +280,12 @@ class Offline(VolumeSnapshots):
 
     def take(self, name: str) -> None:
         self._names.create(self._directory, os.fsencode(name), 0o600, 0, 0)
+
+    def take_of(self, name: str, at_ns: int) -> None:
+        self._names.setxattr(self._directory, PROMOTE_ATTRIBUTE.encode(), _promotion(name, at_ns))
+
+    def forget_checkpoints(self) -> None:
+        self._names.setxattr(self._directory, FORGET_ATTRIBUTE.encode(), b"{}")
 
     def names(self) -> list[str]:
         found = (os.fsdecode(name) for name, _ in self._names.readdir(self._directory))

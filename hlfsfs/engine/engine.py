@@ -216,7 +216,8 @@ class Engine:
     def flatten(self, volume: Volume, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Has all that a clone reads in logs of others in its own log, and its checkpoints name no other; durable.
 
-        After a crash in here the volume holds the same, and reads in others' logs what is not in its own yet.
+        After a crash in here the volume holds the same, and reads in others' logs what is not in its own yet. No
+        checkpoint of before is retained, as it would lead there.
 
         Args:
             volume: attached, without snapshots.
@@ -230,16 +231,21 @@ class Engine:
             NoSpace, StoreFailed, LogDamaged: what was copied stays.
         """
         copied_bytes = 0
-        volume.forget_beyond_end()
-        while True:
+        volume.retain(0)
+        try:
+            volume.forget_beyond_end()
+            while True:
+                self._checkpoint_both(volume)
+                if not volume.foreign_extents(0, 1)[1]:
+                    break
+                copied_bytes += self._bring_in(volume, progress)
+            volume.drop_retained()
+            # A checkpoint of somebody else's may have come between, and led to others' logs, but none does any more.
             self._checkpoint_both(volume)
-            if not volume.foreign_extents(0, 1)[1]:
-                break
-            copied_bytes += self._bring_in(volume, progress)
-        # A checkpoint of somebody else's may have come between, and led to others' logs, but none does any more.
-        self._checkpoint_both(volume)
-        volume.forget_origin()
-        self._checkpoint_both(volume)
+            volume.forget_origin()
+            self._checkpoint_both(volume)
+        finally:
+            volume.retain(self._options.retain_s)
         return copied_bytes
 
     def _bring_in(self, volume: Volume, progress: Callable[[int, int], None]) -> int:
@@ -292,6 +298,7 @@ class Engine:
         except BaseException:
             self._forget(record.id)
             raise
+        volume.retain(self._options.retain_s)
         self.core.publish_volume(native)
         return volume
 
@@ -430,10 +437,30 @@ class Engine:
                     break
                 self._checkpoint_twice(found)
                 self._cleaner.make_room(found, wanted_bytes + MORE_ROOM_BYTES, tell)
+            for found in (volume, *others):
+                if self._cleaner.has_room(wanted_bytes):
+                    break
+                self._give_up_retained(found)
+                self._cleaner.make_room(found, wanted_bytes + MORE_ROOM_BYTES, tell)
             enough = self._cleaner.has_room(wanted_bytes)
         finally:
             if not told:
                 volume.native.room_made(enough)
+
+    def _give_up_retained(self, volume: Volume) -> None:
+        """What is written now comes before what was."""
+        retained = volume.retained()
+        if not retained or volume.read_only:
+            return
+        log.warning("%s: the disk is full: %d retained checkpoints are given up", volume.what, len(retained))
+        try:
+            volume.drop_retained()
+            volume.retain(0)
+            self._checkpoint_twice(volume)
+        except HlfsError as exc:
+            log.warning("%s: its retained checkpoints stay: %s", volume.what, exc)
+        finally:
+            volume.retain(self._options.retain_s)
 
     def clean(
         self, volume: Volume, *, dry_run: bool = False, progress: Callable[[int, int], None] = lambda done, total: None

@@ -15,6 +15,7 @@ class EngineOptions:
         read_cache_bytes: private memory for blocks that were read.
         map_cache_bytes: private memory for map nodes.
         commit_s: acknowledged data is durable after this time even if nobody flushes.
+        retain_s: what a checkpoint held can be made a snapshot of for this time; 0: not at all.
         idle_checkpoint_s: a changed volume nobody writes to is checkpointed after this time.
         checkpoint_entries, checkpoint_log_bytes: a volume is checkpointed at this many changed map entries, or this
             much log since the last checkpoint.
@@ -28,6 +29,7 @@ class EngineOptions:
     read_cache_bytes: int = 256 * MIB
     map_cache_bytes: int = 64 * MIB
     commit_s: float = 5.0
+    retain_s: float = 0.0
     idle_checkpoint_s: float = 30.0
     checkpoint_entries: int = 256 * 1024
     checkpoint_log_bytes: int = 4 << 30

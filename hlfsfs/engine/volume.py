@@ -289,6 +289,29 @@ class Volume:
         with self.snapshot_errors(name):
             self.native.create_snapshot(snapshot_id, name, group_id, mode, uid, gid)
 
+    def retain(self, window_s: float) -> None:
+        """Has what is held now, and by each checkpoint to come, be `retained` for so long; 0: no more of them."""
+        self.native.retain(round(window_s * 1e9))
+
+    def retained(self) -> list[Snapshot]:
+        """What checkpoints held and `promote` can make snapshots of, the oldest first; their names mean nothing."""
+        return [_snapshot_of(info) for info in self.native.retained()]
+
+    def promote(  # noqa: PLR0917 - an owner is three numbers
+        self, checkpoint_id: int, name: bytes, snapshot_id: int, mode: int = 0o400, uid: int = 0, gid: int = 0
+    ) -> None:
+        """Takes a snapshot of what one of `retained` held; durable on return, and after a crash whole or not there.
+
+        Raises as `create_snapshot`; NoSuchSnapshot: it is retained no more.
+        """
+        with self.snapshot_errors(name):
+            self.native.promote(checkpoint_id, snapshot_id, name, mode, uid, gid)
+
+    def drop_retained(self) -> None:
+        """Retains none of those that are now; durable on return. Raises NoSpace, ReadOnly, StoreFailed."""
+        with self._errors():
+            self.native.drop_retained()
+
     def remove_snapshot(self, snapshot_id: int) -> None:
         """Durable on return; who reads it goes on. What only it held is freed later. Raises NoSuchSnapshot."""
         with self.snapshot_errors(f"{snapshot_id:016x}"):
@@ -334,7 +357,7 @@ class Volume:
         """
         with self._space_lock:
             summary = self.snapshot_summary()
-            count = summary.count + summary.hidden
+            count = summary.count + summary.hidden + int(self.native.stats()["retained_checkpoints"])
             known = (int(self.native.stats()["checkpoint_generation"]), count, summary.newest_id)
             began_s = time.monotonic()
             if known != self._space_of and (began_s >= self._space_until_s or known[1:] != self._space_of[1:]):
@@ -482,8 +505,8 @@ class Volume:
         The log's space, `log_allocated_bytes`, is what lives in it as the newest checkpoint says (`live_bytes`), what
         the cleaner can give back or will two checkpoints later (`dead_bytes`), what is dead, prepared or too young
         to be judged in segments it may not touch yet (`pinned_bytes`), the slots of the checkpoints
-        (`checkpoint_bytes`), and what only its `snapshots` lead to (`snapshot_bytes`). `appended_bytes` is what was
-        written to the log since it was attached, with what its recovery replayed.
+        (`checkpoint_bytes`), and what only its `snapshots` and `retained_checkpoints` lead to (`snapshot_bytes`).
+        `appended_bytes` is what was written to the log since it was attached, with what its recovery replayed.
         """
         native = self.native.stats()
         first_pinned, live_there = native.pop("first_pinned_segno"), native.pop("pinned_live_bytes")

@@ -31,6 +31,9 @@ IGNORED_PREFIXES = ("x-", "X-", "comment=", "helper=", "uhelper=")
 # A device that hangs may hold two of them, and status must go on.
 MIN_THREADS = 3
 
+MAX_RETAIN_S = 366 * 86400
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
 # Of these, what mount(8) keeps for others to read.
 KEPT_WORDS = frozenset({"_netdev", "user", "users", "owner", "group"})
 KEPT_PREFIXES = ("x-", "comment=")
@@ -49,6 +52,7 @@ class MountOptions:
         threads: native threads that read requests, at least MIN_THREADS.
         map_cache_bytes, read_cache_bytes, ring_bytes, segment_bytes: sizes in memory, and of new logs' segments.
         commit_s: how long acknowledged data may stay in memory only.
+        retain_s: how long what checkpoints held can be made snapshots of.
         discard_ring: go on without writes that were lost with the ring.
         flags: MS_* flags for mount(2), MS_RDONLY apart.
         selinux: words handed on to the kernel.
@@ -67,6 +71,7 @@ class MountOptions:
     ring_bytes: int | None = None
     segment_bytes: int | None = None
     commit_s: float | None = None
+    retain_s: float | None = None
     discard_ring: bool = False
     flags: int = 0
     selinux: tuple[str, ...] = ()
@@ -119,6 +124,16 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _duration(text: str) -> float:
+    match = re.fullmatch(r"(\d{1,9})([smhdw]?)", text)
+    if match is None or not (match[2] or int(match[1]) == 0):
+        raise ValueError("a time such as 90s, 30m, 1h, 7d or 2w is needed, or 0")
+    duration_s = int(match[1]) * _UNITS_S.get(match[2], 0)
+    if duration_s > MAX_RETAIN_S:
+        raise ValueError("at most a year can be retained")
+    return float(duration_s)
+
+
 # With a value: option, field, parser.
 _VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "uid": ("uid", _number(0, 2**32 - 2)),
@@ -131,6 +146,7 @@ _VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "ring": ("ring_bytes", _size(16 << 20, 1 << 40)),
     "segment_size": ("segment_bytes", _segment_size),
     "commit": ("commit_s", _seconds),
+    "retain": ("retain_s", _duration),
 }
 
 _FLAGS: dict[str, tuple[str, bool]] = {

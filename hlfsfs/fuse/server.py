@@ -77,6 +77,7 @@ def engine_options(options: MountOptions) -> EngineOptions:
         "read_cache_bytes": options.read_cache_bytes,
         "map_cache_bytes": options.map_cache_bytes,
         "commit_s": options.commit_s,
+        "retain_s": options.retain_s,
     }
     given: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
     return EngineOptions(**given, discard_ring=options.discard_ring)

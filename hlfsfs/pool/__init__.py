@@ -1,28 +1,35 @@
 """The namespace: pools, volumes and their permissions; knows nothing of FUSE."""
 
 from hlfsfs.pool.attributes import AttributeChanges, Attributes, Defaults, EntryAttributes
+from hlfsfs.pool.moments import format_moment, not_retained, parse_moment
 from hlfsfs.pool.namespace import Namespace
 from hlfsfs.pool.node_ids import ROOT_ID, UNKNOWN_ID
 from hlfsfs.pool.sweep import SweepReport
 from hlfsfs.pool.xattrs import CHANGES as CHANGES_PREFIX
+from hlfsfs.pool.xattrs import CHECKPOINTS as CHECKPOINTS_PREFIX
 from hlfsfs.pool.xattrs import CLEAN as CLEAN_ATTRIBUTE
 from hlfsfs.pool.xattrs import CLONE as CLONE_ATTRIBUTE
 from hlfsfs.pool.xattrs import FLATTEN as FLATTEN_ATTRIBUTE
+from hlfsfs.pool.xattrs import FORGET as FORGET_ATTRIBUTE
 from hlfsfs.pool.xattrs import GROUP as GROUP_ATTRIBUTE
 from hlfsfs.pool.xattrs import HOLD as HOLD_ATTRIBUTE
 from hlfsfs.pool.xattrs import LIST as LIST_PREFIX
+from hlfsfs.pool.xattrs import PROMOTE as PROMOTE_ATTRIBUTE
 from hlfsfs.pool.xattrs import RELEASE as RELEASE_ATTRIBUTE
 from hlfsfs.pool.xattrs import ROLLBACK as ROLLBACK_ATTRIBUTE
 from hlfsfs.pool.xattrs import STATS as STATS_ATTRIBUTE
 
 __all__ = [
     "CHANGES_PREFIX",
+    "CHECKPOINTS_PREFIX",
     "CLEAN_ATTRIBUTE",
     "CLONE_ATTRIBUTE",
     "FLATTEN_ATTRIBUTE",
+    "FORGET_ATTRIBUTE",
     "GROUP_ATTRIBUTE",
     "HOLD_ATTRIBUTE",
     "LIST_PREFIX",
+    "PROMOTE_ATTRIBUTE",
     "RELEASE_ATTRIBUTE",
     "ROLLBACK_ATTRIBUTE",
     "ROOT_ID",
@@ -34,4 +41,7 @@ __all__ = [
     "EntryAttributes",
     "Namespace",
     "SweepReport",
+    "format_moment",
+    "not_retained",
+    "parse_moment",
 ]

@@ -16,6 +16,7 @@ from hlfsfs.pool.flattening import Flattening
 from hlfsfs.pool.node_ids import ROOT_ID
 from hlfsfs.pool.snapshot_orders import SnapshotOrders
 from hlfsfs.pool.snapshots import Snapshots
+from hlfsfs.pool.time_travel import TimeTravel
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
 from hlfsfs.store.records import PoolRecord, VolumeRecord
@@ -46,7 +47,8 @@ class Properties:
         self._clones = clones
         self._cleaning = cleaning
         self._flattening = flattening
-        self._orders = SnapshotOrders(shared, volumes, snapshots)
+        self._time_travel = TimeTravel(shared, volumes, snapshots)
+        self._orders = SnapshotOrders(shared, volumes, snapshots, self._time_travel)
         self._diffs = Diffs(shared.engine, volumes, snapshots)
         self._root = snapshots.root
 
@@ -167,8 +169,9 @@ class Properties:
             return json.dumps(self._flattening.state(self._volume(node))).encode()
         if text.startswith(xattrs.CHANGES):
             return self._diffs.page(node, text)
-        if text.startswith(xattrs.LIST) and not isinstance(node, Node):
-            return self._snapshots.page(node, text)
+        if text.startswith((xattrs.LIST, xattrs.CHECKPOINTS)) and not isinstance(node, Node):
+            pages = self._snapshots if text.startswith(xattrs.LIST) else self._time_travel
+            return pages.page(node, text)
         kept = self._kept(node)
         if text not in kept:
             raise NoAttribute(self.what(node), text)

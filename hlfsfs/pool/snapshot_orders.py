@@ -1,4 +1,4 @@
-"""Orders to directories of snapshots: groups that are taken at one instant, holds, and rollback.
+"""Orders to directories of snapshots: groups that are taken at one instant, holds, rollback, and time travel.
 
 They arrive as extended attributes that are set there, so that the kernel checks who may give them.
 """
@@ -26,6 +26,7 @@ from hlfsfs.pool import xattrs
 from hlfsfs.pool.changes import new_id
 from hlfsfs.pool.names import check_new_snapshot_name, hidden_name
 from hlfsfs.pool.snapshots import Node, PoolSnapshots, SnapshotNode, Snapshots, VolumeSnapshots
+from hlfsfs.pool.time_travel import TimeTravel
 from hlfsfs.pool.tree import PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
 from hlfsfs.store.records import NOT_JSON, SnapshotGroup, with_changes
@@ -50,14 +51,25 @@ class _RollbackOrder(msgspec.Struct, forbid_unknown_fields=True):
     snapshot: str
 
 
+class _PromoteOrder(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    at_ns: int
+
+
+class _ForgetOrder(msgspec.Struct, forbid_unknown_fields=True):
+    pass
+
+
 class _HoldOrder(msgspec.Struct, forbid_unknown_fields=True):
     snapshot: str
     tag: str
 
 
-_ORDERS: dict[str, type[_GroupOrder | _HoldOrder | _RollbackOrder]] = {
+_ORDERS: dict[str, type[_ForgetOrder | _GroupOrder | _HoldOrder | _PromoteOrder | _RollbackOrder]] = {
+    xattrs.FORGET: _ForgetOrder,
     xattrs.GROUP: _GroupOrder,
     xattrs.HOLD: _HoldOrder,
+    xattrs.PROMOTE: _PromoteOrder,
     xattrs.RELEASE: _HoldOrder,
     xattrs.ROLLBACK: _RollbackOrder,
 }
@@ -78,21 +90,22 @@ def remove_group(node: VolumeNode, volume: "Volume", group_id: int) -> None:
 class SnapshotOrders:
     """What is ordered of the snapshots of one namespace."""
 
-    def __init__(self, shared: Shared, volumes: Volumes, snapshots: Snapshots) -> None:
+    def __init__(self, shared: Shared, volumes: Volumes, snapshots: Snapshots, time_travel: TimeTravel) -> None:
         self._shared = shared
         self._volumes = volumes
         self._snapshots = snapshots
+        self._time_travel = time_travel
 
     def order(self, parent: Node, order: str, value: bytes) -> None:
         """Does what an attribute that is set on a directory of snapshots asks for, a JSON object.
 
         On a pool's `.snapshots`, `xattrs.GROUP`: {"name", "volumes": [path below that pool], without it all that are in
-        the pool}. On a volume's directory, `xattrs.HOLD` and `xattrs.RELEASE`: {"snapshot": name, "tag"}, and
-        `xattrs.ROLLBACK`: {"snapshot": name}.
+        the pool}. On a volume's directory, `xattrs.HOLD` and `xattrs.RELEASE`: {"snapshot": name, "tag"},
+        `xattrs.ROLLBACK`: {"snapshot": name}, `xattrs.PROMOTE`: {"name", "at_ns"}, and `xattrs.FORGET`: {}.
 
         Raises:
             UsageError: it makes no sense.
-            HlfsError: as `create_group`, `hold`, `release_hold` and `roll_back`.
+            HlfsError: as `create_group`, `hold`, `release_hold`, `roll_back` and those of `TimeTravel`.
         """
         try:
             asked = msgspec.json.decode(value, type=_ORDERS[order])
@@ -103,6 +116,10 @@ class SnapshotOrders:
                 self.create_group(self._group_of(pool, asked.volumes), os.fsencode(asked.name))
             case VolumeSnapshots(), _RollbackOrder():
                 self.roll_back(parent, os.fsencode(asked.snapshot))
+            case VolumeSnapshots(), _PromoteOrder():
+                self._time_travel.promote(parent, os.fsencode(asked.name), asked.at_ns)
+            case VolumeSnapshots(), _ForgetOrder():
+                self._time_travel.forget(parent)
             case VolumeSnapshots(), _HoldOrder() if order == xattrs.HOLD:
                 self.hold(parent, os.fsencode(asked.snapshot), asked.tag)
             case VolumeSnapshots(), _HoldOrder():

@@ -17,15 +17,18 @@ CLEAN = "user.hlfs.clean"
 FLATTEN = "user.hlfs.flatten"
 # An order to a pool; see `Properties`.
 CLONE = "user.hlfs.clone"
-# Followed by what is asked for; see `diffs` and `Snapshots.page`.
+# Followed by what is asked for; see `diffs`, `Snapshots.page` and `time_travel`.
 CHANGES = "user.hlfs.changes."
 LIST = "user.hlfs.snapshots."
+CHECKPOINTS = "user.hlfs.checkpoints."
 # Orders to directories of snapshots; see `SnapshotOrders`.
 GROUP = "user.hlfs.snapshot"
 HOLD = "user.hlfs.hold"
 RELEASE = "user.hlfs.release"
 ROLLBACK = "user.hlfs.rollback"
-ORDERS = (GROUP, HOLD, RELEASE, ROLLBACK)
+PROMOTE = "user.hlfs.promote"
+FORGET = "user.hlfs.forget"
+ORDERS = (GROUP, HOLD, RELEASE, ROLLBACK, PROMOTE, FORGET)
 # File capabilities would have to be dropped at each write, as set-user-ID bits would.
 CAPABILITY = "security.capability"
 # Records are held in memory and written as a whole.

@@ -1,8 +1,10 @@
 """`hlfs snapshot`, the same by URI of a store that is not mounted and by path in a mount."""
 
 import json
+import time
 from pathlib import Path
 
+from hlfsfs.pool import format_moment, parse_moment
 from tests.cli.places import Place, invoke, spawn
 from tests.fuse.mounts import mounted, needs_fuse, run
 
@@ -60,6 +62,50 @@ def test_groups(place: Place) -> None:
     place.failed("create", "--all", "/p", "/v", "x", status=2)
     place.failed("create", "x", status=2)
     place.failed("delete", "/v", status=2)
+
+
+def test_time_travel(tmp_path: Path) -> None:
+    """Through a mount that retains, and by URI of the store when it is not mounted."""
+    store = tmp_path / "store"
+    with mounted(store, ["retain=1h"]) as mount:
+        place = Place(f"{mount.path}/", spawn)
+        write_a = "import sys; open(sys.argv[1] + '/v', 'w').write(sys.argv[2])"
+        mount.python(write_a, "one")
+        said = place.failed("create", "/v", "s", "--at", format_moment(time.time_ns() - 10**9))
+        assert "v: no checkpoint of it is retained; mount it with -o retain=1h" in said
+        # A rollback takes checkpoints, and so does the cleaner.
+        place.command("clean", "/v")
+        mount.python(write_a, "second")
+        place.command("clean", "/v")
+        table = place.done("list", "/v", "--checkpoints").splitlines()
+        assert table[0].split() == ["CHECKPOINT", "WRITTEN", "SIZE", "IN", "USE"]
+        moments = [line.split()[0] for line in table[1:]]
+        assert "3 bytes" in table[1]
+        assert "6 bytes" in table[-1]
+        listed = json.loads(place.done("list", "/v", "--checkpoints", "--json"))
+        assert [parse_moment(moment) - each["time_ns"] < 10**6 for moment, each in zip(moments, listed, strict=True)]
+        place.done("create", "/v", "early", "--at", moments[0])
+        mount.python("import sys; assert open(sys.argv[1] + '/.snapshots/v/early').read() == 'one'")
+        assert "v%early: exists already" in place.failed("create", "/v", "early", "--at", moments[0])
+        assert "the oldest is of 20" in place.failed("create", "/v", "x", "--at", "1999-12-31T23:59Z")
+        assert "still to come" in place.failed("create", "/v", "x", "--at", "2222-01-01T00:00Z", status=2)
+        for moment in ("2026-11-24T03:30", "2026-11-24 03:30:15"):
+            assert "with which offset from UTC" in place.failed("create", "/v", "x", "--at", moment, status=2)
+        for moment in ("yesterday", "2026-11-24", "2026-13-24T03:30Z", ""):
+            assert "no moment" in place.failed("create", "/v", "x", "--at", moment, status=2)
+        place.failed("create", "/v", "/v", "x", "--at", moments[0], status=2)
+        place.failed("create", "--all", "/", "x", "--at", moments[0], status=2)
+        assert place.names("/v") == ["early"]
+    offline = Place(f"local://{store}/", invoke)
+    offline.done("create", "/v", "late", "--at", moments[-1])
+    assert "no checkpoint of so early" in offline.failed("create", "/v", "x", "--at", "1999-12-31T23:59Z")
+    assert offline.names("/v") == ["early", "late"]
+    offline.done("delete", "/v", "--checkpoints")
+    assert json.loads(offline.done("list", "/v", "--checkpoints", "--json")) == []
+    offline.failed("delete", "/v", "--all", "--checkpoints", status=2)
+    assert offline.names("/v") == ["early", "late"]
+    with mounted(store) as mount:
+        mount.python("import sys; assert open(sys.argv[1] + '/.snapshots/v/late').read() == 'second'")
 
 
 def test_rollback(place: Place) -> None:

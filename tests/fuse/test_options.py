@@ -13,7 +13,7 @@ def test_defaults() -> None:
 def test_every_option_is_read() -> None:
     words = (
         "ro,allow_other,default_permissions,uid=107,gid=64055,mode=0660,dataplane=off,threads=5,map_cache=32M,"
-        "read_cache=1G,ring=256M,commit=500ms,segment_size=16M,discard_ring"
+        "read_cache=1G,ring=256M,commit=500ms,retain=2h,segment_size=16M,discard_ring"
     )
     assert parse_options([words]) == MountOptions(
         read_only=True,
@@ -28,6 +28,7 @@ def test_every_option_is_read() -> None:
         ring_bytes=256 << 20,
         segment_bytes=16 << 20,
         commit_s=0.5,
+        retain_s=7200,
         discard_ring=True,
     )
 
@@ -69,6 +70,9 @@ def test_an_unknown_option_is_named(word: str) -> None:
         ("segment_size=5M", "power of two"),
         ("commit=0", "time"),
         ("commit=2h", "time"),
+        ("retain=5", "such as 90s"),
+        ("retain=1.5h", "such as 90s"),
+        ("retain=400d", "a year"),
         ("remount", "unmount it"),
     ],
 )
@@ -77,6 +81,11 @@ def test_a_bad_value_is_named(word: str, why: str) -> None:
         parse_options([word])
     assert repr(word) in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("word", "retain_s"), [("0", 0), ("0s", 0), ("90s", 90), ("30m", 1800), ("1w", 604800)])
+def test_times_to_retain(word: str, retain_s: float) -> None:
+    assert parse_options([f"retain={word}"]) == MountOptions(retain_s=retain_s)
 
 
 def test_words_are_split_outside_quotes() -> None:

@@ -48,6 +48,45 @@ def test_touch_takes_one(mount: Mounted, plane: str) -> None:
     )
 
 
+def test_retained_checkpoints_in_a_mount(tmp_path: Path, plane: str) -> None:
+    """One comes every second of what is written without end, and outlives the server."""
+    options = [f"dataplane={plane}", "retain=60s"]
+    with mounted(tmp_path / "store", options, clean_end=False) as mount:
+        inside(
+            mount,
+            """
+            import json
+            with open("disk", "wb", buffering=0) as file:
+                written = {}
+                begin = time.monotonic()
+                while time.monotonic() - begin < 5:
+                    number = len(written)
+                    os.pwrite(file.fileno(), b"%08d" % number, 0)
+                    written[time.time_ns()] = number
+                    time.sleep(0.01)
+            listed = json.loads(os.getxattr(".snapshots/disk", "user.hlfs.checkpoints.0"))["checkpoints"]
+            assert 3 <= len(listed) <= 7, listed
+            for name, checkpoint in enumerate(listed):
+                order = {"name": f"s{name}", "at_ns": checkpoint["time_ns"]}
+                os.setxattr(".snapshots/disk", "user.hlfs.promote", json.dumps(order).encode())
+                found = read(f".snapshots/disk/s{name}")
+                # All that was acknowledged before, and nothing that was begun after.
+                before = [n for time_ns, n in written.items() if time_ns <= checkpoint["time_ns"]]
+                assert (int(found) if found else -1) - max(before, default=-1) in (0, 1), (found, before[-1:])
+            """,
+        )
+        mount.kill()
+    with mounted(tmp_path / "store", options) as mount:
+        inside(
+            mount,
+            """
+            names = sorted(name for name in os.listdir(".snapshots/disk") if name != "latest")
+            found = [int(read(f".snapshots/disk/{name}") or b"-1") for name in names]
+            assert len(found) >= 3 and found == sorted(found) and len(set(found)) == len(found), found
+            """,
+        )
+
+
 def test_it_is_read_and_nothing_else(mount: Mounted) -> None:
     inside(
         mount,

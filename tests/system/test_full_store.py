@@ -128,13 +128,19 @@ def test_a_full_store_ends_and_begins_well(full: Mounted) -> None:
         wait_for(lambda: written_after(again, "third", 256), "what was deleted is written")
 
 
-def test_overwriting_goes_on_for_ever_on_a_nearly_full_store(tmp_path: Path) -> None:
-    """The live blocks take half of the filesystem, what is written eight times as much as there is."""
+@pytest.mark.parametrize("more", [[], ["retain=1h"]], ids=["", "retaining"])
+def test_overwriting_goes_on_for_ever_on_a_nearly_full_store(tmp_path: Path, more: list[str]) -> None:
+    """The live blocks take half of the filesystem, what is written eight times as much as there is.
+
+    What was is given up for it, where it is retained.
+    """
     pieces, times = HOST_BYTES // 2 // PIECE, 8
-    with small_host(tmp_path) as host, mounted(host / "store", OPTIONS, path=make(tmp_path / "mnt")) as mount:
+    options = [*OPTIONS, *more]
+    with small_host(tmp_path) as host, mounted(host / "store", options, path=make(tmp_path / "mnt")) as mount:
         assert write(mount, "volume", 0, 0, pieces) == (pieces, 0)
         mount.python(CHURN, "volume", "5", str(pieces), str(times), timeout_s=240)
         read(mount, "volume", 5 + times - 1, 0, pieces)
+        assert ("checkpoints are given up" in mount.log_text()) == bool(more)
         mount.unmount()
         done = hlfs("check", mount.source)
         assert done.returncode == 0, done.stdout

@@ -165,6 +165,7 @@ nb::dict stats_of(const Volume& volume) {
     HLFS_FIELD(pinned_live_bytes);
     HLFS_FIELD(cleaned_bytes);
     HLFS_FIELD(moved_bytes);
+    HLFS_FIELD(retained_checkpoints);
     HLFS_FIELD(read_only);
 #undef HLFS_FIELD
     return out;
@@ -393,6 +394,18 @@ void bind_snapshots(nb::class_<Volume>& volume, nb::module_& m) {
         .def("remove_snapshot", &Volume::remove_snapshot, nb::arg("id"), nb::call_guard<nb::gil_scoped_release>())
         .def("open_counts",
              [](const Volume& self) { return std::pair(self.open_handles.load(), self.open_writers.load()); })
+        .def("retain", &Volume::retain, nb::arg("window_ns"), nb::call_guard<nb::gil_scoped_release>())
+        .def("retained", &Volume::retained, nb::call_guard<nb::gil_scoped_release>())
+        .def("drop_retained", &Volume::drop_retained, nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "promote",
+            [](Volume& self, std::uint64_t checkpoint_id, std::uint64_t id, const nb::bytes& name, std::uint32_t mode,
+               std::uint32_t uid, std::uint32_t gid) {
+                const std::string copy(name.c_str(), name.size());
+                const nb::gil_scoped_release unlocked;
+                self.promote(checkpoint_id, id, copy, {.mode = mode, .uid = uid, .gid = gid});
+            },
+            nb::arg("checkpoint_id"), nb::arg("id"), nb::arg("name"), nb::arg("mode"), nb::arg("uid"), nb::arg("gid"))
         .def("roll_back", &Volume::roll_back, nb::arg("id"), nb::call_guard<nb::gil_scoped_release>())
         .def(
             "rename_snapshot",

@@ -8,7 +8,9 @@ namespace hlfs::fuzz {
 namespace {
 
 bool has_name(const SnapEntry& entry) {
-    return entry.header.operation == SnapOperation::create || entry.header.operation == SnapOperation::rename;
+    const SnapOperation operation = entry.header.operation;
+    return operation == SnapOperation::create || operation == SnapOperation::rename ||
+           operation == SnapOperation::promote;
 }
 
 void decode_entry_of(std::span<const std::byte> side) {
@@ -20,12 +22,14 @@ void decode_entry_of(std::span<const std::byte> side) {
     expect(size_bytes <= side.size(), "an entry ends within its side data");
     expect(entry->header.id != 0, "a snapshot has an id");
     expect(entry->header.mode <= 07777, "a mode has permission bits only");
+    expect(entry->state.levels <= kMaxLevels && entry->state.size_bytes <= kMaxMappedBytes,
+           "a checkpoint holds what a volume can");
     expect(has_name(*entry) ? is_snapshot_name(entry->name) : entry->name.empty(), "a name is one, or not there");
     const auto again = encode(*entry);
     expect(again.size() == size_bytes, "what decodes encodes to as many bytes");
     const auto twice = decode_snap_entry(again);
     expect(twice && twice->name == entry->name && twice->header.id == entry->header.id &&
-               twice->header.operation == entry->header.operation,
+               twice->header.operation == entry->header.operation && twice->state.root == entry->state.root,
            "what was encoded again says the same");
 }
 
@@ -58,7 +62,7 @@ void decode_directory_of(std::span<const std::byte> block) {
 std::vector<Bytes> seeds() {
     std::vector<Bytes> all;
     for (const SnapOperation operation : {SnapOperation::create, SnapOperation::remove, SnapOperation::rename,
-                                          SnapOperation::set_owner, SnapOperation::roll_back}) {
+                                          SnapOperation::set_owner, SnapOperation::roll_back, SnapOperation::promote}) {
         SnapEntry entry{.header = {.operation = operation, .id = 7, .mode = 0640}, .name = {}};
         if (has_name(entry))
             entry.name = "before the upgrade";

@@ -13,6 +13,10 @@ constexpr std::size_t padded(std::size_t bytes) noexcept {
     return (bytes + 7) / 8 * 8;
 }
 
+constexpr std::size_t state_bytes(SnapOperation operation) noexcept {
+    return operation == SnapOperation::promote ? sizeof(SnapState) : 0;
+}
+
 // The name that stands behind a header; nullopt: it does not fit in, or is no name.
 std::optional<std::string> name_at(std::span<const std::byte> bytes, std::size_t name_bytes) {
     if (name_bytes > bytes.size())
@@ -41,11 +45,13 @@ bool is_snapshot_name(std::string_view name) noexcept {
 std::vector<std::byte> encode(const SnapEntry& entry) {
     SnapSideHeader header = entry.header;
     header.name_bytes = static_cast<std::uint16_t>(entry.name.size());
-    const std::size_t size_bytes = sizeof header + padded(entry.name.size());
+    const std::size_t name_at = sizeof header + state_bytes(header.operation);
+    const std::size_t size_bytes = name_at + padded(entry.name.size());
     header.length_bytes = static_cast<std::uint16_t>(size_bytes - kSideHead);
     std::vector<std::byte> side(size_bytes);
     std::memcpy(side.data(), &header, sizeof header);
-    std::memcpy(side.data() + sizeof header, entry.name.data(), entry.name.size());
+    std::memcpy(side.data() + sizeof header, &entry.state, name_at - sizeof header);
+    std::memcpy(side.data() + name_at, entry.name.data(), entry.name.size());
     return side;
 }
 
@@ -55,7 +61,8 @@ std::optional<SnapEntry> decode_snap_entry(std::span<const std::byte> side) {
         return std::nullopt;
     std::memcpy(&entry.header, side.data(), sizeof entry.header);
     const SnapSideHeader& header = entry.header;
-    if (kSideHead + header.length_bytes != sizeof header + padded(header.name_bytes) ||
+    const std::size_t behind_bytes = state_bytes(header.operation);
+    if (kSideHead + header.length_bytes != sizeof header + behind_bytes + padded(header.name_bytes) ||
         kSideHead + header.length_bytes > side.size() || header.id == 0 || header.mode > kModeBits)
         return std::nullopt;
     switch (header.operation) {
@@ -64,11 +71,15 @@ std::optional<SnapEntry> decode_snap_entry(std::span<const std::byte> side) {
         case SnapOperation::roll_back:
             return header.name_bytes == 0 ? std::optional(std::move(entry)) : std::nullopt;
         case SnapOperation::create:
-        case SnapOperation::rename: {
-            auto name = name_at(side.subspan(sizeof header), header.name_bytes);
+        case SnapOperation::rename:
+        case SnapOperation::promote: {
+            auto name = name_at(side.subspan(sizeof header + behind_bytes), header.name_bytes);
             if (!name)
                 return std::nullopt;
             entry.name = std::move(*name);
+            std::memcpy(&entry.state, side.data() + sizeof header, behind_bytes);
+            if (entry.state.levels > kMaxLevels || entry.state.size_bytes > kMaxMappedBytes)
+                return std::nullopt;
             return entry;
         }
         default:

@@ -17,25 +17,44 @@ namespace hlfs {
 inline constexpr std::size_t kMaxSnapshotNameBytes = 255;
 
 // roll_back: the volume's content is the snapshot's again; all that was published before is in both checkpoints.
-enum class SnapOperation : std::uint16_t { create = 1, remove = 2, rename = 3, set_owner = 4, roll_back = 5 };
+// promote: a snapshot of what an earlier checkpoint held, whose map is in the log already.
+enum class SnapOperation : std::uint16_t {
+    create = 1,
+    remove = 2,
+    rename = 3,
+    set_owner = 4,
+    roll_back = 5,
+    promote = 6
+};
 
 // The side data of a snap entry, with the name behind it, zero-padded to 8 bytes.
 struct SnapSideHeader {
     SnapOperation operation = SnapOperation::create;
     std::uint16_t length_bytes = 0;  // of what follows these first 8 bytes, padding included
-    std::uint16_t name_bytes = 0;    // create and rename only
+    std::uint16_t name_bytes = 0;    // create, rename and promote only
     std::uint16_t reserved = 0;
     std::uint64_t id = 0;
-    std::uint64_t parent_id = 0;  // create: the snapshot that the volume's content came from; 0: none
+    std::uint64_t parent_id = 0;  // create, promote: the snapshot that the volume's content came from; 0: none
     std::uint64_t group_id = 0;   // create: of snapshots that were taken together; 0: none
-    std::uint64_t time_ns = 0;    // when that was asked for; remove: 0
-    std::uint64_t mtime_ns = 0;   // create: when the volume was last written to
-    std::uint32_t mode = 0;       // create, set_owner: permission bits
+    std::uint64_t time_ns = 0;    // when that was asked for, promote: the checkpoint; remove: 0
+    std::uint64_t mtime_ns = 0;   // create, promote: when the volume was last written to
+    std::uint32_t mode = 0;       // create, set_owner, promote: permission bits
     std::uint32_t uid = 0;
     std::uint32_t gid = 0;
     std::uint32_t reserved2 = 0;
 };
 static_assert(sizeof(SnapSideHeader) == 64);
+
+// Of a promote entry, between header and name: what the checkpoint held.
+struct SnapState {
+    std::uint64_t sequence = 0;  // the first that it does not hold
+    std::uint64_t size_bytes = 0;
+    std::uint64_t mapped_blocks = 0;
+    Pointer root = kHole;
+    std::uint64_t levels = 0;
+    std::uint64_t ctime_ns = 0;  // when it was promoted
+};
+static_assert(sizeof(SnapState) == 48);
 
 // What no path, URI or terminal gives a meaning of its own: 1 to 255 bytes, no `/`, `%`, `@` or control character.
 // A hidden one, which is kept for clones and has no name for users, begins with an `@` all the same.
@@ -47,6 +66,7 @@ inline bool is_hidden_snapshot_name(std::string_view name) noexcept {
 struct SnapEntry {
     SnapSideHeader header;
     std::string name;
+    SnapState state{};
 };
 
 std::vector<std::byte> encode(const SnapEntry& entry);
@@ -60,6 +80,8 @@ inline constexpr std::uint16_t kNodeSnapshotDirectory = 0x101;
 
 // Of a record: the volume's content came from it last.
 inline constexpr std::uint16_t kSnapshotIsHeads = 1;
+// It is what a checkpoint held, retained for some time, and no snapshot.
+inline constexpr std::uint16_t kSnapshotIsCheckpoint = 2;
 
 // A snapshot in the directory, with its name behind it, zero-padded to 8 bytes.
 struct SnapshotRecord {
@@ -80,7 +102,7 @@ struct SnapshotRecord {
     std::uint32_t mode = 0;
     std::uint32_t uid = 0;
     std::uint32_t gid = 0;
-    std::uint32_t reserved = 0;
+    std::uint32_t retain_s = 0;  // a checkpoint: for so long
 };
 static_assert(sizeof(SnapshotRecord) == 112);
 

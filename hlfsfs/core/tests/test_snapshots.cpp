@@ -20,48 +20,12 @@
 
 #include "harness.hpp"
 #include "log/snapshot_format.hpp"
+#include "snapshot_tree.hpp"
 
 using namespace hlfs;
 using namespace hlfs::testing;
 
 namespace {
-
-constexpr std::size_t kMiB = std::size_t{1} << 20;
-
-Bytes read_all(DataVolume& volume) {
-    const auto size_bytes = volume.attr().size_bytes;
-    Bytes all;
-    for (std::uint64_t at = 0; at < size_bytes; at += kMiB) {
-        Wait wait;
-        volume.read(at, static_cast<std::uint32_t>(std::min<std::uint64_t>(kMiB, size_bytes - at)), false, wait);
-        if (wait.result() < 0)
-            throw std::runtime_error("a read failed with " + std::to_string(wait.result()));
-        all.insert(all.end(), wait.data().begin(), wait.data().end());
-    }
-    return all;
-}
-
-// A volume, its snapshots, and what they must hold.
-struct Tree {
-    Bytes head;
-    std::map<std::uint64_t, Bytes> snapshots;
-
-    void check(Volume& volume) const {
-        REQUIRE(holds(volume, head));
-        std::vector<std::uint64_t> ids;
-        for (const auto& info : volume.snapshots())
-            ids.push_back(info.id);
-        std::sort(ids.begin(), ids.end());
-        std::vector<std::uint64_t> wanted;
-        for (const auto& [id, content] : snapshots)
-            wanted.push_back(id);
-        REQUIRE(ids == wanted);
-        for (const auto& [id, content] : snapshots) {
-            INFO("snapshot " << id);
-            REQUIRE(same(read_all(*volume.open_snapshot(id, id)), content));
-        }
-    }
-};
 
 // The first MiB anew.
 void fill(Host& host, Log& log, Volume& volume, Tree& tree, std::uint64_t stamp, std::uint64_t mib = 12) {
@@ -97,32 +61,6 @@ void check_after_ends(std::unique_ptr<Host>& host, std::shared_ptr<Volume>& volu
         tree.check(*opened.volume);
         successor.close(*left_log);
     }
-}
-
-// As the engine does it.
-void roll_back(Host& host, Log& log, Volume& volume, std::uint64_t id) {
-    for (int tries = 0; tries < 100; ++tries) {
-        while (host.checkpoint(log)) {
-        }
-        host.repeat_checkpoint(log);
-        if (volume.roll_back(id))
-            return;
-    }
-    FAIL("never ready to roll back");
-}
-
-bool both_valid(const Log& log) {
-    return std::all_of(log.slots.begin(), log.slots.end(), [](const Bytes& slot) {
-        try {
-            return decode_checkpoint(slot).has_value();
-        } catch (const FormatError&) {
-            return false;
-        }
-    });
-}
-
-std::string name_of(std::uint64_t id) {
-    return "s" + std::to_string(id);
 }
 
 }  // namespace

@@ -466,6 +466,9 @@ Volume::Frozen& Volume::freeze_now() {
         frozen.replay_start.segno = newest_.replay_start.segno;
         frozen.replay_start.slot = newest_.replay_start.slot;
     }
+    frozen.sequence = next_sequence_;
+    frozen.time_ns = realtime_ns();
+    frozen.parent_id = head_parent_id_;
     frozen.size_bytes = size_bytes_;
     frozen.mtime_ns = mtime_ns_;
     frozen.ctime_ns = ctime_ns_;
@@ -540,8 +543,8 @@ void Volume::write_segment_table(std::uint64_t generation, const std::vector<std
         });
 }
 
-// Of the snapshots that are merged, and those that the merge under way completes. The entries of the others stand where
-// a replay finds them.
+// Of the snapshots that are merged, and those that the merge under way completes; the entries of the others stand where
+// a replay finds them. And of the checkpoints that are retained, this one among them.
 void Volume::write_snapshot_directory(std::uint64_t generation, const Frozen& merged, PendingCheckpoint& pending) {
     std::vector<DirectoryEntry> entries;
     {
@@ -557,6 +560,11 @@ void Volume::write_snapshot_directory(std::uint64_t generation, const Frozen& me
                 entry.record.mapped_blocks = static_cast<std::uint64_t>(pending.mapped);
             }
         }
+        pending.retained = retain_pending(merged, pending);
+        for (const auto& checkpoint : retained_)
+            entries.push_back(checkpoint->entry);
+        if (pending.retained)
+            entries.push_back(pending.retained->entry);
     }
     if (entries.empty())
         return;
@@ -584,7 +592,8 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
         while (checkpointing_)
             wait_change(lock);
         checkpoint_requested_ = false;
-        if (read_only_ || (publishes_ == publishes_at_checkpoint_ && frozen_.empty()))
+        const bool changed = publishes_ != publishes_at_checkpoint_ || !frozen_.empty();
+        if (read_only_ || !(changed || retention_ends()))
             return std::nullopt;
         checkpointing_ = true;
     }
@@ -594,6 +603,7 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
             const std::uint64_t refusals = refusals_;
             while (broken_)
                 wait_disk(lock, refusals);
+            expire_retained();
             // One that failed after its freeze left the frozen part behind: finish that one.
             const bool ends_with_snapshot = !frozen_.empty() && !frozen_.back()->snapshots.empty();
             if (frozen_.empty() || (ends_with_snapshot && publishes_ != frozen_.back()->publishes))
@@ -674,6 +684,8 @@ bool Volume::checkpoint_installed() {
         const Frozen& merged = *frozen_.front();
         for (const auto& snapshot : merged.snapshots)
             snapshot->merged(pending_->root, pending_->levels, pending_->mapped);
+        if (pending_->retained)
+            retained_.push_back(std::move(pending_->retained));
         root_ = pending_->root;
         levels_ = pending_->levels;
         mapped_blocks_ = pending_->mapped;

@@ -9,6 +9,9 @@ namespace hlfs {
 struct Volume::Frozen {
     Overlay overlay;
     LogPosition replay_start;
+    std::uint64_t sequence = 0;  // the first that is not in it
+    std::uint64_t time_ns = 0;
+    std::uint64_t parent_id = 0;  // the snapshot that the head came from
     std::uint64_t size_bytes = 0;
     std::uint64_t mtime_ns = 0;
     std::uint64_t ctime_ns = 0;
@@ -24,6 +27,7 @@ struct Volume::PendingCheckpoint {
     std::uint32_t levels = 0;
     std::int64_t mapped = 0;
     Checkpoint record;
+    std::shared_ptr<Snapshot> retained;    // what the directory holds of it
     std::vector<std::int64_t> live_delta;  // by segment index: blocks that the new map leads to and the old one did not
 };
 

@@ -173,7 +173,7 @@ std::uint64_t Volume::bring_in(std::uint64_t base_generation, std::uint64_t firs
 void Volume::forget_origin() {
     Lock lock(mutex_);
     forget_removed_snapshots();
-    if (!snapshots_.empty() || !removed_snapshots_.empty())
+    if (!snapshots_.empty() || !retained_.empty() || !removed_snapshots_.empty())
         throw std::system_error(EBUSY, std::generic_category(), "snapshots may need the logs of others");
     wait_for_readers(lock);
     for (std::uint32_t index = 0; index < table_.size(); ++index) {

@@ -305,6 +305,7 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
         } catch (const FormatError& error) {
             // What they hold is not known, so nothing may be cleaned.
             snapshots_.clear();
+            retained_.clear();
             report.read_only = true;
             report.damage = error.what();
         }

@@ -149,22 +149,27 @@ Volume::SnapshotSpace Volume::snapshot_space() {
         const Lock lock(mutex_);
         foreign = foreign_indexes();
         maps.push_back({.root = root_, .levels = levels_, .generation = generation_, .replay_start = {}});
-        for (const auto& snapshot : snapshots_) {
-            if (snapshot->frozen != nullptr)
-                continue;
-            const SnapshotRecord& record = snapshot->entry.record;
-            maps.push_back({.root = record.root,
-                            .levels = static_cast<std::uint32_t>(record.levels),
-                            .generation = 0,
-                            .replay_start = {}});
-            walked.push_back(snapshot);
+        for (const auto* const list : {&snapshots_, &retained_}) {
+            for (const auto& snapshot : *list) {
+                if (snapshot->frozen != nullptr)
+                    continue;
+                const SnapshotRecord& record = snapshot->entry.record;
+                maps.push_back({.root = record.root,
+                                .levels = static_cast<std::uint32_t>(record.levels),
+                                .generation = 0,
+                                .replay_start = {}});
+                walked.push_back(snapshot);
+            }
         }
     }
     SpaceWalk walk(*this, std::move(maps), std::move(foreign));
     walk.run();
     SnapshotSpace space{.snapshot_bytes = walk.snapshot_blocks() * kBlockBytes, .alone_bytes = {}};
-    for (std::size_t i = 0; i < walked.size(); ++i)
+    for (std::size_t i = 0; i < walked.size(); ++i) {
+        if ((walked[i]->entry.record.flags & kSnapshotIsCheckpoint) != 0)
+            continue;
         space.alone_bytes.emplace_back(walked[i]->entry.record.id, walk.alone_blocks(i + 1) * kBlockBytes);
+    }
     return space;
 }
 

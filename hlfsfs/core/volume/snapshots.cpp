@@ -86,25 +86,28 @@ class SnapshotView final : public DataVolume {
     const std::uint64_t node_id_;
 };
 
+Volume::SnapshotInfo Volume::info_of(const DirectoryEntry& snapshot) {
+    const SnapshotRecord& record = snapshot.record;
+    return {.id = record.id,
+            .parent_id = record.parent_id,
+            .group_id = record.group_id,
+            .name = snapshot.name,
+            .sequence = record.sequence,
+            .time_ns = record.time_ns,
+            .mtime_ns = record.mtime_ns,
+            .ctime_ns = record.ctime_ns,
+            .size_bytes = record.size_bytes,
+            .allocated_bytes = record.mapped_blocks * kBlockBytes,
+            .mode = record.mode,
+            .uid = record.uid,
+            .gid = record.gid};
+}
+
 std::vector<Volume::SnapshotInfo> Volume::snapshots() const {
     const Lock lock(mutex_);
     std::vector<SnapshotInfo> found;
-    for (const auto& snapshot : snapshots_) {
-        const SnapshotRecord& record = snapshot->entry.record;
-        found.push_back({.id = record.id,
-                         .parent_id = record.parent_id,
-                         .group_id = record.group_id,
-                         .name = snapshot->entry.name,
-                         .sequence = record.sequence,
-                         .time_ns = record.time_ns,
-                         .mtime_ns = record.mtime_ns,
-                         .ctime_ns = record.ctime_ns,
-                         .size_bytes = record.size_bytes,
-                         .allocated_bytes = record.mapped_blocks * kBlockBytes,
-                         .mode = record.mode,
-                         .uid = record.uid,
-                         .gid = record.gid});
-    }
+    for (const auto& snapshot : snapshots_)
+        found.push_back(info_of(snapshot->entry));
     return found;
 }
 
@@ -145,15 +148,19 @@ void Volume::check_new_name(const std::string& name) const {
         fail(EEXIST, "there is a snapshot of that name");
 }
 
-// Whether the entry can be published now, as the first of an open chunk; if not, what it needs is asked for.
-bool Volume::ready_for(const SnapEntry& entry) {
+void Volume::check_new_snapshot(std::uint64_t id, const std::string& name) const {
     if (read_only_)
         fail(EROFS, "the volume is read-only");
-    check_new_name(entry.name);
-    if (entry.header.id == 0 || find_snapshot(entry.header.id) != nullptr)
+    check_new_name(name);
+    if (id == 0 || find_snapshot(id) != nullptr)
         fail(EEXIST, "there is a snapshot of that id");
     if (snapshots_.size() >= kMostSnapshots)
         fail(EDQUOT, "the volume has as many snapshots as there may be");
+}
+
+// Whether the entry can be published now, as the first of an open chunk; if not, what it needs is asked for.
+bool Volume::ready_for(const SnapEntry& entry) {
+    check_new_snapshot(entry.header.id, entry.name);
     if (frozen_.size() >= kMostFrozen) {
         request_checkpoint();
     } else if (!broken_ && seal_open()) {
@@ -383,9 +390,17 @@ Volume::Frozen* Volume::apply_snap(const SnapEntry& entry, std::uint64_t sequenc
     const auto at = std::find_if(snapshots_.begin(), snapshots_.end(), [&entry](const auto& snapshot) {
         return snapshot->entry.record.id == entry.header.id;
     });
-    if (entry.header.operation != SnapOperation::create) {
+    if (entry.header.operation == SnapOperation::promote) {
         if (at == snapshots_.end())
+            apply_promotion(entry);
+        return nullptr;
+    }
+    if (entry.header.operation != SnapOperation::create) {
+        if (at == snapshots_.end()) {
+            if (entry.header.operation == SnapOperation::remove)
+                forget_retained(entry.header.id);
             return nullptr;
+        }
         if (entry.header.operation == SnapOperation::roll_back) {
             rebase(entry);
             return nullptr;
@@ -422,6 +437,11 @@ Volume::Frozen* Volume::apply_snap(const SnapEntry& entry, std::uint64_t sequenc
         return nullptr;
     }
     Frozen* const made = overlay_.empty() ? nullptr : &freeze_now();
+    if (made != nullptr) {
+        made->sequence = sequence;
+        made->time_ns = entry.header.time_ns;
+        made->parent_id = entry.header.parent_id;
+    }
     record.mapped_blocks = mapped_estimate();
     snapshot->frozen = frozen_.back().get();
     frozen_.back()->snapshots.push_back(snapshot);
@@ -445,13 +465,16 @@ void Volume::load_snapshots(const Checkpoint& checkpoint, const std::vector<std:
         if (block.size() != kBlockBytes || (crc32c_block(block.data()) & kCheckMask) != pointer_check(pointer))
             throw FormatError("snapshot directory damaged");
         for (DirectoryEntry& entry : decode_directory_block(block)) {
-            if (snapshots_.size() >= kMostSnapshots || find_snapshot(entry.record.id) != nullptr)
+            const bool is_checkpoint = (entry.record.flags & kSnapshotIsCheckpoint) != 0;
+            auto& list = is_checkpoint ? retained_ : snapshots_;
+            const auto same = [&entry](const auto& each) { return each->entry.record.id == entry.record.id; };
+            if (list.size() >= kMostSnapshots || std::ranges::any_of(list, same))
                 throw FormatError("snapshot directory malformed");
             if ((entry.record.flags & kSnapshotIsHeads) != 0)
                 head_parent_id_ = entry.record.id;
             auto snapshot = std::make_shared<Snapshot>();
             snapshot->entry = std::move(entry);
-            snapshots_.push_back(std::move(snapshot));
+            list.push_back(std::move(snapshot));
         }
         ChainHeader header;
         std::memcpy(&header, block.data(), sizeof header);
@@ -487,6 +510,7 @@ std::vector<Volume::KeptMap> Volume::snapshot_maps() const {
                             .replay_start = {}});
     };
     std::for_each(snapshots_.begin(), snapshots_.end(), add);
+    std::for_each(retained_.begin(), retained_.end(), add);
     std::for_each(removed_snapshots_.begin(), removed_snapshots_.end(), add);
     return maps;
 }

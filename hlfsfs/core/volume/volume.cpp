@@ -100,6 +100,7 @@ Volume::Stats Volume::stats() const {
     }
     stats.cleaned_bytes = cleaned_blocks_ * kBlockBytes;
     stats.moved_bytes = moved_blocks_ * kBlockBytes;
+    stats.retained_checkpoints = retained_.size();
     stats.epoch = epoch_;
     stats.sequence = next_sequence_ - 1;
     stats.durable_sequence = durable_end_ - 1;

@@ -187,6 +187,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         // From this segment on the cleaner may touch none yet; and what of live_bytes is there.
         std::uint64_t first_pinned_segno, pinned_live_bytes;
         std::uint64_t cleaned_bytes, moved_bytes;
+        std::uint64_t retained_checkpoints;
         bool read_only;
     };
     [[nodiscard]] Stats stats() const;
@@ -255,6 +256,18 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
                                                              std::uint64_t first_block, std::size_t most);
     // Read-only; `node_id` is what its attributes tell. nullptr: there is none.
     [[nodiscard]] std::shared_ptr<DataVolume> open_snapshot(std::uint64_t id, std::uint64_t node_id);
+
+    // --- retained checkpoints (retention.cpp)
+    // What the newest checkpoint holds, and each that follows, can be promoted for that long, and those that are
+    // retained already for as long or longer; 0: none that follows, and each of the others as it was to be. Time is the
+    // wall clock's.
+    void retain(std::uint64_t window_ns);
+    // The oldest first, without names.
+    [[nodiscard]] std::vector<SnapshotInfo> retained() const;
+    // Makes a snapshot of a retained checkpoint, which stays. Throws as create_snapshot(); ENOENT: it is not retained.
+    void promote(std::uint64_t checkpoint_id, std::uint64_t id, const std::string& name, Ownership owner);
+    // Retains none of those that are now; durable on return. Waits for space. Throws std::system_error.
+    void drop_retained();
 
     // --- clones (clones.cpp)
     // What a volume that was just made holds is what the beginning of a snapshot of another one does, down to the
@@ -500,7 +513,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void write_segment_table(std::uint64_t generation, const std::vector<std::int64_t>& live_delta, Checkpoint& record);
 
     // snapshots (snapshots.cpp)
+    [[nodiscard]] static SnapshotInfo info_of(const DirectoryEntry& snapshot);
     [[nodiscard]] Snapshot* find_snapshot(std::uint64_t id) const;
+    void check_new_snapshot(std::uint64_t id, const std::string& name) const;
     void check_new_name(const std::string& name) const;
     [[nodiscard]] bool ready_for(const SnapEntry& entry);
     void take_snapshot(SnapEntry entry, std::uint64_t time_ns);
@@ -515,6 +530,19 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void load_snapshots(const Checkpoint& checkpoint, const std::vector<std::pair<std::uint64_t, int>>& segments);
     [[nodiscard]] std::vector<KeptMap> snapshot_maps() const;
     void forget_removed_snapshots();
+
+    // retained checkpoints (retention.cpp)
+    [[nodiscard]] std::shared_ptr<Snapshot> retain_pending(const Frozen& merged,
+                                                           const PendingCheckpoint& pending) const;
+    [[nodiscard]] std::vector<std::uint64_t> expired(std::uint64_t now_ns, bool patient) const;
+    [[nodiscard]] bool is_last_retained(Pointer root, std::uint64_t size_bytes) const;
+    [[nodiscard]] bool retention_ends() const;
+    void expire_retained();
+    void remove_retained(std::uint64_t id);
+    void forget_retained(std::uint64_t id);
+    void apply_promotion(const SnapEntry& entry);
+    [[nodiscard]] std::shared_ptr<Snapshot> checkpoint_of(const SnapshotRecord& record) const;
+    void maybe_retain(std::uint64_t now_ns);
 
     // recovery (recovery.cpp)
     struct Replay;
@@ -551,6 +579,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::deque<std::unique_ptr<Frozen>> frozen_;                // the oldest first
     std::vector<std::shared_ptr<Snapshot>> snapshots_;          // by sequence
     std::vector<std::shared_ptr<Snapshot>> removed_snapshots_;  // kept by readers, or until that is durable
+    std::vector<std::shared_ptr<Snapshot>> retained_;           // checkpoints, the oldest first
+    std::uint64_t retain_ns_ = 0;                               // for so long; 0: no more of them
+    std::uint64_t retention_looked_ns_ = 0;                     // when that was last a reason for a checkpoint
     std::uint64_t head_parent_id_ = 0;                          // the snapshot that the head came from; 0: none
     std::uint64_t snapshots_forgotten_ = 0;                     // of those: pins that were found earlier may be gone
     // Behind the volume's end the map may lead to what the volume does not hold: whatever makes it longer cuts that

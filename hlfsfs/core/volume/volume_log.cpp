@@ -652,8 +652,10 @@ void Volume::tick(std::uint64_t now_ns) noexcept {
     if (!parked_.empty())
         wake();
     // Its entries count against the bound of all volumes, although nobody writes to this one.
-    if (!read_only_)
+    if (!read_only_) {
         maybe_checkpoint();
+        maybe_retain(now_ns);
+    }
     // With much to gain for the cleaner, sooner.
     const bool much =
         (log_slots_ - log_slots_at_checkpoint_) * kBlockBytes > kMuchLogBytes || !overlay_.punched().empty();

@@ -18,8 +18,10 @@ from typing import Any
 from hlfsfs.engine import Engine, EngineOptions, Volume
 from hlfsfs.errors import StoreFailed
 from hlfsfs.pool import (
+    FORGET_ATTRIBUTE,
     GROUP_ATTRIBUTE,
     HOLD_ATTRIBUTE,
+    PROMOTE_ATTRIBUTE,
     RELEASE_ATTRIBUTE,
     ROLLBACK_ATTRIBUTE,
     AttributeChanges,
@@ -78,6 +80,7 @@ class Player:
         self._handles: list[int] = []
         self._dead: list[Any] = []  # engines whose rings must not be tidied up
         self._flushing: list[threading.Thread] = []
+        self._moments: dict[tuple[int, str], int] = {}
 
     def volume(self, path: str) -> Volume:
         return self.world.names.volume(self.world.names.resolve(path.encode()))
@@ -207,6 +210,21 @@ class Player:
         order = json.dumps({"snapshot": name}).encode()
         self.world.names.setxattr(self._snapshots(path), ROLLBACK_ATTRIBUTE.encode(), order)
 
+    def retain(self, path: str, moment: str) -> None:
+        """A checkpoint, and checkpoints are retained from now on, in this life."""
+        volume = self.volume(path)
+        volume.retain(NEVER_S)
+        self.world.engine.checkpoint(volume)
+        self._moments[volume.id, moment] = time.time_ns()
+
+    def promote(self, path: str, moment: str, name: str) -> None:
+        at_ns = self._moments.get((self.volume(path).id, moment), 0)
+        order = json.dumps({"name": name, "at_ns": at_ns}).encode()
+        self.world.names.setxattr(self._snapshots(path), PROMOTE_ATTRIBUTE.encode(), order)
+
+    def forget_retained(self, path: str) -> None:
+        self.world.names.setxattr(self._snapshots(path), FORGET_ATTRIBUTE.encode(), b"{}")
+
     def clone(self, path: str, name: str, new: str) -> None:
         """Of a snapshot, or of the volume just now."""
         source = os.path.join(self._snapshot_path(path), name) if name else path
@@ -287,6 +305,10 @@ def _release_hold(now: Snapshots, _content: str, name: str, tag: str) -> Snapsho
     return {**now, name: HELD.join([content, *(each for each in tags if each != tag)])}
 
 
+def _promote(now: Snapshots, content: str, _moment: str, name: str) -> Snapshots:
+    return {**now, name: content}
+
+
 def _unsnapshot(now: Snapshots, _content: str, name: str) -> Snapshots:
     return {each: content for each, content in now.items() if each != name}
 
@@ -303,6 +325,8 @@ class Kind:
         clones: what its last argument names comes to be with the content of the snapshot that the one before names, or
             of the volume at its path.
         copies: the third argument names what comes to have the bytes between the last two, from where `clones` has it.
+        retains: the content is that of the moment which its last argument names, and what `snapshots` of a kind with
+            that moment is given.
         rolls_back: the content becomes that of the snapshot which is named last.
         durable: what it makes durable of what was acknowledged before it, itself included: the volume at its path, or
             all of them. A write does if its last argument says so.
@@ -315,6 +339,7 @@ class Kind:
     snapshots: SnapshotChange | None = None
     clones: bool = False
     copies: bool = False
+    retains: bool = False
     rolls_back: bool = False
     durable: str = ""
     alone: bool = False
@@ -341,6 +366,9 @@ KINDS = {
     "clean": Kind(Player.clean, durable="path", alone=True),
     "snapshot": Kind(Player.snapshot, snapshots=_snapshot, durable="path"),
     "group": Kind(Player.group, paths=2, snapshots=_snapshot, durable="path"),
+    "retain": Kind(Player.retain, retains=True, durable="path", alone=True),
+    "promote": Kind(Player.promote, snapshots=_promote, durable="path", alone=True),
+    "forget_retained": Kind(Player.forget_retained, durable="path", alone=True),
     "rename_snapshot": Kind(Player.rename_snapshot, snapshots=_rename_snapshot, durable="path"),
     "unsnapshot": Kind(Player.unsnapshot, snapshots=_unsnapshot, durable="path"),
     "hold": Kind(Player.hold, snapshots=_hold, durable="path"),

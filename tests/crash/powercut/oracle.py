@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.crash.powercut.operations import HELD, KINDS, History, Snapshots
+from tests.crash.powercut.operations import HELD, KINDS, History, Kind, SnapshotChange, Snapshots
 from tests.crash.powercut.worker import Found, digest
 from tests.engine.contents import written
 from tests.pool.views import View
@@ -20,17 +20,23 @@ from tests.pool.views import View
 class _Volume:
     """Contents in order, each from the event on by which it may be there; at which event how many of them must be.
 
-    Snapshots in order, each state with the events between which it came to be.
+    Snapshots in order, each state with the events between which it came to be. What is retained, by its moment.
     """
 
     now: bytes = b""
     contents: list[tuple[int, str]] = field(default_factory=list)
     floors: list[tuple[int, int]] = field(default_factory=list)
     snapshots: list[tuple[int, int, Snapshots]] = field(default_factory=lambda: [(-1, -1, {})])
+    retained: dict[str, str] = field(default_factory=dict)
 
     def allowed(self, cut: int) -> list[str]:
         floor = max((index for event, index in self.floors if event < cut), default=0)
         return [content for event, content in self.contents[floor:] if event < cut]
+
+    def change_snapshots(self, change: SnapshotChange, *arguments: str) -> Snapshots:
+        """Those that there are then; the content is that of now, or of the moment that comes first."""
+        content = self.retained.get(arguments[0], self.contents[-1][1])
+        return change(self.snapshots[-1][2], content, *arguments)
 
     def allowed_snapshots(self, cut: int) -> list[Snapshots]:
         last = max(i for i, (_, done, _) in enumerate(self.snapshots) if done < cut)
@@ -89,23 +95,28 @@ class Oracle:
             paths = [path.encode() for path in arguments[: kind.paths]]
             changed = [self._volumes[self._names[path][1]] for path in paths if self._is_volume(path)]
             for volume in changed:
-                if kind.change is not None:
-                    self._change(volume, do, kind.change(volume.now, *arguments[kind.paths :]))
-                if kind.copies:
-                    target, first, end = self._volumes[self._names[arguments[2].encode()][1]], *arguments[3:]
-                    copied = written(target.now, first, self._cloned(arguments[:3])[first:end])
-                    self._change(target, do, iter([copied]))
-                if kind.rolls_back:
-                    self._change(volume, do, iter([self._bytes[volume.snapshots[-1][2][arguments[-1]].split(HELD)[0]]]))
-                if kind.snapshots is not None:
-                    now = kind.snapshots(volume.snapshots[-1][2], volume.contents[-1][1], *arguments[kind.paths :])
-                    volume.snapshots.append((do, done, now))
+                self._apply(kind, volume, arguments, do, done)
             for volume in self._made_durable(kind.durable, changed, arguments):
                 volume.floors.append((done, len(volume.contents) - 1))
             if name == "group":
                 group = ([self._names[path][1] for path in paths], arguments[-1])
         self._names = after
         self._steps.append(_Step(do, done, after, group))
+
+    def _apply(self, kind: Kind, volume: _Volume, arguments: list[Any], do: int, done: int) -> None:
+        if kind.change is not None:
+            self._change(volume, do, kind.change(volume.now, *arguments[kind.paths :]))
+        if kind.copies:
+            target, first, end = self._volumes[self._names[arguments[2].encode()][1]], *arguments[3:]
+            copied = written(target.now, first, self._cloned(arguments[:3])[first:end])
+            self._change(target, do, iter([copied]))
+        if kind.rolls_back:
+            self._change(volume, do, iter([self._bytes[volume.snapshots[-1][2][arguments[-1]].split(HELD)[0]]]))
+        if kind.retains:
+            volume.retained[arguments[-1]] = volume.contents[-1][1]
+        if kind.snapshots is not None:
+            now = volume.change_snapshots(kind.snapshots, *arguments[kind.paths :])
+            volume.snapshots.append((do, done, now))
 
     def _is_volume(self, path: bytes) -> bool:
         return path in self._names and self._names[path][1] in self._volumes
