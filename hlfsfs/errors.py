@@ -401,6 +401,46 @@ class RingMissing(HlfsError):
 # --- damage ----------------------------------------------------------------------------------------------------
 
 
+class StreamDamaged(HlfsError):
+    """A stream that is not what `hlfs send` wrote."""
+
+    errno = _errno.EBADMSG
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}; send it again")
+        self.what = what
+
+
+class StreamCut(HlfsError):
+    """A stream that is right as far as it goes."""
+
+    errno = _errno.EPIPE
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+        self.what = what
+
+
+class StreamMismatch(HlfsError):
+    """A stream that goes on from something else than what is there."""
+
+    errno = _errno.EINVAL
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+        self.what = what
+
+
+class StreamVersion(HlfsError):
+    """A stream of a later version."""
+
+    errno = _errno.EPROTONOSUPPORT
+
+    def __init__(self, what: str, version: int) -> None:
+        super().__init__(f"{what}: of version {version}, which this hlfs does not know; use a newer one to receive it")
+        self.what = what
+
+
 class Damaged(HlfsError):
     """Stored bytes that are not what HLFS wrote. One damaged object leaves the others working."""
 

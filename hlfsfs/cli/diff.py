@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from hlfsfs.cli.output import print_json
-from hlfsfs.cli.snapshot_places import VolumeSnapshots, snapshots_of
+from hlfsfs.cli.snapshot_places import VolumeSnapshots, snapshots_of, split_snapshot
 from hlfsfs.errors import UsageError, printable
 
 
@@ -21,9 +21,7 @@ def diff(before: str, after: str, as_json: bool) -> None:
     `data` now or a `hole`. Found without reading data, in whole blocks of 4096 bytes; what was written again with the
     same content counts as changed.
     """
-    volume, separator, first = before.rpartition("@")
-    if not separator:
-        raise UsageError(f"{printable(before)}: name a snapshot, as in VOLUME@SNAPSHOT")
+    volume, first = split_snapshot(before)
     second = _snapshot_of(volume, after)
     with snapshots_of(volume, f"hlfs diff PATH@{first} PATH{f'@{second}' if second else ''}") as found:
         report = _report(found, first, second)

@@ -60,10 +60,22 @@ def _pool() -> click.Command:
     return pool
 
 
+def _receive() -> click.Command:
+    from hlfsfs.cli.receive import receive  # noqa: PLC0415
+
+    return receive
+
+
 def _rollback() -> click.Command:
     from hlfsfs.cli.rollback import rollback  # noqa: PLC0415
 
     return rollback
+
+
+def _send() -> click.Command:
+    from hlfsfs.cli.send import send  # noqa: PLC0415
+
+    return send
 
 
 def _snapshot() -> click.Command:
@@ -98,7 +110,9 @@ COMMANDS: dict[str, Callable[[], click.Command]] = {
     "flatten": _flatten,
     "mount": _mount,
     "pool": _pool,
+    "receive": _receive,
     "rollback": _rollback,
+    "send": _send,
     "snapshot": _snapshot,
     "stat": _stat,
     "umount": _umount,

@@ -1,9 +1,10 @@
 """How commands print: sizes, times and tables for people, JSON for programs."""
 
+import fcntl
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any
 
@@ -12,6 +13,9 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 from rich.text import Text
+
+# What a pipe may hold without privilege.
+PIPE_BYTES = 1 << 20
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -40,6 +44,12 @@ def format_value(key: str, value: Any) -> str:
     if key.endswith("_bytes"):
         return format_size(value)
     return format_time(value) if key.endswith("_ns") else str(value)
+
+
+def widen_pipe(fd: int) -> None:
+    """Has a pipe hold as much as it may, so that its two ends wait for each other less; nothing of what is none."""
+    with suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from hlfsfs.cli.mounted import NotInAMount, path_error
@@ -22,6 +22,7 @@ from hlfsfs.errors import (
     NotAPool,
     NotAVolume,
     RefusedName,
+    StoreFailed,
     TooManySnapshots,
     UsageError,
     VolumeBusy,
@@ -38,6 +39,7 @@ from hlfsfs.pool import (
     RELEASE_ATTRIBUTE,
     ROLLBACK_ATTRIBUTE,
     STATS_ATTRIBUTE,
+    SnapshotFile,
     not_retained,
 )
 from hlfsfs.store import locate
@@ -102,6 +104,10 @@ class VolumeSnapshots(ABC):
         """Of a snapshot, or of the volume."""
 
     @abstractmethod
+    def open(self, name: str) -> AbstractContextManager["SnapshotReader"]:
+        """What a snapshot holds."""
+
+    @abstractmethod
     def page(self, attribute: str, name: str | None) -> bytes:
         """An attribute of a snapshot, or of the volume."""
 
@@ -130,6 +136,70 @@ class VolumeSnapshots(ABC):
     def release(self, name: str, tag: str) -> None:
         """Ends a hold."""
         self.order(RELEASE_ATTRIBUTE, name, tag)
+
+
+class SnapshotReader(ABC):
+    """A snapshot that is open. Methods may be called from any thread."""
+
+    @abstractmethod
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """All of that, which the snapshot has."""
+
+    @abstractmethod
+    def seek(self, offset: int, whence: int) -> int | None:
+        """As SEEK_DATA or SEEK_HOLE; None: there is no more data."""
+
+    def extents(self, start: int, size_bytes: int) -> Iterator[tuple[int, int, bool]]:
+        """Offset and size of what holds data, from an offset on."""
+        while start < size_bytes and (data := self.seek(start, os.SEEK_DATA)) is not None and data < size_bytes:
+            start = min(self.seek(data, os.SEEK_HOLE) or size_bytes, size_bytes)
+            yield data, start - data, True
+
+
+class _MountedReader(SnapshotReader):
+    def __init__(self, fd: int, what: str) -> None:
+        self._fd = fd
+        self._what = what
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        try:
+            data = os.pread(self._fd, size_bytes, offset)
+            while len(data) < size_bytes and (more := os.pread(self._fd, size_bytes - len(data), offset + len(data))):
+                data += more
+        except OSError as exc:
+            raise path_error(self._what, exc) from exc
+        return _whole(data, size_bytes, self._what)
+
+    def seek(self, offset: int, whence: int) -> int | None:
+        try:
+            return os.lseek(self._fd, offset, whence)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                return None
+            raise path_error(self._what, exc) from exc
+
+
+class _OfflineReader(SnapshotReader):
+    def __init__(self, file: SnapshotFile, what: str) -> None:
+        self._file = file
+        self._what = what
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        return _whole(self._file.read(offset, size_bytes), size_bytes, self._what)
+
+    def seek(self, offset: int, whence: int) -> int | None:
+        try:
+            return self._file.seek(offset, whence)
+        except StoreFailed as exc:
+            if exc.errno == errno.ENXIO:
+                return None
+            raise
+
+
+def _whole(data: bytes, size_bytes: int, what: str) -> bytes:
+    if len(data) < size_bytes:
+        raise HlfsError(f"{what}: it is shorter than it was")
+    return data
 
 
 class Mounted(VolumeSnapshots):
@@ -202,6 +272,15 @@ class Mounted(VolumeSnapshots):
     def size_bytes(self, name: str | None) -> int:
         with self._errors(name or ""):
             return os.stat(self._path if name is None else self._at(name)).st_size
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[SnapshotReader]:
+        with self._errors(name):
+            fd = os.open(self._at(name), os.O_RDONLY)
+        try:
+            yield _MountedReader(fd, self._what(name))
+        finally:
+            os.close(fd)
 
     def page(self, attribute: str, name: str | None) -> bytes:
         with self._errors(name or ""):
@@ -306,6 +385,16 @@ class Offline(VolumeSnapshots):
     def size_bytes(self, name: str | None) -> int:
         return self._names.getattr(self._node(name)).size_bytes
 
+    @contextmanager
+    def open(self, name: str) -> Iterator[SnapshotReader]:
+        node_id = self._node(name)
+        file = self._names.open(node_id, os.O_RDONLY)
+        try:
+            assert isinstance(file, SnapshotFile)
+            yield _OfflineReader(file, f"{self._uri}%{printable(name)}")
+        finally:
+            self._names.release(node_id)
+
     def page(self, attribute: str, name: str | None) -> bytes:
         return self._names.getxattr(self._node(name), attribute.encode())
 
@@ -319,6 +408,14 @@ class Offline(VolumeSnapshots):
     def order(self, attribute: str, name: str, tag: str) -> None:
         value = json.dumps({"snapshot": name, "tag": tag}).encode()
         self._names.setxattr(self._directory, attribute.encode(), value)
+
+
+def split_snapshot(text: str) -> tuple[str, str]:
+    """The volume and the snapshot's name of `VOLUME@SNAPSHOT`. Raises UsageError."""
+    volume, separator, name = text.rpartition("@")
+    if not separator or not name:
+        raise UsageError(f"{printable(text)}: name a snapshot, as in VOLUME@SNAPSHOT")
+    return volume, name
 
 
 @contextmanager

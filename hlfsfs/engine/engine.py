@@ -245,7 +245,7 @@ class Engine:
             volume.forget_origin()
             self._checkpoint_both(volume)
         finally:
-            volume.retain(self._options.retain_s)
+            self.retain_again(volume)
         return copied_bytes
 
     def _bring_in(self, volume: Volume, progress: Callable[[int, int], None]) -> int:
@@ -298,7 +298,8 @@ class Engine:
         except BaseException:
             self._forget(record.id)
             raise
-        volume.retain(self._options.retain_s)
+        if record.receiving is None:
+            self.retain_again(volume)
         self.core.publish_volume(native)
         return volume
 
@@ -460,7 +461,7 @@ class Engine:
         except HlfsError as exc:
             log.warning("%s: its retained checkpoints stay: %s", volume.what, exc)
         finally:
-            volume.retain(self._options.retain_s)
+            self.retain_again(volume)
 
     def clean(
         self, volume: Volume, *, dry_run: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
@@ -570,6 +571,10 @@ class Engine:
                 self.checkpoint(volume)
             except HlfsError as exc:
                 log.warning("%s: no checkpoint after its rollback: %s", volume.what, exc)
+
+    def retain_again(self, volume: Volume) -> None:
+        """Has checkpoints be retained as the options say, after `Volume.retain` said something else."""
+        volume.retain(self._options.retain_s)
 
     def snapshot_space(self, volume: Volume) -> SnapshotSpace:
         """`Volume.snapshot_space` that knows every snapshot, which takes a checkpoint where one is new."""

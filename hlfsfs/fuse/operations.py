@@ -71,6 +71,7 @@ class ControlOperations(pyfuse3.Operations):
         super().__init__()
         self.namespace = namespace
         self._invalidate = invalidate
+        namespace.tell_of_changes(invalidate)
         self._on_init = on_init
         self._limiter = trio.CapacityLimiter(WORKERS)
         # A listing under way, by directory; only a cache: it is made again where it is missing.

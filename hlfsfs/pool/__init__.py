@@ -4,6 +4,7 @@ from hlfsfs.pool.attributes import AttributeChanges, Attributes, Defaults, Entry
 from hlfsfs.pool.moments import format_moment, not_retained, parse_moment
 from hlfsfs.pool.namespace import Namespace
 from hlfsfs.pool.node_ids import ROOT_ID, UNKNOWN_ID
+from hlfsfs.pool.snapshots import SnapshotFile
 from hlfsfs.pool.sweep import SweepReport
 from hlfsfs.pool.xattrs import CHANGES as CHANGES_PREFIX
 from hlfsfs.pool.xattrs import CHECKPOINTS as CHECKPOINTS_PREFIX
@@ -15,6 +16,7 @@ from hlfsfs.pool.xattrs import GROUP as GROUP_ATTRIBUTE
 from hlfsfs.pool.xattrs import HOLD as HOLD_ATTRIBUTE
 from hlfsfs.pool.xattrs import LIST as LIST_PREFIX
 from hlfsfs.pool.xattrs import PROMOTE as PROMOTE_ATTRIBUTE
+from hlfsfs.pool.xattrs import RECEIVE as RECEIVE_ATTRIBUTE
 from hlfsfs.pool.xattrs import RELEASE as RELEASE_ATTRIBUTE
 from hlfsfs.pool.xattrs import ROLLBACK as ROLLBACK_ATTRIBUTE
 from hlfsfs.pool.xattrs import STATS as STATS_ATTRIBUTE
@@ -30,6 +32,7 @@ __all__ = [
     "HOLD_ATTRIBUTE",
     "LIST_PREFIX",
     "PROMOTE_ATTRIBUTE",
+    "RECEIVE_ATTRIBUTE",
     "RELEASE_ATTRIBUTE",
     "ROLLBACK_ATTRIBUTE",
     "ROOT_ID",
@@ -40,6 +43,7 @@ __all__ = [
     "Defaults",
     "EntryAttributes",
     "Namespace",
+    "SnapshotFile",
     "SweepReport",
     "format_moment",
     "not_retained",

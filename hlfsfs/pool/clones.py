@@ -95,6 +95,8 @@ class Clones:
             node = source if isinstance(source, VolumeNode) else source.volume
             with self._volumes.using(node) as volume:
                 self._volumes.check_writable(node, volume)
+                if isinstance(source, VolumeNode):
+                    self._volumes.require_settled(node)
                 origin = node.require_record()
                 if uid not in (0, origin.uid):
                     raise NotPermitted(f"{self._shared.what(node)}: its owner or root may clone it; others may copy it")
@@ -131,6 +133,8 @@ class Clones:
                 return None
             with self._volumes.using(node) as origin:
                 self._volumes.check_writable(node, origin)
+                if isinstance(source, VolumeNode) and node.require_record().receiving is not None:
+                    return None
                 snapshot_id = source.id if isinstance(source, SnapshotNode) else new_id()
                 sequence = origin.sequence
                 record = node.require_record()

@@ -21,6 +21,7 @@ from hlfsfs.pool.flattening import Flattening
 from hlfsfs.pool.names import SNAPSHOTS, check_length
 from hlfsfs.pool.node_ids import ROOT_ID, mark_of
 from hlfsfs.pool.properties import AnyNode, Properties
+from hlfsfs.pool.receiving import Receiver
 from hlfsfs.pool.renames import Place, Renames
 from hlfsfs.pool.snapshots import PoolSnapshots, SnapshotFile, SnapshotNode, Snapshots, VolumeSnapshots, only_read
 from hlfsfs.pool.sweep import Sweep, SweepReport
@@ -69,9 +70,21 @@ class Namespace:
         self._clones = clones.Clones(self._shared, self._volumes, self._changes, self._snapshots)
         self._copies = Copies(self._volumes, self._clones)
         self._flattening = Flattening(self._shared, self._clones)
+        self._receiver = Receiver(self._shared, self._volumes, self._changes, self._snapshots)
         self._properties = Properties(
-            self._shared, self._volumes, self._changes, self._snapshots, self._clones, self._cleaning, self._flattening
+            self._shared,
+            self._volumes,
+            self._changes,
+            self._snapshots,
+            self._clones,
+            self._cleaning,
+            self._flattening,
+            self._receiver,
         )
+
+    def tell_of_changes(self, content_changed: Callable[[int], None]) -> None:
+        """Has that be told which volumes, by id, hold something else than their readers may remember."""
+        self._receiver.content_changed = content_changed
 
     def sweep(self, held: Collection[int] = ()) -> SweepReport:
         """Settles what a crash left half-way, and deletes volumes that lost their name.
@@ -79,12 +92,13 @@ class Namespace:
         Args:
             held: ids of volumes without a name which still have open handles, after a restart of the server only.
         """
-        return Sweep(self._shared, self._volumes, self._changes, self._clones, held).run()
+        return Sweep(self._shared, self._volumes, self._changes, self._clones, self._receiver, held).run()
 
     def close(self) -> None:
         """Stops cleaning, deletes volumes that were kept only because they were open. The engine is its owner's."""
         self._cleaning.close()
         self._flattening.close()
+        self._receiver.close()
         with self._shared.lock:
             opened = [node for node in self._shared.tree.volumes() if node.handles]
         for node in opened:
@@ -240,6 +254,19 @@ class Namespace:
         Raises as `Clones.flatten`, and StaleId, NotAVolume.
         """
         return self._clones.flatten(self._volume(node_id), progress=progress)
+
+    def receive(
+        self, directory_id: int, stream: bytes, *, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> str:
+        """Makes a stream, which another volume of the pool holds, part of a volume; the new snapshot's name.
+
+        What `user.hlfs.receive` orders of the volume's directory of snapshots. Raises as `Receiver.receive`, and
+        StaleId, NotAVolume.
+        """
+        directory = self._node(directory_id)
+        if not isinstance(directory, VolumeSnapshots):
+            raise NotAVolume(self._properties.what(directory))
+        return self._receiver.receive(directory, stream, progress=progress)
 
     # --- changing names ---------------------------------------------------------------------------------------
 

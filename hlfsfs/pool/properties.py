@@ -14,8 +14,9 @@ from hlfsfs.pool.clones import Clones
 from hlfsfs.pool.diffs import Diffs
 from hlfsfs.pool.flattening import Flattening
 from hlfsfs.pool.node_ids import ROOT_ID
+from hlfsfs.pool.receiving import Receiver
 from hlfsfs.pool.snapshot_orders import SnapshotOrders
-from hlfsfs.pool.snapshots import Snapshots
+from hlfsfs.pool.snapshots import Snapshots, VolumeSnapshots
 from hlfsfs.pool.time_travel import TimeTravel
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
@@ -39,6 +40,7 @@ class Properties:
         clones: Clones,
         cleaning: Cleaning,
         flattening: Flattening,
+        receiver: Receiver,
     ) -> None:
         self._shared = shared
         self._volumes = volumes
@@ -47,6 +49,7 @@ class Properties:
         self._clones = clones
         self._cleaning = cleaning
         self._flattening = flattening
+        self._receiver = receiver
         self._time_travel = TimeTravel(shared, volumes, snapshots)
         self._orders = SnapshotOrders(shared, volumes, snapshots, self._time_travel)
         self._diffs = Diffs(shared.engine, volumes, snapshots)
@@ -133,6 +136,7 @@ class Properties:
                 finally:
                     self._volumes.mirror_owner(node, volume)
             if changes.size_bytes is not None:
+                self._volumes.require_settled(node)
                 self._resize(node, volume, changes.size_bytes)
             if changes.ownership or changes.mtime_ns is not None:
                 volume.set_times(changes.mtime_ns, time.time_ns())
@@ -163,10 +167,8 @@ class Properties:
         text = xattrs.parse_name(name)
         if text == xattrs.STATS:
             return json.dumps(self.stats(node)).encode()
-        if text == xattrs.CLEAN:
-            return json.dumps(self._cleaning.state(self._volume(node))).encode()
-        if text == xattrs.FLATTEN:
-            return json.dumps(self._flattening.state(self._volume(node))).encode()
+        if text in (xattrs.CLEAN, xattrs.FLATTEN, xattrs.RECEIVE):
+            return json.dumps(self._run_state(node, text)).encode()
         if text.startswith(xattrs.CHANGES):
             return self._diffs.page(node, text)
         if text.startswith((xattrs.LIST, xattrs.CHECKPOINTS)) and not isinstance(node, Node):
@@ -176,6 +178,14 @@ class Properties:
         if text not in kept:
             raise NoAttribute(self.what(node), text)
         return kept[text]
+
+    def _run_state(self, node: AnyNode, attribute: str) -> dict[str, Any]:
+        if attribute != xattrs.RECEIVE:
+            runs = self._cleaning if attribute == xattrs.CLEAN else self._flattening
+            return runs.state(self._volume(node))
+        if not isinstance(node, VolumeSnapshots):
+            raise NoAttribute(self.what(node), attribute)
+        return self._receiver.state(node.volume)
 
     def setxattr(self, node: AnyNode, name: bytes, value: bytes, flags: int) -> None:
         """See `Namespace.setxattr`."""
@@ -190,6 +200,9 @@ class Properties:
             if isinstance(node, Node):
                 raise NotPermitted(f"{self.what(node)}: {text} is an order to a directory of snapshots")
             self._orders.order(node, text, value)
+            return
+        if text == xattrs.RECEIVE and isinstance(node, VolumeSnapshots):
+            self._receiver.order(node, value)
             return
         what = self.what(node)
         self._change_kept(node, lambda kept: xattrs.with_attribute(kept, text, value, flags, what))

@@ -5,7 +5,6 @@ They arrive as extended attributes that are set there, so that the kernel checks
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TAG_LIMIT_BYTES = 255
-_LATE_CLOSE_S = 0.5
 # All that is told of a snapshot fits into an attribute.
 MAX_HOLDS = 64
 
@@ -157,6 +155,7 @@ class SnapshotOrders:
                 self._snapshots.pool_of(node)
                 volume = stack.enter_context(self._volumes.using(node))
                 self._volumes.check_writable(node, volume)
+                self._volumes.require_settled(node)
                 self._snapshots.require_free(node, volume, name)
                 wanted.append(self._snapshots.new_snapshot(node, volume, name))
             group = SnapshotGroup(id=new_id(), volumes=[node.id for node in nodes])
@@ -197,26 +196,14 @@ class SnapshotOrders:
             VolumeBusy: it is open for writing.
         """
         node = parent.volume
-        self._wait_for_closes(node)
+        self._volumes.wait_for_closes(node)
         with self._shared.changing, self._volumes.using(node) as volume:
             self._volumes.check_writable(node, volume)
+            self._volumes.require_settled(node)
             snapshot = self._snapshots.named(node, volume, name)
-            if self._may_be_written(node, volume):
+            if self._volumes.may_be_written(node, volume):
                 raise VolumeBusy(self._shared.what(node), "it is open for writing; shut down what uses it first")
             self._shared.engine.roll_back(volume, snapshot.id)
-
-    def _may_be_written(self, node: VolumeNode, volume: "Volume") -> bool:
-        counted, writers = volume.open_counts()
-        with self._shared.lock:
-            # Without the native data plane nobody knows which handles may write.
-            return writers > 0 or node.handles > counted
-
-    def _wait_for_closes(self, node: VolumeNode) -> None:
-        # The kernel tells that a handle is gone only after close(2) has returned.
-        end_s = time.monotonic() + _LATE_CLOSE_S
-        with self._volumes.using(node) as volume:
-            while self._may_be_written(node, volume) and time.monotonic() < end_s:
-                time.sleep(0.005)
 
     def hold(self, parent: VolumeSnapshots, name: bytes, tag: str) -> None:
         """Has a snapshot kept until `release_hold` with the same words; durable.

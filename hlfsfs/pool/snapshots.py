@@ -95,6 +95,10 @@ class SnapshotFile:
         """Reads up to `size_bytes`, fewer at the end."""
         return self._volume.read_snapshot(self._id, offset, size_bytes)
 
+    def seek(self, offset: int, whence: int) -> int:
+        """SEEK_DATA or SEEK_HOLE; raises StoreFailed with ENXIO past the last data."""
+        return self._volume.seek_snapshot(self._id, offset, whence)
+
     def write(self, offset: int, data: bytes, dsync: bool = False) -> int:
         """Raises ReadOnly."""
         raise only_read(self._what)
@@ -406,6 +410,7 @@ class Snapshots:
             check_new_snapshot_name(name)
             with self._volumes.using(node) as volume:
                 self._volumes.check_writable(node, volume)
+                self._volumes.require_settled(node)
                 self.require_free(node, volume, name)
                 new = self.new_snapshot(node, volume, name)
                 volume.create_snapshot(name, new.id, new.mode, new.uid, new.gid)
@@ -567,6 +572,11 @@ class Snapshots:
             kept = node.volume.require_record().snapshots
         return next((notes for notes in kept if notes.id == node.id), SnapshotNotes(id=node.id))
 
+    def stream_id(self, node: VolumeNode, snapshot_id: int) -> str:
+        """What streams call a snapshot: the same for all copies of it, wherever they are."""
+        notes = self.notes(SnapshotNode(node, snapshot_id))
+        return notes.received or f"{node.require_record().uuid}/{snapshot_id:016x}"
+
     def write_notes(self, node: VolumeNode, changed: SnapshotNotes | None) -> None:
         """Durable. Those of snapshots that are gone are left out, but for what clones hold: it may be about to come."""
         with self._volumes.using(node) as volume:
@@ -609,6 +619,7 @@ class Snapshots:
             "allocated_bytes": snapshot.allocated_bytes,
             "alone_bytes": space.alone_bytes.get(snapshot.id, 0),
             "group": f"{snapshot.group_id:016x}" if snapshot.group_id else "",
+            "stream_id": self.stream_id(node, snapshot.id),
             "holds": notes.holds,
             "clones": self._names_of(notes.clones),
             "clone_count": len(notes.clones),

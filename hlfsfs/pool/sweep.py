@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from hlfsfs.errors import HlfsError, LogDamaged, RecordDamaged
 from hlfsfs.pool.changes import Changes
 from hlfsfs.pool.clones import Clones
+from hlfsfs.pool.receiving import Receiver
 from hlfsfs.pool.snapshot_orders import remove_group
 from hlfsfs.pool.tree import PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
@@ -32,10 +33,17 @@ class SweepReport:
 class Sweep:
     """One sweep over a tree that was just loaded, before anybody uses it."""
 
-    def __init__(
-        self, shared: Shared, volumes: Volumes, changes: Changes, clones: Clones, held: Collection[int]
+    def __init__(  # noqa: PLR0917 - the rooms that it sweeps
+        self,
+        shared: Shared,
+        volumes: Volumes,
+        changes: Changes,
+        clones: Clones,
+        receiver: Receiver,
+        held: Collection[int],
     ) -> None:
         self._clones = clones
+        self._receiver = receiver
         self._shared = shared
         self._volumes = volumes
         self._changes = changes
@@ -50,6 +58,8 @@ class Sweep:
                     self._sweep_volume(volume)
             if not self._shared.store.read_only:
                 for volume in list(self._shared.tree.volumes()):
+                    with self._reporting():
+                        self._receiver.settle(volume)
                     with self._reporting():
                         self._clones.sweep(volume)
             for pool_id in self._shared.store.list_pool_records():

@@ -4,6 +4,7 @@ All methods are thread-safe. `Shared.lock` guards the counts; no volume I/O happ
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from hlfsfs.engine import Volume
 
 log = logging.getLogger(__name__)
+
+_LATE_CLOSE_S = 0.5
 
 
 class Volumes:
@@ -62,8 +65,22 @@ class Volumes:
             if for_writing:
                 self.check_writable(node, volume)
             with self._shared.lock:
+                self.require_settled(node, for_writing=for_writing)
                 node.handles += 1
             return volume
+
+    def require_settled(self, node: VolumeNode, *, for_writing: bool = True) -> None:
+        """Raises VolumeBusy while a stream is being made part of the volume.
+
+        Who reads it may do so meanwhile, and sees some of both; but not where a crash left it so, and nobody may change
+        that. The caller holds `Shared.lock`, or `Shared.changing`.
+        """
+        if node.require_record().receiving is None:
+            return
+        if self._shared.store.read_only:
+            raise VolumeBusy(self._shared.what(node), "only a part of a stream was received; mount it for writing once")
+        if for_writing:
+            raise VolumeBusy(self._shared.what(node), "a stream is being received into it; wait until that is done")
 
     def check_writable(self, node: VolumeNode, volume: "Volume") -> None:
         """Raises ReadOnly."""
@@ -87,6 +104,20 @@ class Volumes:
             has = "a snapshot" if count == 1 else f"{count} snapshots"
             remedy = "delete them first, with hlfs snapshot delete or with rm in .snapshots"
             raise VolumeBusy(self._shared.what(node), f"not removed: it has {has}; {remedy}")
+
+    def may_be_written(self, node: VolumeNode, volume: "Volume") -> bool:
+        """Whether somebody has it open in a way that lets him write."""
+        counted, writers = volume.open_counts()
+        with self._shared.lock:
+            # Without the native data plane nobody knows which handles may write.
+            return writers > 0 or node.handles > counted
+
+    def wait_for_closes(self, node: VolumeNode) -> None:
+        """Waits a moment: the kernel tells that a handle is gone only after close(2) has returned."""
+        end_s = time.monotonic() + _LATE_CLOSE_S
+        with self.using(node) as volume:
+            while self.may_be_written(node, volume) and time.monotonic() < end_s:
+                time.sleep(0.005)
 
     def release(self, node: VolumeNode) -> None:
         """Gives a handle back; one from before a restart of the server may be unknown here."""

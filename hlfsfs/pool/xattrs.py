@@ -28,6 +28,8 @@ RELEASE = "user.hlfs.release"
 ROLLBACK = "user.hlfs.rollback"
 PROMOTE = "user.hlfs.promote"
 FORGET = "user.hlfs.forget"
+# See `Receiver`.
+RECEIVE = "user.hlfs.receive"
 ORDERS = (GROUP, HOLD, RELEASE, ROLLBACK, PROMOTE, FORGET)
 # File capabilities would have to be dropped at each write, as set-user-ID bits would.
 CAPABILITY = "security.capability"

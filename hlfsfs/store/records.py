@@ -133,12 +133,28 @@ class SnapshotNotes(Record, kw_only=True):
         id: the snapshot's; one that is gone is forgotten when the notes change next.
         holds: who wants it kept, in any words.
         clones: ids of the volumes that read it, of which each names it as its origin; kept while there is one.
+        received: what streams call it, where it came by one.
     """
 
     id: StableId
     xattrs: dict[str, bytes] = {}
     holds: list[str] = []
     clones: list[StableId] = []
+    received: str = ""
+
+
+class Receiving(Record, kw_only=True):
+    """A stream that is being made part of a volume: until that is done, the volume holds some of both.
+
+    Attributes:
+        base: the snapshot that the volume's content was, and is again where it is not done.
+        snapshot: the one that is taken once all of it is there.
+        received: what streams call that one.
+    """
+
+    base: StableId
+    snapshot: StableId
+    received: str
 
 
 class VolumeRecord(Owned, kw_only=True):
@@ -150,7 +166,12 @@ class VolumeRecord(Owned, kw_only=True):
     `had_snapshots` is set, durably, before its first snapshot is taken: whether it has any now is for its log to say.
     """
 
-    nested: ClassVar[dict[str, type[Record]]] = {"logs": LogRef, "origin": Origin, "snapshots": SnapshotNotes}
+    nested: ClassVar[dict[str, type[Record]]] = {
+        "logs": LogRef,
+        "origin": Origin,
+        "snapshots": SnapshotNotes,
+        "receiving": Receiving,
+    }
 
     state: VolumeState
     logs: list[LogRef]
@@ -159,6 +180,7 @@ class VolumeRecord(Owned, kw_only=True):
     origin: Origin | None = None
     had_snapshots: bool = False
     snapshots: list[SnapshotNotes] = []
+    receiving: Receiving | None = None
 
     @property
     def origin_logs(self) -> list[LogRef]:

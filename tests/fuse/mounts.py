@@ -7,6 +7,7 @@ hang the tests with it.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,12 @@ def run(*command: str | Path, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
     )
     assert done.returncode == 0, f"{command}: status {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
+
+
+def pipe(command: str, *words: str | Path) -> str:
+    """Runs a command line in which `hlfs` is the command, and `$1` and so on are words; all of a pipe must succeed."""
+    prelude = f'hlfs() {{ {shlex.join(HLFS)} "$@"; }}; '
+    return run("bash", "-o", "pipefail", "-c", prelude + command, "bash", *words)
 
 
 def stacks(pid: int) -> str:

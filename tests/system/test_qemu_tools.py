@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.fuse.mounts import COMMAND_TIMEOUT_S, Mounted, mounted, needs_fuse, run
+from tests.fuse.mounts import COMMAND_TIMEOUT_S, Mounted, mounted, needs_fuse, pipe, run
 from tests.system.tools import KIB, MIB, changes, lose_power, random_bytes, sh, wait_for
 
 pytestmark = needs_fuse
@@ -52,6 +52,24 @@ def test_convert_both_ways(pool: Path, image: Path, cache: str, tmp_path: Path) 
     source_cache = "none" if cache == "directsync" else "writeback"
     run("qemu-img", "convert", "-T", source_cache, "-f", "raw", "-O", "qcow2", volume, tmp_path / "back.qcow2")
     run("qemu-img", "compare", image, tmp_path / "back.qcow2")
+
+
+def test_a_received_copy_is_the_same_for_qemu(pool: Path, image: Path) -> None:
+    """The whole of an image, then what qemu-io changed of it."""
+    volume, copy = pool / "sent", pool / "received"
+    snapshots = pool / ".snapshots/sent"
+    run("qemu-img", "convert", "-O", "raw", image, volume)
+    run("touch", snapshots / "one")
+    writes = ["write -P 0x66 1M 64k", "discard 10M 4M", "write -P 0x77 30M 512", "write -z 40M 1M"]
+    qemu_io(volume, *writes, cache="writeback")
+    run("touch", snapshots / "two")
+    pipe('hlfs send "$1@one" | hlfs receive "$2"', volume, copy)
+    run("qemu-img", "compare", "-f", "raw", "-F", "raw", snapshots / "one", copy)
+    run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", image, copy)
+    pipe('hlfs send "$1@two" --from one | hlfs receive "$2"', volume, copy)
+    run("qemu-img", "compare", "-f", "raw", "-F", "raw", volume, copy)
+    run("qemu-img", "compare", "-f", "raw", "-F", "raw", snapshots / "one", pool / ".snapshots/received/one")
+    qemu_io(copy, "read -P 0x66 1M 64k", "read -P 0 40M 1M", "write -P 0x12 0 64k", cache="writeback")
 
 
 def test_convert_within_the_mount(pool: Path, image: Path) -> None:

@@ -5,6 +5,7 @@ A new kind is one more entry in `KINDS`.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
@@ -22,12 +23,14 @@ from hlfsfs.pool import (
     GROUP_ATTRIBUTE,
     HOLD_ATTRIBUTE,
     PROMOTE_ATTRIBUTE,
+    RECEIVE_ATTRIBUTE,
     RELEASE_ATTRIBUTE,
     ROLLBACK_ATTRIBUTE,
     AttributeChanges,
     Defaults,
 )
 from hlfsfs.store.disk import Disk
+from hlfsfs.stream import Begin, SnapshotRef, StreamWriter
 from tests.crash.powercut.shim import Shim
 from tests.engine.contents import content, written, zeroed
 from tests.pool.conftest import RealWorld, World
@@ -225,6 +228,37 @@ class Player:
     def forget_retained(self, path: str) -> None:
         self.world.names.setxattr(self._snapshots(path), FORGET_ATTRIBUTE.encode(), b"{}")
 
+    def _reference(self, path: str, name: str) -> SnapshotRef:
+        node_id = self.world.names.resolve(os.path.join(self._snapshot_path(path), name).encode())
+        stats = self.world.names.stats(node_id)
+        return SnapshotRef(id=stats["stream_id"], name=name, size_bytes=stats["size_bytes"])
+
+    def stream(self, path: str, base: str, name: str, new: str) -> None:
+        """What changed between two snapshots as a stream, which is a new volume's content."""
+        volume, begin = (
+            self.volume(path),
+            Begin(volume=path, snapshot=self._reference(path, name), base=self._reference(path, base)),
+        )
+        ids = [volume.snapshot_named(each.encode()).id for each in (base, name)]
+        size_bytes = begin.snapshot.size_bytes
+        extents = [
+            (each.offset, min(each.offset + each.size_bytes, size_bytes) - each.offset, each.data)
+            for each in self.world.engine.changed_extents(volume, *ids, 0, 1 << 20)
+            if each.offset < size_bytes
+        ]
+        out = io.BytesIO()
+        StreamWriter(out.write).send(begin, extents, lambda at, length: volume.read_snapshot(ids[1], at, length))
+        self.create(new)
+        self.volume(new).write(0, out.getvalue())
+
+    def mark_received(self, path: str, name: str, origin: str) -> None:
+        """Takes a snapshot that counts as the one of that name of another volume."""
+        order = json.dumps({"snapshot": name, "received": self._reference(origin, name).id}).encode()
+        self.world.names.setxattr(self._snapshots(path), RECEIVE_ATTRIBUTE.encode(), order)
+
+    def receive(self, path: str, stream: str, _origin: str, _name: str) -> None:
+        self.world.names.receive(self._snapshots(path), stream.encode())
+
     def clone(self, path: str, name: str, new: str) -> None:
         """Of a snapshot, or of the volume just now."""
         source = os.path.join(self._snapshot_path(path), name) if name else path
@@ -309,6 +343,14 @@ def _promote(now: Snapshots, content: str, _moment: str, name: str) -> Snapshots
     return {**now, name: content}
 
 
+def _mark_received(now: Snapshots, content: str, name: str, _origin: str) -> Snapshots:
+    return {**now, name: content}
+
+
+def _receive(now: Snapshots, content: str, _stream: str, _origin: str, name: str) -> Snapshots:
+    return {**now, name: content}
+
+
 def _unsnapshot(now: Snapshots, _content: str, name: str) -> Snapshots:
     return {each: content for each, content in now.items() if each != name}
 
@@ -327,6 +369,8 @@ class Kind:
         copies: the third argument names what comes to have the bytes between the last two, from where `clones` has it.
         retains: the content is that of the moment which its last argument names, and what `snapshots` of a kind with
             that moment is given.
+        opaque: what its last argument names comes to be, with whatever content.
+        receives: the content becomes that of the snapshot which the last two arguments name, and is nothing in between.
         rolls_back: the content becomes that of the snapshot which is named last.
         durable: what it makes durable of what was acknowledged before it, itself included: the volume at its path, or
             all of them. A write does if its last argument says so.
@@ -340,6 +384,8 @@ class Kind:
     clones: bool = False
     copies: bool = False
     retains: bool = False
+    opaque: bool = False
+    receives: bool = False
     rolls_back: bool = False
     durable: str = ""
     alone: bool = False
@@ -366,6 +412,9 @@ KINDS = {
     "clean": Kind(Player.clean, durable="path", alone=True),
     "snapshot": Kind(Player.snapshot, snapshots=_snapshot, durable="path"),
     "group": Kind(Player.group, paths=2, snapshots=_snapshot, durable="path"),
+    "stream": Kind(Player.stream, opaque=True, durable="path", alone=True),
+    "mark_received": Kind(Player.mark_received, snapshots=_mark_received, durable="path", alone=True),
+    "receive": Kind(Player.receive, receives=True, snapshots=_receive, durable="path", alone=True),
     "retain": Kind(Player.retain, retains=True, durable="path", alone=True),
     "promote": Kind(Player.promote, snapshots=_promote, durable="path", alone=True),
     "forget_retained": Kind(Player.forget_retained, durable="path", alone=True),

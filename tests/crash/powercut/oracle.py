@@ -28,6 +28,7 @@ class _Volume:
     floors: list[tuple[int, int]] = field(default_factory=list)
     snapshots: list[tuple[int, int, Snapshots]] = field(default_factory=lambda: [(-1, -1, {})])
     retained: dict[str, str] = field(default_factory=dict)
+    opaque: bool = False
 
     def allowed(self, cut: int) -> list[str]:
         floor = max((index for event, index in self.floors if event < cut), default=0)
@@ -91,7 +92,7 @@ class Oracle:
         kind = KINDS[name]
         group = None
         if not note["refused"]:
-            self._make_volumes(do, after, self._cloned(arguments) if kind.clones else b"")
+            self._make_volumes(do, after, self._cloned(arguments) if kind.clones else b"", opaque=kind.opaque)
             paths = [path.encode() for path in arguments[: kind.paths]]
             changed = [self._volumes[self._names[path][1]] for path in paths if self._is_volume(path)]
             for volume in changed:
@@ -110,6 +111,8 @@ class Oracle:
             target, first, end = self._volumes[self._names[arguments[2].encode()][1]], *arguments[3:]
             copied = written(target.now, first, self._cloned(arguments[:3])[first:end])
             self._change(target, do, iter([copied]))
+        if kind.receives:
+            self._change(volume, do, iter([self._cloned([*arguments[2:], None])]))
         if kind.rolls_back:
             self._change(volume, do, iter([self._bytes[volume.snapshots[-1][2][arguments[-1]].split(HELD)[0]]]))
         if kind.retains:
@@ -121,10 +124,10 @@ class Oracle:
     def _is_volume(self, path: bytes) -> bool:
         return path in self._names and self._names[path][1] in self._volumes
 
-    def _make_volumes(self, do: int, after: View, content: bytes) -> None:
+    def _make_volumes(self, do: int, after: View, content: bytes, *, opaque: bool) -> None:
         for kind, node_id, _ in after.values():
             if kind == "volume" and node_id not in self._volumes:
-                self._volumes[node_id] = _Volume(now=content, contents=[(do, digest(content))])
+                self._volumes[node_id] = _Volume(now=content, contents=[(do, digest(content))], opaque=opaque)
 
     def _cloned(self, arguments: list[Any]) -> bytes:
         path, name, _ = arguments
@@ -174,7 +177,7 @@ class Oracle:
             return f"names are {found.names}, not one of {views}"
         for node_id, content in found.digests.items():
             allowed = self._volumes[node_id].allowed(cut)
-            if content not in allowed:
+            if content not in allowed and not self._volumes[node_id].opaque:
                 return f"volume {node_id:016x} is {self._about(node_id, content)}, not one of {allowed}"
         for step in self._steps:
             if step.group is not None and step.do < cut <= step.done:

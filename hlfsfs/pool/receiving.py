@@ -1,0 +1,271 @@
+"""Streams that are made part of a volume: what changed since a snapshot of it, up to another one that is taken then.
+
+The stream is there as a whole, as the content of another volume, before anything begins, and is read to its end first.
+
+Durable steps: the volume's record says so (`receiving`), the content, the snapshot, the record says what streams call
+that and `receiving` no more. Until then nobody may write to the volume; what fails is rolled back to the snapshot that
+it began with, and what a crash leaves by the sweep of the next mount.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from hlfsfs.errors import NameExists, NoSuchSnapshot, NotAVolume, StreamMismatch, UsageError, VolumeBusy
+from hlfsfs.pool import xattrs
+from hlfsfs.pool.changes import Changes, new_id
+from hlfsfs.pool.names import check_new_snapshot_name
+from hlfsfs.pool.runs import RUN, Runs
+from hlfsfs.pool.snapshots import SnapshotNode, Snapshots, VolumeSnapshots
+from hlfsfs.pool.tree import Shared, VolumeNode
+from hlfsfs.pool.volumes import Volumes
+from hlfsfs.store.records import NOT_JSON, Receiving, SnapshotNotes, with_changes
+
+if TYPE_CHECKING:
+    from hlfsfs.engine import Snapshot, Volume
+    from hlfsfs.stream import Begin, Part, SnapshotRef
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+class _Order(msgspec.Struct, forbid_unknown_fields=True):
+    stream: str = ""
+    snapshot: str = ""
+    received: str = ""
+
+
+class Receiver:
+    """Of one namespace. Thread-safe; `close` ends it.
+
+    Attributes:
+        content_changed: is told of a volume, by id, whose content is another one than its readers may remember.
+    """
+
+    def __init__(self, shared: Shared, volumes: Volumes, changes: Changes, snapshots: Snapshots) -> None:
+        self._shared = shared
+        self._volumes = volumes
+        self._changes = changes
+        self._snapshots = snapshots
+        self._lock = threading.Lock()  # guards _runs
+        self._runs: dict[int, Runs] = {}
+        self.content_changed: Callable[[int], None] = lambda node_id: None
+
+    def _runs_of(self, node: VolumeNode) -> Runs:
+        with self._lock:
+            return self._runs.setdefault(node.id, Runs(self._shared, "receiving", "received"))
+
+    def state(self, node: VolumeNode) -> dict[str, Any]:
+        """How the volume's last ordered run stands, JSON-ready."""
+        state = self._runs_of(node).state(node)
+        return {
+            "running": state.running,
+            "done_bytes": state.done,
+            "total_bytes": state.total,
+            "snapshot": state.report,
+            "error": state.error,
+            "errno": state.errno,
+        }
+
+    def order(self, parent: VolumeSnapshots, value: bytes) -> None:
+        """Does what `xattrs.RECEIVE` on a volume's directory of snapshots asks for, JSON.
+
+        {"stream": name}: the volume of that name, in the same pool, holds a stream; starts to receive it, and returns.
+        {"snapshot": name, "received": what streams call it}: the volume itself is what a stream held; takes the
+        snapshot, if there is none of that name, which counts as received.
+
+        Raises:
+            UsageError: it makes no sense.
+            VolumeBusy: something is being received into it already.
+            HlfsError: as `Snapshots.create`.
+        """
+        try:
+            order = msgspec.json.decode(value, type=_Order)
+        except NOT_JSON as exc:
+            raise UsageError(f"{self._snapshots.what(parent)}: {xattrs.RECEIVE}: {exc}") from exc
+        if order.stream:
+            name = os.fsencode(order.stream)
+            self._runs_of(parent.volume).start(
+                parent.volume, RUN, lambda progress: self.receive(parent, name, progress=progress)
+            )
+        elif order.snapshot and order.received:
+            self.mark_received(parent, os.fsencode(order.snapshot), order.received)
+        else:
+            raise UsageError(f"{self._snapshots.what(parent)}: {xattrs.RECEIVE}: name a stream, or a snapshot")
+
+    def mark_received(self, parent: VolumeSnapshots, name: bytes, received: str) -> None:
+        """Takes a snapshot, where there is none of that name, and notes what streams call it; durable, in this order.
+
+        Raises as `Snapshots.create`.
+        """
+        node = parent.volume
+        with self._shared.changing:
+            try:
+                self._snapshots.create(parent, name)
+            except NameExists:
+                log.debug("%s: it is there already", self._snapshots.what(parent, name))
+            with self._volumes.using(node) as volume:
+                snapshot = SnapshotNode(node, self._snapshots.named(node, volume, name).id)
+                notes = self._snapshots.notes(snapshot)
+                self._snapshots.write_notes(node, with_changes(notes, received=received))
+
+    def receive(self, parent: VolumeSnapshots, stream: bytes, *, progress: Progress = lambda done, total: None) -> str:
+        """Makes a stream part of a volume, and takes the snapshot that it leads to; durable, and whole or not there.
+
+        Args:
+            parent: of the volume.
+            stream: the name of the volume that holds the stream, in the same pool.
+            progress: is told how many bytes of the stream are done, and of how many; what it raises ends it.
+
+        Returns:
+            the snapshot's name.
+
+        Raises:
+            StreamDamaged, StreamCut, StreamVersion: the stream is not whole.
+            StreamMismatch: the volume is not what it goes on from.
+            NameExists, RefusedName: the snapshot's name.
+            VolumeBusy: the volume is open for writing.
+            NoSpace, ReadOnly, StoreFailed: the volume is what it was.
+        """
+        node = parent.volume
+        source_node = self._changes.child(self._snapshots.pool_of(node), stream)
+        if not isinstance(source_node, VolumeNode):
+            raise NotAVolume(self._shared.what(source_node))
+        with self._volumes.using(source_node) as source, self._volumes.using(node) as volume:
+            size_bytes = source.size_bytes
+            begin = self._verify(source, lambda done: progress(done, 2 * size_bytes))
+            name = os.fsencode(begin.snapshot.name)
+            with self._receiving(parent, volume, begin, name) as mark:
+                for part in self._parts(source, lambda done: progress(size_bytes + done, 2 * size_bytes)):
+                    _apply(volume, part)
+                volume.flush()
+                record = node.require_record()
+                mode = record.mode & 0o777 & 0o444
+                volume.create_snapshot(name, mark.snapshot, mode, record.uid, record.gid)
+        return begin.snapshot.name
+
+    @staticmethod
+    def _parts(source: "Volume", progress: Callable[[int], None]) -> Iterator["Part"]:
+        from hlfsfs.stream import StreamReader  # noqa: PLC0415 - a mount that receives nothing is ready without
+
+        at = 0
+
+        def read(size_bytes: int) -> bytes:
+            nonlocal at
+            data = source.read(at, size_bytes)
+            at += len(data)
+            return data
+
+        reader = StreamReader(read, "the stream")
+        for part in reader.parts():
+            progress(reader.position.stream_bytes)
+            yield part
+
+    def _verify(self, source: "Volume", progress: Callable[[int], None]) -> "Begin":
+        from hlfsfs.stream import Begin  # noqa: PLC0415
+
+        parts = self._parts(source, progress)
+        begin = next(parts)
+        assert isinstance(begin, Begin), "a reader tells nothing before it"
+        for _ in parts:
+            pass
+        return begin
+
+    @contextmanager
+    def _receiving(self, parent: VolumeSnapshots, volume: "Volume", begin: "Begin", name: bytes) -> Iterator[Receiving]:
+        """Keeps everybody from writing to the volume; ends with the snapshot taken, or the volume what it was."""
+        node = parent.volume
+        self._volumes.wait_for_closes(node)
+        with self._shared.changing:
+            self._volumes.check_writable(node, volume)
+            self._volumes.require_settled(node)
+            check_new_snapshot_name(name)
+            self._snapshots.require_free(node, volume, name)
+            mark = Receiving(base=self._base(node, volume, begin), snapshot=new_id(), received=begin.snapshot.id)
+            self._changes.update_record(node, {"receiving": mark})
+            if self._volumes.may_be_written(node, volume):
+                self._changes.update_record(node, {"receiving": None})
+                raise VolumeBusy(self._shared.what(node), "it is open for writing; shut down what uses it first")
+        # What is half done is nothing to go back to.
+        volume.retain(0)
+        try:
+            yield mark
+        except BaseException as exc:
+            log.warning("%s: not received: %s", self._shared.what(node), exc)
+            self._settle(node, volume, mark)
+            raise
+        else:
+            self._settle(node, volume, mark)
+        finally:
+            if node.require_record().receiving is None:
+                self._shared.engine.retain_again(volume)
+            self.content_changed(node.id)
+
+    def _base(self, node: VolumeNode, volume: "Volume", begin: "Begin") -> int:
+        """Id of the snapshot that the volume still is, and the stream goes on from."""
+        what = self._shared.what(node)
+        if begin.base is None:
+            raise StreamMismatch(what, "the stream is of a whole volume; receive it under another name")
+        base = self.find(node, volume, begin.base)
+        if base is None:
+            raise StreamMismatch(what, f"it does not have {begin.base.name}, from which the stream goes on")
+        same = volume.size_bytes == base.size_bytes
+        if not same or self._shared.engine.changed_extents(volume, base.id, 0, 0, 1):
+            shown = os.fsdecode(base.name)
+            remedy = "hlfs rollback makes it that again, and what was written since is lost"
+            raise StreamMismatch(what, f"it is not what it was at {shown}, from which the stream goes on; {remedy}")
+        return base.id
+
+    def find(self, node: VolumeNode, volume: "Volume", wanted: "SnapshotRef") -> "Snapshot | None":
+        """The snapshot that streams call so."""
+        for snapshot in volume.snapshots():
+            if self._snapshots.stream_id(node, snapshot.id) == wanted.id and not snapshot.hidden:
+                return snapshot
+        return None
+
+    def settle(self, node: VolumeNode) -> None:
+        """What the sweep does where a crash left something half received."""
+        if node.record is None or node.gone or node.record.receiving is None:
+            return
+        with self._volumes.using(node) as volume:
+            if not self._shared.store.read_only:
+                self._settle(node, volume, node.record.receiving)
+                self._shared.engine.retain_again(volume)
+
+    def _settle(self, node: VolumeNode, volume: "Volume", mark: Receiving) -> None:
+        try:
+            volume.snapshot(mark.snapshot)
+        except NoSuchSnapshot:
+            self._shared.engine.roll_back(volume, mark.base)
+            self._changes.update_record(node, {"receiving": None})
+            return
+        with self._shared.changing:
+            notes = SnapshotNotes(id=mark.snapshot, received=mark.received)
+            kept = [*node.require_record().snapshots, notes]
+            self._changes.update_record(node, {"receiving": None, "snapshots": kept})
+
+    def close(self) -> None:
+        """Stops what is under way, which makes its volume what it was, and takes no more orders."""
+        with self._lock:
+            runs = list(self._runs.values())
+        for each in runs:
+            each.close()
+
+
+def _apply(volume: "Volume", part: "Part") -> None:
+    from hlfsfs.stream import Begin, Data, Hole  # noqa: PLC0415
+
+    match part:
+        case Begin():
+            if volume.size_bytes != part.snapshot.size_bytes:
+                volume.resize(part.snapshot.size_bytes)
+        case Data():
+            volume.write(part.offset, part.data)
+        case Hole():
+            volume.punch(part.offset, part.length)

@@ -1,0 +1,32 @@
+"""Snapshots as streams of bytes: docs/FORMAT.md, section 9."""
+
+from hlfsfs.stream.format import (
+    MAX_DATA_BYTES,
+    Begin,
+    Data,
+    End,
+    Hole,
+    Part,
+    SnapshotRef,
+    decode_token,
+    encode_token,
+)
+from hlfsfs.stream.reader import Position, StreamReader
+from hlfsfs.stream.writer import DEFAULT_LEVEL, LEVELS, StreamWriter
+
+__all__ = [
+    "DEFAULT_LEVEL",
+    "LEVELS",
+    "MAX_DATA_BYTES",
+    "Begin",
+    "Data",
+    "End",
+    "Hole",
+    "Part",
+    "Position",
+    "SnapshotRef",
+    "StreamReader",
+    "StreamWriter",
+    "decode_token",
+    "encode_token",
+]

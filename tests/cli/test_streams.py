@@ -1,0 +1,272 @@
+"""`hlfs send` and `hlfs receive`, the same by URI of stores that are not mounted and by path in mounts."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from hlfsfs.stream.format import HEADER
+from tests.fuse.mounts import HLFS, mounted, needs_fuse, pipe, run
+
+pytestmark = needs_fuse
+
+MIB = 1 << 20
+WRITE = """
+import os, random, sys
+name, seed, size_bytes, writes = sys.argv[2], *map(int, sys.argv[3:6])
+fd, rng = os.open(sys.argv[1] + "/" + name, os.O_RDWR | os.O_CREAT), random.Random(seed)
+os.ftruncate(fd, size_bytes)
+for _ in range(writes):
+    data = rng.randbytes(4096) if rng.random() < 0.5 else b"hlfs" * 1024
+    data = data * rng.choice([1, 1, 40])
+    offset = rng.randrange(size_bytes - 4096) // 512 * 512
+    os.pwrite(fd, data[: size_bytes - offset], offset)
+"""
+PUNCH = """
+import ctypes, os, sys
+fd = os.open(sys.argv[1] + "/" + sys.argv[2], os.O_RDWR)
+assert ctypes.CDLL(None).fallocate(fd, 3, ctypes.c_long(int(sys.argv[3])), ctypes.c_long(int(sys.argv[4]))) == 0
+"""
+SAME = """
+import sys
+assert open(sys.argv[1] + "/" + sys.argv[2], "rb").read() == open(sys.argv[3], "rb").read()
+"""
+
+
+class Site:
+    """One store: `name` of a volume in it, as the commands are to be given it."""
+
+    def __init__(self, directory: Path, *, is_mounted: bool) -> None:
+        self.store = directory
+        self.is_mounted = is_mounted
+        self._stack = ExitStack()
+        self._mount = self._stack.enter_context(mounted(directory)) if is_mounted else None
+        directory.mkdir(exist_ok=True)
+
+    def name(self, volume: str) -> str:
+        return f"{self._mount.path}/{volume}" if self._mount else f"local://{self.store}/{volume}"
+
+    def python(self, code: str, *arguments: object) -> None:
+        """Through a mount, which is made for it if need be."""
+        if self._mount is not None:
+            self._mount.python(code, *map(str, arguments))
+            return
+        with mounted(self.store) as mount:
+            mount.python(code, *map(str, arguments))
+
+    def holds(self, volume: str, file: Path) -> None:
+        self.python(SAME, volume, file)
+
+    def keep(self, volume: str, file: Path) -> Path:
+        """A copy of what a volume holds now."""
+        self.python("import shutil, sys; shutil.copyfile(sys.argv[1] + '/' + sys.argv[2], sys.argv[3])", volume, file)
+        return file
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture(params=["offline", "mounted"])
+def sites(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Site, Site]]:
+    """Where something is sent from, with a volume `v` that has snapshots `one` and `two`; and where to."""
+    made = [Site(tmp_path / name, is_mounted=request.param == "mounted") for name in ("here", "there")]
+    here = made[0]
+    here.python(WRITE, "v", 1, 9 * MIB, 60)
+    here.keep("v", tmp_path / "one")
+    done("snapshot", "create", here.name("v"), "one")
+    here.python(WRITE, "v", 2, 11 * MIB + 700, 60)
+    here.python(PUNCH, "v", 3 * MIB, 2 * MIB)
+    here.keep("v", tmp_path / "two")
+    done("snapshot", "create", here.name("v"), "two")
+    here.python(WRITE, "v", 3, 5 * MIB, 10)
+    yield made[0], made[1]
+    for site in made:
+        site.close()
+
+
+def ran(*words: str, data: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*HLFS, *words], input=data, capture_output=True, check=False, timeout=60)
+
+
+def done(*words: str, data: bytes | None = None) -> bytes:
+    ended = ran(*words, data=data)
+    assert ended.returncode == 0, (words, ended.stderr)
+    assert ended.stderr == b""
+    return ended.stdout
+
+
+def failed(*words: str, data: bytes | None = None, status: int = 1) -> str:
+    ended = ran(*words, data=data)
+    assert (ended.returncode, ended.stdout) == (status, b""), (words, ended)
+    assert ended.stderr.startswith(b"hlfs: ")
+    assert ended.stderr.count(b"\n") == 1
+    return ended.stderr.decode()
+
+
+def names(site: Site) -> list[str]:
+    """All volumes of the site."""
+    if site.is_mounted:
+        return run("ls", "-A", site.name("")).split()
+    with mounted(site.store) as mount:
+        return run("ls", "-A", mount.path).split()
+
+
+def snapshots(site: Site, volume: str) -> list[str]:
+    table = done("snapshot", "list", site.name(volume)).decode().splitlines()
+    return [line.split()[0] for line in table[1:]]
+
+
+def test_a_volume_and_its_changes(sites: tuple[Site, Site], tmp_path: Path) -> None:
+    here, there = sites
+    whole = done("send", here.name("v@one"))
+    assert b"received" in done("receive", there.name("w"), data=whole)
+    there.holds("w", tmp_path / "one")
+    assert snapshots(there, "w") == ["one"]
+    changes = done("send", here.name("v@two"), "--from", "one")
+    assert len(changes) < len(done("send", here.name("v@two")))
+    # What somebody has read is not what he reads next.
+    done("receive", there.name("w"), data=changes)
+    there.holds("w", tmp_path / "two")
+    assert snapshots(there, "w") == ["one", "two"]
+    there.holds(".snapshots/w/one", tmp_path / "one")
+    there.holds(".snapshots/w/two", tmp_path / "two")
+    # On to a third, from the copy, and back from there: a copy of a snapshot is that snapshot.
+    done("receive", there.name("x"), data=done("send", there.name("w@one")))
+    done("receive", there.name("x"), data=changes)
+    there.holds("x", tmp_path / "two")
+    done("snapshot", "create", there.name("x"), "three")
+    back = done("send", there.name("x@three"), "--from", "two")
+    done("rollback", here.name("v"), "two")
+    done("receive", here.name("v"), data=back)
+    assert snapshots(here, "v") == ["one", "two", "three"]
+    here.holds("v", tmp_path / "two")
+    assert sorted(names(there)) == ["w", "x"]
+
+
+def test_one_that_was_cut_short_is_gone_on_with(sites: tuple[Site, Site], tmp_path: Path) -> None:
+    here, there = sites
+    rng = random.Random(5)
+    for name, arguments in (("one", []), ("two", ["--from", "one"])):
+        assert done("receive", "--token", there.name("w")) == b""
+        stream = done("send", here.name(f"v@{name}"), *arguments, "--resume", "")
+        while True:
+            # The beginning may fit in, or a part of it.
+            cut = rng.randrange(len(stream) + len(stream) // 4)
+            ended = ran("receive", there.name("w"), data=stream[:cut])
+            if cut >= len(stream):
+                assert ended.returncode == 0, ended.stderr
+                break
+            assert ended.returncode == 1
+            if b"what came is kept" not in ended.stderr:
+                assert b"there is nothing in it" in ended.stderr or b"this is no stream" in ended.stderr
+                continue
+            token = done("receive", "--token", there.name("w")).decode().strip()
+            stream = done("send", here.name(f"v@{name}"), *arguments, "--resume", token)
+        there.holds("w", tmp_path / name)
+        assert names(there) == ["w"]
+    assert snapshots(there, "w") == ["one", "two"]
+
+
+def test_nothing_is_seen_of_a_part(sites: tuple[Site, Site], tmp_path: Path) -> None:
+    here, there = sites
+    whole = done("send", here.name("v@one"))
+    said = failed("receive", there.name("w"), data=whole[: len(whole) // 2])
+    assert "it was cut short" in said
+    assert "hlfs receive --token" in said
+    (partial,) = names(there)
+    assert partial.startswith(".hlfs-receive-")
+    # Damage is found, too; one that begins anew takes the place of what was kept.
+    bad = bytearray(whole)
+    bad[len(bad) // 3] ^= 1
+    assert "checksum is wrong" in failed("receive", there.name("w"), data=bytes(bad))
+    assert names(there) == [partial]
+    done("receive", there.name("w"), data=whole)
+    assert names(there) == ["w"]
+    changes = done("send", here.name("v@two"), "--from", "one")
+    failed("receive", there.name("w"), data=changes[: len(changes) // 2])
+    there.holds("w", tmp_path / "one")
+    # It can be used meanwhile; then it is not what the rest goes on from.
+    there.python(WRITE, "w", 9, 9 * MIB, 1)
+    token = done("receive", "--token", there.name("w")).decode().strip()
+    rest = done("send", here.name("v@two"), "--from", "one", "--resume", token)
+    assert "it is not what it was at one" in failed("receive", there.name("w"), data=rest)
+    done("rollback", there.name("w"), "one")
+    token = done("receive", "--token", there.name("w")).decode().strip()
+    nothing_more = done("send", here.name("v@two"), "--from", "one", "--resume", token)
+    assert len(nothing_more) < 1000
+    done("receive", there.name("w"), data=nothing_more)
+    there.holds("w", tmp_path / "two")
+    # Or it is dropped.
+    failed("receive", there.name("z"), data=whole[:5000])
+    assert len(names(there)) == 2
+    done("receive", "--abort", there.name("z"))
+    done("receive", "--abort", there.name("z"))
+    assert names(there) == ["w"]
+
+
+def test_what_does_not_fit(sites: tuple[Site, Site]) -> None:
+    here, there = sites
+    whole, changes = done("send", here.name("v@one")), done("send", here.name("v@two"), "--from", "one")
+    assert "no such volume" in failed("receive", there.name("w"), data=changes)
+    assert "there is nothing in it" in failed("receive", there.name("w"), data=b"")
+    assert "no stream of hlfs send" in failed("receive", there.name("w"), data=os.urandom(1000))
+    assert names(there) == []
+    done("receive", there.name("w"), data=whole)
+    assert "w: exists already" in failed("receive", there.name("w"), data=whole)
+    done("snapshot", "create", there.name("w"), "two")
+    assert "w@two: exists already" in failed("receive", there.name("w"), data=changes)
+    done("snapshot", "rename", there.name("w"), "two", "mine")
+    # Known by what it is, not by its name.
+    done("snapshot", "rename", there.name("w"), "one", "first")
+    done("receive", there.name("w"), data=changes)
+    assert snapshots(there, "w") == ["first", "mine", "two"]
+    assert "w@two: was received before" in failed("receive", there.name("w"), data=changes)
+    back = done("send", here.name("v@one"), "--from", "two")
+    assert "w@one: was received before" in failed("receive", there.name("w"), data=back)
+    done("snapshot", "delete", there.name("w"), "first")
+    done("receive", there.name("w"), data=back)
+    done("receive", there.name("other"), data=done("send", there.name("w@mine")))
+    assert "it does not have one, from which" in failed("receive", there.name("other"), data=changes)
+    assert "no such snapshot" in failed("send", here.name("v@none"))
+    assert "no such snapshot" in failed("send", here.name("v@two"), "--from", "none")
+    assert "name a snapshot" in failed("send", here.name("v"), status=2)
+    assert "nothing changed from two to itself" in failed("send", here.name("v@two"), "--from", "two", status=2)
+    assert "not what hlfs receive --token" in failed("send", here.name("v@two"), "--resume", "xyz", status=2)
+    failed("receive", "--token", "--abort", there.name("w"), status=2)
+
+
+def test_hostile_names_stay_within_the_pool(sites: tuple[Site, Site]) -> None:
+    here, there = sites
+    whole = done("send", here.name("v@one"))
+    begin_bytes = HEADER.unpack(whole[: HEADER.size])[4]
+    from tests.stream.test_stream import forged, split  # noqa: PLC0415 - the frames of that test
+
+    for name in ("../../etc/passwd", "a/b", "", "latest", "@x", "a%b", "\x1b[2J"):
+        payload = whole[HEADER.size : HEADER.size + begin_bytes].replace(
+            b'"one"', f'"{name}"'.encode().replace(b"\x1b", b"\\u001b")
+        )
+        frames = [(kind, flags, raw[HEADER.size :], offset, length) for raw in split(whole)
+                  for _, kind, flags, _, _, _, offset, length in [HEADER.unpack(raw[: HEADER.size])]]  # fmt: skip
+        frames[0] = (1, 0, payload, 0, 0)
+        assert "it has names that no snapshot has" in failed("receive", there.name("w"), data=forged(*frames))
+        assert names(there) == []
+
+
+def test_through_a_pipe(sites: tuple[Site, Site], tmp_path: Path) -> None:
+    here, there = sites
+    pipe('hlfs send "$1" | hlfs receive "$2"', here.name("v@one"), there.name("w"))
+    there.holds("w", tmp_path / "one")
+    # Who receives it ends: one line, and no traceback.
+    said = pipe(
+        '(hlfs send "$1" --compress 0 2>"$2" || echo "status $?" >>"$2") | head -c 1000 | wc -c',
+        here.name("v@one"),
+        tmp_path / "said",
+    )
+    assert said.strip() == "1000"
+    assert (tmp_path / "said").read_text() == "hlfs: standard output: Broken pipe; the stream is not whole\nstatus 1\n"
