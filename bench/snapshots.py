@@ -22,6 +22,7 @@ from bench.pokes import poke
 from bench.report import BUILD, figures_content, host, print_figures, save, wide_console
 from bench.rivals import drop_caches
 from bench.scale import make, mounted, seconds
+from bench.streams import streaming
 from bench.takes import take
 from hlfsfs.store import parse_size
 
@@ -249,12 +250,24 @@ def cloning(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict
     }
 
 
+def sending(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict[str, float]:
+    """What changed between two snapshots, to a file and into another store."""
+    mount, other = mounted(place / "from", stack), mounted(place / "to", stack)
+    for each in (mount, other):
+        each.up()
+    found = streaming(mount, other, plan.size, plan.rounds, console)
+    for each in (mount, other):
+        each.down()
+    return {f"stream_{name}": value for name, value in found.items()}
+
+
 PARTS: dict[str, Callable[[Plan, Path, ExitStack, Console], dict[str, float]]] = {
     "take": taking,
     "load": under_load,
     "read": reading,
     "many": many,
     "clone": cloning,
+    "stream": sending,
 }
 
 
@@ -267,7 +280,7 @@ PARTS: dict[str, Callable[[Plan, Path, ExitStack, Console], dict[str, float]]] =
 @click.option("--parts", multiple=True, type=click.Choice(list(PARTS)), help="Again for more.  [default: all]")
 @click.option("--json", "output", type=click.Path(path_type=Path), default=BUILD / "bench.json", show_default=True)
 def snapshots(*, parent: Path, rounds: int, parts: tuple[str, ...], output: Path, **sizes: str) -> None:
-    """Measure taking snapshots, writing beside them, reading them, having many, and cloning them."""
+    """Measure taking snapshots, writing beside them, reading them, having many, cloning and sending them."""
     parent.mkdir(parents=True, exist_ok=True)
     console = wide_console()
     plan = Plan(**{name: parse_size(size) for name, size in sizes.items()}, rounds=rounds)

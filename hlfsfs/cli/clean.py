@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -16,7 +16,10 @@ from hlfsfs.cli.mounted import path_error
 from hlfsfs.cli.offline import offline
 from hlfsfs.cli.output import format_size, print_json, progress_bar
 from hlfsfs.errors import HlfsError, printable
-from hlfsfs.pool import CLEAN_ATTRIBUTE, STATS_ATTRIBUTE, Namespace
+from hlfsfs.pool import CLEAN_ATTRIBUTE, STATS_ATTRIBUTE
+
+if TYPE_CHECKING:
+    from hlfsfs.pool import Namespace
 
 POLL_S = 0.1
 FAILED = 1
@@ -87,7 +90,7 @@ def _volumes(path: str, dry_run: bool) -> Iterator[Iterator[tuple[str, Clean]]]:
 # --- a store that is not mounted -------------------------------------------------------------------------------
 
 
-def _in_pool(names: Namespace, pool_id: int, path: bytes, dry_run: bool) -> Iterator[tuple[str, Clean]]:
+def _in_pool(names: "Namespace", pool_id: int, path: bytes, dry_run: bool) -> Iterator[tuple[str, Clean]]:
     for name, entry in names.readdir(pool_id):
         below = os.path.join(path, name)
         if entry.kind == "pool":
@@ -96,11 +99,11 @@ def _in_pool(names: Namespace, pool_id: int, path: bytes, dry_run: bool) -> Iter
             yield printable(below), _by_name(names, pool_id, name, dry_run)
 
 
-def _by_id(names: Namespace, volume_id: int, dry_run: bool) -> Clean:
+def _by_id(names: "Namespace", volume_id: int, dry_run: bool) -> Clean:
     return lambda advance: asdict(names.clean(volume_id, dry_run=dry_run, progress=advance))
 
 
-def _by_name(names: Namespace, pool_id: int, name: bytes, dry_run: bool) -> Clean:
+def _by_name(names: "Namespace", pool_id: int, name: bytes, dry_run: bool) -> Clean:
     def work(advance: Advance) -> dict[str, Any]:
         # A damaged one must not keep the others from their turn.
         found = names.lookup(pool_id, name)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
@@ -24,8 +25,11 @@ from hlfsfs.errors import (
     UsageError,
     printable,
 )
-from hlfsfs.pool import CLONE_ATTRIBUTE, STATS_ATTRIBUTE, Namespace
+from hlfsfs.pool import CLONE_ATTRIBUTE, STATS_ATTRIBUTE
 from hlfsfs.store import locate
+
+if TYPE_CHECKING:
+    from hlfsfs.pool import Namespace
 
 
 @click.command("clone", short_help="Make a volume that shares what a snapshot holds.")
@@ -54,7 +58,7 @@ def _offline(source: str, new_volume: str) -> None:
         place.names.clone(source_id, place.child_parent_id(), place.name)
 
 
-def _resolve(names: Namespace, path: bytes) -> int:
+def _resolve(names: "Namespace", path: bytes) -> int:
     """Id of a volume or snapshot, where `VOLUME@SNAPSHOT` is one too, unless there is a volume of just that name."""
     volume, separator, snapshot = path.rpartition(b"@")
     try:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from hlfsfs.errors import HlfsError, NameExists, NotAPool, NotAVolume, StoreLocked, printable
 from hlfsfs.fuse.mountinfo import FSTYPE, mounts
-from hlfsfs.pool import ROOT_ID, Attributes, Namespace
+from hlfsfs.pool import ROOT_ID, Attributes
 from hlfsfs.store import Store, locate, open_store, parse_uri
 
 if TYPE_CHECKING:
     from hlfsfs.engine import Engine
+    from hlfsfs.pool import Namespace
 
 RING_BYTES = 16 << 20
 
@@ -30,7 +31,7 @@ class StoreMounted(HlfsError):
 class Place:
     """A name in the namespace of a store: `path` is `parent_path/name`, `uri` how the user called it."""
 
-    names: Namespace
+    names: "Namespace"
     uri: str
     path: bytes
 
@@ -87,6 +88,8 @@ def offline(uri: str, *, instead: str, new: bool = False) -> Iterator[Place]:
         StoreMounted: with the command to use instead.
         HlfsError: as `locate`, `open_store`, the engine and the namespace.
     """
+    from hlfsfs.pool import Namespace  # noqa: PLC0415 - no need of it through a mount
+
     root, path = locate(uri, new_name=new)
     try:
         store = open_store(root, create=new)

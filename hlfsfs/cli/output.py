@@ -3,16 +3,16 @@
 import fcntl
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.progress import Progress, ProgressColumn
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
+
+# rich is loaded by who prints with it, as it takes a third of the time that a small command has.
 
 # What a pipe may hold without privilege.
 PIPE_BYTES = 1 << 20
@@ -53,14 +53,31 @@ def widen_pipe(fd: int) -> None:
 
 
 @contextmanager
-def progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
+def progress_bar(*columns: "ProgressColumn") -> Iterator["Progress"]:
     """A bar on standard error, where that is a terminal."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress  # noqa: PLC0415
+
     console, is_terminal = Console(stderr=True), sys.stdout.isatty()
     # Lines above the bar must go where standard output does.
     with Progress(
         *columns, console=console, transient=True, disable=not sys.stderr.isatty(), redirect_stdout=is_terminal
     ) as bar:
         yield bar
+
+
+@contextmanager
+def transfer_bar(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """The same for data on its way: the block tells how much is through. 0: nobody knows how much there is."""
+    if not sys.stderr.isatty():
+        yield lambda done_bytes: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn  # noqa: PLC0415
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn()
+    with progress_bar(*columns) as bar:
+        task = bar.add_task(what, total=total_bytes or None)
+        yield lambda done_bytes: bar.update(task, completed=done_bytes)
 
 
 def print_json(value: object) -> None:
@@ -70,6 +87,9 @@ def print_json(value: object) -> None:
 
 def print_fields(fields: Mapping[str, str]) -> None:
     """One line a field."""
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
     table = Table.grid(padding=(0, 2))
     for label, value in fields.items():
         table.add_row(Text(label, "bold"), Text(value))
@@ -78,11 +98,17 @@ def print_fields(fields: Mapping[str, str]) -> None:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table with one line a row, however long, where the output is not a terminal."""
+    from rich import box  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
     table = Table(*columns, box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     _console().print(table)
 
 
-def _console() -> Console:
+def _console() -> "Console":
+    from rich.console import Console  # noqa: PLC0415
+
     return Console(width=None if sys.stdout.isatty() else 100_000, soft_wrap=not sys.stdout.isatty())

@@ -2,12 +2,11 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import click
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from hlfsfs.cli.output import progress_bar, widen_pipe
+from hlfsfs.cli.output import transfer_bar, widen_pipe
 from hlfsfs.cli.receive_places import Marker, PartialFile, ReceivePlace, receive_place
 from hlfsfs.errors import HlfsError, NameExists, NoSuchVolume, StreamMismatch, UsageError, printable
 from hlfsfs.stream import Begin, Data, End, Part, Position, StreamReader, encode_token
@@ -105,22 +104,16 @@ class _Receiving:
         begin = next(parts)
         assert isinstance(begin, Begin)
         self._check(begin)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-        )
-        with progress_bar(*columns) as bar:
-            what = printable(f"{os.path.basename(self._volume)}@{begin.snapshot.name}")
-            task = bar.add_task(what, total=begin.data_bytes or None)
+        what = printable(f"{os.path.basename(self._volume)}@{begin.snapshot.name}")
+        with transfer_bar(what, begin.data_bytes) as progress:
+            receive = self._receive_whole if begin.base is None else self._receive_changes
             try:
-                if begin.base is None:
-                    self._receive_whole(begin, self._shown(parts, bar, task))
-                else:
-                    self._receive_changes(begin, self._shown(parts, bar, task))
+                receive(begin, self._shown(parts, progress))
             except HlfsError as exc:
                 raise self._told(exc) from exc
+        if begin.base is not None:
+            with transfer_bar("making it part of the volume", 0) as progress:
+                self._place.finish_changes(lambda done, _total: progress(done))
         print(f"{printable(self._volume)}@{printable(begin.snapshot.name)}: received")
 
     def _told(self, exc: HlfsError) -> HlfsError:
@@ -132,10 +125,12 @@ class _Receiving:
         return told
 
     @staticmethod
-    def _shown(parts: Iterator[Part], bar: Progress, task: TaskID) -> Iterator[Part]:
+    def _shown(parts: Iterator[Part], progress: Callable[[int], None]) -> Iterator[Part]:
+        done_bytes = 0
         for part in parts:
             if isinstance(part, Data):
-                bar.advance(task, len(part.data))
+                done_bytes += len(part.data)
+                progress(done_bytes)
             yield part
 
     def _check(self, begin: Begin) -> None:
@@ -217,9 +212,6 @@ class _Receiving:
                         break
             finally:
                 spool.sync()
-        with progress_bar(TextColumn("making it part of the volume"), BarColumn()) as bar:
-            task = bar.add_task("", total=None)
-            self._place.finish_changes(lambda done, total: bar.update(task, completed=done, total=total))
 
     def _append(self, spool: PartialFile, at: int) -> int:
         raw = self._input.taken()

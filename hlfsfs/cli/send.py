@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 
-from hlfsfs.cli.output import progress_bar, widen_pipe
+from hlfsfs.cli.output import transfer_bar, widen_pipe
 from hlfsfs.cli.snapshot_places import VolumeSnapshots, snapshots_of, split_snapshot
 from hlfsfs.errors import HlfsError, UsageError, printable
 from hlfsfs.stream import DEFAULT_LEVEL, LEVELS, Begin, SnapshotRef, StreamWriter, decode_token
 from hlfsfs.stream.writer import Extent
+
+# So many the kernel takes at once.
+MAX_PIECES = 1024
 
 
 class OutputFailed(HlfsError):
@@ -64,17 +66,8 @@ def _send(found: VolumeSnapshots, sent: str, base: str | None, token: str, level
         else:
             extents, data_bytes = _changes(found, base, name, start, snapshot.size_bytes)
         begin = Begin(volume=printable(volume), snapshot=snapshot, base=base_ref, start=start, data_bytes=data_bytes)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-        )
-        with progress_bar(*columns) as bar:
-            task = bar.add_task(printable(f"{os.path.basename(volume)}@{name}"), total=data_bytes or None)
-            StreamWriter(out.write, level).send(
-                begin, extents, reader.read, lambda done_bytes: bar.update(task, completed=done_bytes)
-            )
+        with transfer_bar(printable(f"{os.path.basename(volume)}@{name}"), data_bytes) as progress:
+            StreamWriter(out.write, level).send(begin, extents, reader.read, progress, reader.new_memory)
 
 
 def _ref(stats: dict[str, Any]) -> SnapshotRef:
@@ -100,14 +93,25 @@ class _Output:
         self._fd = sys.stdout.fileno()
         widen_pipe(self._fd)
 
-    def write(self, data: bytes) -> None:
-        """All of it."""
+    def write(self, pieces: list[bytes | memoryview]) -> None:
+        """All of them."""
         try:
-            written = os.write(self._fd, data)
-            while written < len(data):
-                written += os.write(self._fd, memoryview(data)[written:])
+            for first in range(0, len(pieces), MAX_PIECES):
+                self._write(pieces[first : first + MAX_PIECES])
         except OSError as exc:
             raise OutputFailed(exc) from exc
+
+    def _write(self, pieces: list[bytes | memoryview]) -> None:
+        written = os.writev(self._fd, pieces)
+        for piece in pieces:
+            if written >= len(piece):
+                written -= len(piece)
+                continue
+            # A pipe takes what it has room for.
+            left = memoryview(piece)[written:]
+            written = 0
+            while left:
+                left = left[os.write(self._fd, left) :]
 
     def __enter__(self) -> "_Output":
         return self

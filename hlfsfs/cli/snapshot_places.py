@@ -2,12 +2,13 @@
 
 import errno
 import json
+import mmap
 import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hlfsfs.cli.mounted import NotInAMount, path_error
 from hlfsfs.cli.offline import Place, offline
@@ -39,10 +40,13 @@ from hlfsfs.pool import (
     RELEASE_ATTRIBUTE,
     ROLLBACK_ATTRIBUTE,
     STATS_ATTRIBUTE,
-    SnapshotFile,
     not_retained,
 )
 from hlfsfs.store import locate
+from hlfsfs.stream.format import aligned
+
+if TYPE_CHECKING:
+    from hlfsfs.pool import SnapshotFile
 
 SNAPSHOTS = ".snapshots"
 LATEST = "latest"
@@ -141,9 +145,25 @@ class VolumeSnapshots(ABC):
 class SnapshotReader(ABC):
     """A snapshot that is open. Methods may be called from any thread."""
 
+    def __init__(self, size_bytes: int, what: str) -> None:
+        self._size_bytes = size_bytes
+        self._what = what
+
+    @staticmethod
+    def new_memory(size_bytes: int) -> memoryview:
+        """Memory for `read`: it begins with a page, as reads past the kernel's want it."""
+        return memoryview(mmap.mmap(-1, size_bytes))
+
+    def read(self, extents: list[tuple[int, int]], memory: memoryview) -> None:
+        """Fills memory with what there is of each (offset, size), one behind the other, each in whole blocks."""
+        done = self._read(extents, memory)
+        for (offset, size_bytes), got in zip(extents, done, strict=True):
+            if got < min(size_bytes, self._size_bytes - offset):
+                raise HlfsError(f"{self._what}: it is shorter than it was")
+
     @abstractmethod
-    def read(self, offset: int, size_bytes: int) -> bytes:
-        """All of that, which the snapshot has."""
+    def _read(self, extents: list[tuple[int, int]], memory: memoryview) -> list[int]:
+        """How much there was of each."""
 
     @abstractmethod
     def seek(self, offset: int, whence: int) -> int | None:
@@ -158,17 +178,16 @@ class SnapshotReader(ABC):
 
 class _MountedReader(SnapshotReader):
     def __init__(self, fd: int, what: str) -> None:
+        super().__init__(os.fstat(fd).st_size, what)
         self._fd = fd
-        self._what = what
 
-    def read(self, offset: int, size_bytes: int) -> bytes:
+    def _read(self, extents: list[tuple[int, int]], memory: memoryview) -> list[int]:
+        from hlfsfs import _core  # noqa: PLC0415 - who only lists snapshots has no need of it
+
         try:
-            data = os.pread(self._fd, size_bytes, offset)
-            while len(data) < size_bytes and (more := os.pread(self._fd, size_bytes - len(data), offset + len(data))):
-                data += more
+            return _core.read_extents(self._fd, extents, memory)
         except OSError as exc:
             raise path_error(self._what, exc) from exc
-        return _whole(data, size_bytes, self._what)
 
     def seek(self, offset: int, whence: int) -> int | None:
         try:
@@ -180,12 +199,18 @@ class _MountedReader(SnapshotReader):
 
 
 class _OfflineReader(SnapshotReader):
-    def __init__(self, file: SnapshotFile, what: str) -> None:
+    def __init__(self, file: "SnapshotFile", size_bytes: int, what: str) -> None:
+        super().__init__(size_bytes, what)
         self._file = file
-        self._what = what
 
-    def read(self, offset: int, size_bytes: int) -> bytes:
-        return _whole(self._file.read(offset, size_bytes), size_bytes, self._what)
+    def _read(self, extents: list[tuple[int, int]], memory: memoryview) -> list[int]:
+        done, at = [], 0
+        for offset, size_bytes in extents:
+            data = self._file.read(offset, size_bytes)
+            memory[at : at + len(data)] = data
+            done.append(len(data))
+            at += aligned(size_bytes)
+        return done
 
     def seek(self, offset: int, whence: int) -> int | None:
         try:
@@ -194,12 +219,6 @@ class _OfflineReader(SnapshotReader):
             if exc.errno == errno.ENXIO:
                 return None
             raise
-
-
-def _whole(data: bytes, size_bytes: int, what: str) -> bytes:
-    if len(data) < size_bytes:
-        raise HlfsError(f"{what}: it is shorter than it was")
-    return data
 
 
 class Mounted(VolumeSnapshots):
@@ -276,7 +295,8 @@ class Mounted(VolumeSnapshots):
     @contextmanager
     def open(self, name: str) -> Iterator[SnapshotReader]:
         with self._errors(name):
-            fd = os.open(self._at(name), os.O_RDONLY)
+            # What is read once is not worth the kernel's memory.
+            fd = os.open(self._at(name), os.O_RDONLY | os.O_DIRECT)
         try:
             yield _MountedReader(fd, self._what(name))
         finally:
@@ -387,11 +407,13 @@ class Offline(VolumeSnapshots):
 
     @contextmanager
     def open(self, name: str) -> Iterator[SnapshotReader]:
+        from hlfsfs.pool import SnapshotFile  # noqa: PLC0415 - no need of it through a mount
+
         node_id = self._node(name)
         file = self._names.open(node_id, os.O_RDONLY)
         try:
             assert isinstance(file, SnapshotFile)
-            yield _OfflineReader(file, f"{self._uri}%{printable(name)}")
+            yield _OfflineReader(file, self.size_bytes(name), f"{self._uri}%{printable(name)}")
         finally:
             self._names.release(node_id)
 

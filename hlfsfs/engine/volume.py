@@ -204,6 +204,11 @@ class Volume:
         with self._errors():
             return _read_all(self.native.read, offset, size_bytes)
 
+    def read_into(self, offset: int, memory: memoryview) -> int:
+        """Fills memory with what there is from an offset on; how many bytes, fewer at the end of the volume."""
+        with self._errors():
+            return self.native.read_into(offset, memory)
+
     def write(self, offset: int, data: bytes, dsync: bool = False) -> int:
         """Writes all of `data`; it survives the death of every process, and with `dsync` power loss.
 

@@ -7,6 +7,7 @@ that and `receiving` no more. Until then nobody may write to the volume; what fa
 it began with, and what a crash leaves by the sweep of the next mount.
 """
 
+import io
 import logging
 import os
 import threading
@@ -27,10 +28,14 @@ from hlfsfs.pool.volumes import Volumes
 from hlfsfs.store.records import NOT_JSON, Receiving, SnapshotNotes, with_changes
 
 if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
     from hlfsfs.engine import Snapshot, Volume
     from hlfsfs.stream import Begin, Part, SnapshotRef
 
 log = logging.getLogger(__name__)
+
+READ_BYTES = 4 << 20
 
 Progress = Callable[[int, int], None]
 
@@ -154,15 +159,7 @@ class Receiver:
     def _parts(source: "Volume", progress: Callable[[int], None]) -> Iterator["Part"]:
         from hlfsfs.stream import StreamReader  # noqa: PLC0415 - a mount that receives nothing is ready without
 
-        at = 0
-
-        def read(size_bytes: int) -> bytes:
-            nonlocal at
-            data = source.read(at, size_bytes)
-            at += len(data)
-            return data
-
-        reader = StreamReader(read, "the stream")
+        reader = StreamReader(io.BufferedReader(_Content(source), READ_BYTES).read, "the stream")
         for part in reader.parts():
             progress(reader.position.stream_bytes)
             yield part
@@ -256,6 +253,22 @@ class Receiver:
             runs = list(self._runs.values())
         for each in runs:
             each.close()
+
+
+class _Content(io.RawIOBase):
+    """What a volume holds, from its beginning to its end."""
+
+    def __init__(self, volume: "Volume") -> None:
+        self._volume = volume
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, memory: "WriteableBuffer") -> int:
+        done = self._volume.read_into(self._at, memoryview(memory).cast("B"))
+        self._at += done
+        return done
 
 
 def _apply(volume: "Volume", part: "Part") -> None:

@@ -22,11 +22,13 @@ VERSION = 1
 HEADER = struct.Struct("<4sBBHIIQQ")
 _CRC = struct.Struct("<I")
 _CRC_OFFSET = 12
+_NO_CRC = bytes(_CRC.size)
 
 KIND_BEGIN, KIND_DATA, KIND_HOLE, KIND_END = 1, 2, 3, 4
 FLAG_ZSTD = 1
 
 MAX_DATA_BYTES = 1 << 20
+BLOCK_BYTES = 4096
 MAX_JSON_BYTES = 64 << 10
 MAX_VOLUME_BYTES = 1 << 48
 MAX_TEXT_CHARACTERS = 4096
@@ -100,16 +102,22 @@ class End(msgspec.Struct, frozen=True):
 
 
 Part = Begin | Data | Hole | End
+Payload = bytes | memoryview
 
 
-def checked_header(header: bytes, payload: bytes, previous_crc: int) -> bytes:
+def aligned(size_bytes: int) -> int:
+    """In whole blocks."""
+    return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def checked_header(header: bytes, payload: Payload, previous_crc: int) -> bytes:
     """The header with its checksum, of itself and the payload, which goes on from the frame before."""
     return header[:_CRC_OFFSET] + _CRC.pack(crc_of(header, payload, previous_crc)) + header[_CRC_OFFSET + 4 :]
 
 
-def crc_of(header: bytes, payload: bytes, previous_crc: int) -> int:
+def crc_of(header: bytes, payload: Payload, previous_crc: int) -> int:
     """The checksum of a frame, whatever its header has in its place."""
-    blank = header[:_CRC_OFFSET] + bytes(_CRC.size) + header[_CRC_OFFSET + _CRC.size :]
+    blank = header[:_CRC_OFFSET] + _NO_CRC + header[_CRC_OFFSET + _CRC.size :]
     return _core.crc32c(_core.crc32c(previous_crc, blank), payload)
 
 

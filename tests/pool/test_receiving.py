@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -28,8 +27,9 @@ from hlfsfs.errors import (
     VolumeBusy,
 )
 from hlfsfs.pool import AttributeChanges, Namespace
-from hlfsfs.stream import Begin, SnapshotRef, StreamWriter
+from hlfsfs.stream import Begin, SnapshotRef
 from tests.pool.conftest import RealWorld
+from tests.stream.making import written
 
 MIB = 1 << 20
 BEFORE = random.Random(1).randbytes(3 * MIB)
@@ -70,13 +70,11 @@ class StreamWorld(RealWorld):
             snapshot=SnapshotRef(id=f"there/{name}", name=name, size_bytes=len(data)),
             base=SnapshotRef(id=base, name="one", size_bytes=len(BEFORE)) if base else None,
         )
-        out = io.BytesIO()
-        extents = [(0, len(data), True)]
-        StreamWriter(out.write).send(begin, extents, lambda offset, size_bytes: data[offset : offset + size_bytes])
+        raw = written(begin, [(0, len(data), True)], data)
         if b"s" in self.listing():
             self.names.unlink(1, b"s")
-        self.write(self.names.create(1, b"s", 0o600, 0, 0).id, out.getvalue())
-        return out.getvalue()
+        self.write(self.names.create(1, b"s", 0o600, 0, 0).id, raw)
+        return raw
 
     def receive(self, **options: Any) -> str:
         return self.names.receive(self.directory(), b"s", **options)
@@ -330,6 +328,23 @@ def test_into_two_volumes_at_once(world: StreamWorld) -> None:
         thread.join()
     assert results == ["two", "two"]
     assert world.content() == world.content(b"c") == AFTER
+
+
+def test_a_volume_is_read_into_memory(world: StreamWorld) -> None:
+    """As `read` gives it, in requests that are under way together."""
+    volume = world.names.volume(world.names.resolve(b"v"))
+    volume.punch(MIB + 5, 70_000)
+    size_bytes = volume.size_bytes
+    whole = volume.read(0, size_bytes)
+    rng = random.Random(9)
+    for _ in range(50):
+        offset, length = rng.randrange(size_bytes + 5000), rng.choice([0, 1, 5000, rng.randrange(size_bytes + 5000)])
+        memory = bytearray(b"?" * length)
+        done = volume.read_into(offset, memoryview(memory))
+        assert memory[:done] == whole[offset : offset + length]
+        assert done == len(whole[offset : offset + length])
+    with pytest.raises(BufferError):
+        volume.read_into(0, memoryview(bytes(10)))
 
 
 def test_a_read_only_store_receives_nothing(world: StreamWorld) -> None:

@@ -37,6 +37,7 @@ from hlfsfs.stream.format import (
     MAX_DATA_BYTES,
     checked_header,
 )
+from tests.stream.making import written
 
 MIB = 1 << 20
 SIZE_BYTES = 6 * MIB + 700
@@ -50,9 +51,7 @@ BEGIN = Begin(volume="v", snapshot=TWO, base=ONE, data_bytes=5)
 
 
 def stream(begin: Begin = BEGIN, extents: list[tuple[int, int, bool]] = EXTENTS, level: int = 1) -> bytes:
-    out = io.BytesIO()
-    StreamWriter(out.write, level).send(begin, extents, lambda offset, size: CONTENT[offset : offset + size])
-    return out.getvalue()
+    return written(begin, extents, CONTENT, level)
 
 
 STREAM = stream()
@@ -82,7 +81,17 @@ def test_what_is_written_is_read(level: int) -> None:
     before[4 * MIB : 4 * MIB + 4096] = bytes(4096)
     assert apply(parts, before) == CONTENT
     assert (reader.position.offset, reader.position.stream_bytes, reader.position.ended) == (SIZE_BYTES, len(raw), True)
-    assert (len(raw) < 4.5 * MIB) == (level != 0)
+
+
+@pytest.mark.parametrize("level", [-7, 0, 1, 19])
+def test_what_can_be_compressed_is(level: int) -> None:
+    size_bytes = 8 * MIB
+    begin = Begin(volume="v", snapshot=SnapshotRef(id="x", name="x", size_bytes=size_bytes))
+    for content, most in ((b"hlfs" * (size_bytes // 4), size_bytes // 50), (RNG.randbytes(size_bytes), None)):
+        raw = written(begin, [(0, size_bytes, True)], content, level)
+        assert apply(read(raw)[0], bytearray(size_bytes)) == content
+        # Of what cannot be, nothing is lost but headers.
+        assert len(raw) < (most if level and most else size_bytes + 2000)
 
 
 def test_nothing_at_all_is_a_stream_too() -> None:
@@ -92,11 +101,21 @@ def test_nothing_at_all_is_a_stream_too() -> None:
 
 
 def test_a_reader_that_fails_ends_the_writing() -> None:
-    def fail(_offset: int, _size_bytes: int) -> bytes:
+    def fail(_extents: list[tuple[int, int]], _memory: memoryview) -> None:
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        StreamWriter(lambda data: None).send(BEGIN, EXTENTS, fail)
+        StreamWriter(lambda pieces: None).send(BEGIN, EXTENTS, fail)
+
+
+def test_many_small_parts() -> None:
+    """More than fit into memory at once, some right behind each other."""
+    blocks = sorted(RNG.sample(range(SIZE_BYTES // 4096), 1100))
+    extents = [(block * 4096, 4096, RNG.random() < 0.9) for block in blocks]
+    content = bytearray(b"\xff" * SIZE_BYTES)
+    for offset, size_bytes, data in extents:
+        content[offset : offset + size_bytes] = CONTENT[offset : offset + size_bytes] if data else bytes(size_bytes)
+    assert apply(read(stream(extents=extents))[0], bytearray(b"\xff" * SIZE_BYTES)) == content
 
 
 @given(st.integers(0, len(STREAM) - 1), st.integers(1, 255))

@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <condition_variable>
 #include <cstring>
+#include <deque>
 #include <mutex>
 #include <system_error>
 #include <tuple>
@@ -63,6 +64,49 @@ class Waiter final : public Completion {
     std::int64_t result_ = 0;
     std::vector<char> data_;
 };
+
+// Waits for a read into memory that somebody else has.
+class Filler final : public Completion {
+  public:
+    explicit Filler(std::span<std::byte> memory) : memory_(memory) {}
+    void complete(std::int64_t result) noexcept override { waiter_.complete(result); }
+    void complete_data(const iovec* vectors, int count, std::size_t size_bytes) noexcept override {
+        std::size_t at = 0;
+        for (int i = 0; i < count; ++i) {
+            std::memcpy(memory_.data() + at, vectors[i].iov_base, vectors[i].iov_len);
+            at += vectors[i].iov_len;
+        }
+        waiter_.complete(static_cast<std::int64_t>(size_bytes));
+    }
+    [[nodiscard]] std::span<std::byte> memory() const noexcept { return memory_; }
+    std::int64_t wait() { return waiter_.wait(); }
+
+  private:
+    const std::span<std::byte> memory_;
+    Waiter waiter_;
+};
+
+// All at once, in requests of at most 1 MiB; fewer bytes at the volume's end. Returns bytes or -errno.
+std::int64_t read_into(Volume& volume, std::uint64_t offset, std::span<std::byte> memory) {
+    constexpr std::size_t kRequestBytes = std::size_t{1} << 20;
+    std::deque<Filler> reads;
+    for (std::size_t at = 0; at < memory.size(); at += kRequestBytes) {
+        Filler& read = reads.emplace_back(memory.subspan(at, std::min(kRequestBytes, memory.size() - at)));
+        volume.read(offset + at, static_cast<std::uint32_t>(read.memory().size()), false, read);
+    }
+    std::int64_t done = 0;
+    bool ended = false;
+    int error = 0;
+    for (Filler& read : reads) {
+        const std::int64_t result = read.wait();
+        if (result < 0 && error == 0)
+            error = static_cast<int>(-result);
+        if (!ended && result >= 0)
+            done += result;
+        ended = ended || result < static_cast<std::int64_t>(read.memory().size());
+    }
+    return error != 0 ? -error : done;
+}
 
 [[noreturn]] void raise_errno(int error) {
     errno = error;
@@ -608,6 +652,24 @@ void bind_io(nb::class_<Volume>& volume) {
             },
             nb::arg("offset"), nb::arg("size_bytes"))
         .def(
+            "read_into",
+            [](Volume& self, std::uint64_t offset, const nb::object& memory) {
+                Py_buffer buffer;
+                if (PyObject_GetBuffer(memory.ptr(), &buffer, PyBUF_WRITABLE) != 0)
+                    throw nb::python_error();
+                std::int64_t result = 0;
+                {
+                    const nb::gil_scoped_release unlocked;
+                    result = read_into(self, offset,
+                                       {static_cast<std::byte*>(buffer.buf), static_cast<std::size_t>(buffer.len)});
+                }
+                PyBuffer_Release(&buffer);
+                if (result < 0)
+                    raise_errno(static_cast<int>(-result));
+                return result;
+            },
+            nb::arg("offset"), nb::arg("memory"))
+        .def(
             "write",
             [](Volume& self, std::uint64_t offset, const nb::bytes& data, bool durable) {
                 return run([&](Completion& done) { self.write_copy(offset, span_of(data), durable, done); });
@@ -640,10 +702,62 @@ void bind_io(nb::class_<Volume>& volume) {
             nb::arg("mtime_ns").none(), nb::arg("ctime_ns").none());
 }
 
+// How much there was of each, fewer at the file's end; or errno.
+int read_extents(int fd, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& extents,
+                 std::span<std::byte> memory, std::vector<std::uint64_t>& done) {
+    std::size_t at = 0;
+    for (const auto& [offset, size_bytes] : extents) {
+        const std::size_t wanted = (size_bytes + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
+        if (wanted > memory.size() - at)
+            return EINVAL;
+        std::size_t got = 0;
+        while (got < wanted) {
+            const ssize_t more = pread(fd, memory.data() + at + got, wanted - got, static_cast<off_t>(offset + got));
+            if (more < 0 && errno != EINTR)
+                return errno;
+            if (more == 0)
+                break;
+            got += static_cast<std::size_t>(std::max<ssize_t>(more, 0));
+        }
+        done.push_back(got);
+        at += wanted;
+    }
+    return 0;
+}
+
 void bind_format(nb::module_& m) {
     m.def(
-        "crc32c", [](std::uint32_t seed, const nb::bytes& data) { return crc32c(seed, data.c_str(), data.size()); },
+        "crc32c",
+        [](std::uint32_t seed, const nb::object& data) {
+            Py_buffer buffer;
+            if (PyObject_GetBuffer(data.ptr(), &buffer, PyBUF_SIMPLE) != 0)
+                throw nb::python_error();
+            // Python's lock would cost more than this.
+            const std::uint32_t crc = crc32c(seed, buffer.buf, static_cast<std::size_t>(buffer.len));
+            PyBuffer_Release(&buffer);
+            return crc;
+        },
         nb::arg("seed"), nb::arg("data"));
+    // Reads each (offset, size) of a file to where the ones before it end, one behind the other, in whole blocks.
+    m.def(
+        "read_extents",
+        [](int fd, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& extents, const nb::object& memory) {
+            Py_buffer buffer;
+            if (PyObject_GetBuffer(memory.ptr(), &buffer, PyBUF_WRITABLE) != 0)
+                throw nb::python_error();
+            std::vector<std::uint64_t> done;
+            int error = 0;
+            {
+                const nb::gil_scoped_release unlocked;
+                error = read_extents(fd, extents,
+                                     {static_cast<std::byte*>(buffer.buf), static_cast<std::size_t>(buffer.len)}, done);
+            }
+            PyBuffer_Release(&buffer);
+            if (error != 0)
+                raise_errno(error);
+            return done;
+        },
+        nb::arg("fd"), nb::arg("extents"), nb::arg("memory"));
     m.def(
         "first_checkpoint",
         [](const nb::bytes& log_uuid, std::uint64_t time_ns) {

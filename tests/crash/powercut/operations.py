@@ -5,7 +5,6 @@ A new kind is one more entry in `KINDS`.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import threading
@@ -30,10 +29,11 @@ from hlfsfs.pool import (
     Defaults,
 )
 from hlfsfs.store.disk import Disk
-from hlfsfs.stream import Begin, SnapshotRef, StreamWriter
+from hlfsfs.stream import Begin, SnapshotRef
 from tests.crash.powercut.shim import Shim
 from tests.engine.contents import content, written, zeroed
 from tests.pool.conftest import RealWorld, World
+from tests.stream.making import written as stream_of
 
 MIB = 1 << 20
 # Nothing becomes durable but by what the history says.
@@ -246,10 +246,9 @@ class Player:
             for each in self.world.engine.changed_extents(volume, *ids, 0, 1 << 20)
             if each.offset < size_bytes
         ]
-        out = io.BytesIO()
-        StreamWriter(out.write).send(begin, extents, lambda at, length: volume.read_snapshot(ids[1], at, length))
         self.create(new)
-        self.volume(new).write(0, out.getvalue())
+        content = volume.read_snapshot(ids[1], 0, size_bytes)
+        self.volume(new).write(0, stream_of(begin, extents, content))
 
     def mark_received(self, path: str, name: str, origin: str) -> None:
         """Takes a snapshot that counts as the one of that name of another volume."""

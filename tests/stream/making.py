@@ -1,0 +1,19 @@
+"""Makes streams of bytes."""
+
+import io
+
+from hlfsfs.stream import Begin, StreamWriter
+
+
+def written(begin: Begin, extents: list[tuple[int, int, bool]], content: bytes, level: int = 1) -> bytes:
+    """A stream of these extents of what a snapshot holds."""
+    out = io.BytesIO()
+
+    def read(extents: list[tuple[int, int]], memory: memoryview) -> None:
+        at = 0
+        for offset, size_bytes in extents:
+            memory[at : at + size_bytes] = content[offset : offset + size_bytes]
+            at += -(-size_bytes // 4096) * 4096
+
+    StreamWriter(lambda pieces: out.write(b"".join(pieces)), level).send(begin, extents, read)
+    return out.getvalue()
