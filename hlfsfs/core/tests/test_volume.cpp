@@ -1,8 +1,11 @@
 // A volume against a byte array: content, size, holes; clean and unclean ends; many threads.
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <catch2/catch.hpp>
+#include <chrono>
+#include <thread>
 
 #include "harness.hpp"
 
@@ -90,4 +93,42 @@ TEST_CASE("a first write of the largest size is taken") {
     REQUIRE(write(host, *opened.volume, 0, data) == static_cast<std::int64_t>(data.size()));
     REQUIRE((content(*opened.volume) == data));
     host.close(log);
+}
+
+TEST_CASE("a chunk that nothing was put into never gets into the log") {
+    FaultyDisk::instance().reset();
+    Log log(1, 21);
+    Host host;
+    const auto volume = host.open(log).volume;
+    REQUIRE(write(host, *volume, 0, pattern(4096, 1)) > 0);
+    REQUIRE(flush(*volume) == 0);
+    // Has room made for an entry, and then has none.
+    volume->forget_beyond_end();
+    SECTION("by a checkpoint") {
+        while (host.checkpoint(log)) {
+        }
+    }
+    SECTION("by a worker") {
+        volume->want_sync();
+        REQUIRE(flush(*volume) == 0);
+        std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
+    SECTION("by a snapshot") {
+        volume->create_snapshot(1, "one", 0, {});
+    }
+    REQUIRE(write(host, *volume, 8192, pattern(4096, 3)) > 0);
+    volume->forget_beyond_end();
+    const Bytes before = content(*volume);
+    host.close(log);
+    for (const std::uint64_t segno : log.segnos()) {
+        const SharedFd fd(open(log.file(segno).c_str(), O_RDONLY));
+        const ScannedSegment segment = scan_segment(fd.get(), read_segment_header(fd.get()), 1);
+        CHECK(segment.from_footer);
+        CHECK_FALSE(segment.chunks.empty());
+    }
+    Host successor;
+    const auto opened = successor.open(log);
+    CHECK(holds(*opened.volume, before));
+    CHECK_FALSE(opened.report.unclean);
+    successor.close(log);
 }

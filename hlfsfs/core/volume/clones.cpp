@@ -100,8 +100,10 @@ void Volume::wait_for_entry(Lock& lock, std::size_t side_bytes) {
 bool Volume::adopt_more(std::uint64_t size_bytes, std::uint64_t end_bytes) {
     Lock lock(mutex_);
     wait_for_entry(lock, sizeof end_bytes);
-    if (!beyond_end_ || shared_end_ != size_bytes || size_bytes_ != size_bytes)
+    if (!beyond_end_ || shared_end_ != size_bytes || size_bytes_ != size_bytes) {
+        drop_unused();
         return false;
+    }
     PublishItem item{};
     item.kind = EntryKind::resize;
     item.size_bytes = end_bytes;
@@ -117,15 +119,21 @@ void Volume::cut_beyond_end() {
     item.block = (size_bytes_ + kBlockBytes - 1) >> kBlockShift;
     item.count = (kMaxVolumeBytes >> kBlockShift) - item.block;
     beyond_end_ = false;
-    if (item.count != 0)
+    if (item.count != 0) {
         publish({&item, 1}, nullptr);
+    } else {
+        drop_unused();
+    }
 }
 
 void Volume::forget_beyond_end() {
     Lock lock(mutex_);
     wait_for_entry(lock, 0);
-    if (beyond_end_)
+    if (beyond_end_) {
         cut_beyond_end();
+    } else {
+        drop_unused();
+    }
 }
 
 Volume::ForeignBlocks Volume::foreign_blocks(std::uint64_t first_block, std::size_t most) {

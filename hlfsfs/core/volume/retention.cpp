@@ -184,8 +184,11 @@ void Volume::drop_retained() {
     Lock lock(mutex_);
     while (!retained_.empty()) {
         wait_for_entry(lock, encode(removal_of(1)).size());
-        if (!retained_.empty())
+        if (retained_.empty()) {
+            drop_unused();
+        } else {
             remove_retained(retained_.front()->entry.record.id);
+        }
     }
     wait_durable(lock, next_number());
 }
@@ -198,8 +201,9 @@ void Volume::promote(std::uint64_t checkpoint_id, std::uint64_t id, const std::s
                                .uid = owner.uid,
                                .gid = owner.gid},
                     .name = name};
+    const std::uint64_t refusals = refusals_;
     // Another may come, or this one go, while it waits for room.
-    for (bool waited = false;; waited = true) {
+    for (;;) {
         check_new_snapshot(id, name);
         const auto same = [checkpoint_id](const auto& each) { return each->entry.record.id == checkpoint_id; };
         const auto at = std::ranges::find_if(retained_, same);
@@ -215,9 +219,13 @@ void Volume::promote(std::uint64_t checkpoint_id, std::uint64_t id, const std::s
                        .root = record.root,
                        .levels = record.levels,
                        .ctime_ns = realtime_ns()};
-        if (waited)
+        const Admission admission = admit(1, 0, encode(entry).size());
+        if (admission == Admission::ok)
             break;
-        wait_for_entry(lock, encode(entry).size());
+        if (admission == Admission::refused)
+            throw std::system_error(space_refused_, std::generic_category(), "no space for a snapshot");
+        wake();
+        wait_disk(lock, refusals);
     }
     apply_snap(entry, next_sequence_);
     publish_snap(entry);

@@ -214,9 +214,19 @@ void Volume::create_snapshots(std::vector<NewSnapshot> wanted, std::uint64_t gro
         for (const NewSnapshot& each : wanted)
             locks.emplace_back(each.volume->mutex_);
         std::size_t ready = 0;
-        while (ready < wanted.size() && wanted[ready].volume->ready_for(entries[ready]))
-            ++ready;
+        const auto drop_unused = [&wanted, &ready] {
+            for (std::size_t i = 0; i < ready; ++i)
+                wanted[i].volume->drop_unused();
+        };
+        try {
+            while (ready < wanted.size() && wanted[ready].volume->ready_for(entries[ready]))
+                ++ready;
+        } catch (...) {
+            drop_unused();
+            throw;
+        }
         if (ready < wanted.size()) {
+            drop_unused();
             // The others go on meanwhile.
             Lock lock = std::move(locks[ready]);
             locks.clear();

@@ -377,6 +377,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void publish(std::span<const PublishItem> items, std::atomic<std::uint64_t>* note);
     bool open_chunk();
     bool seal_open();
+    void drop_unused();
     bool place(LiveChunk& chunk, std::size_t used_bytes);
     void roll_segment();
     void take_back_unwritten();

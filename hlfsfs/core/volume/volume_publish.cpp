@@ -3,9 +3,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cassert>
 #include <cerrno>
 #include <chrono>
 #include <system_error>
+#include <utility>
 
 #include "base/failpoint.hpp"
 #include "volume/volume.hpp"
@@ -293,11 +295,23 @@ bool Volume::place(LiveChunk& chunk, std::size_t used_bytes) {
     return true;
 }
 
+// For who was admitted and publishes nothing: without an entry it is no chunk to any reader. In the same hold of the
+// lock, so that nobody has counted on it.
+void Volume::drop_unused() {
+    if (open_ == nullptr || open_->descriptor->count.load(std::memory_order_relaxed) != 0)
+        return;
+    LiveChunk* const chunk = std::exchange(open_, nullptr);
+    live_.pop_back();
+    places_.pop_back();
+    unpin(core_, chunk);
+}
+
 bool Volume::seal_open() {
     if (open_ == nullptr)
         return true;
     ChunkDescriptor& descriptor = *open_->descriptor;
     const std::uint32_t count = descriptor.count.load(std::memory_order_relaxed);
+    assert(count != 0);
     const std::size_t used = summary_bytes(count, descriptor.payload_blocks, descriptor.side_bytes);
     open_->payload_blocks = descriptor.payload_blocks;
     open_->summary_blocks = summary_blocks(count, descriptor.payload_blocks, descriptor.side_bytes);

@@ -1,0 +1,287 @@
+"""Trees of volumes, snapshots, clones, copies in parts and rollbacks through a mount, against plain byte arrays.
+
+With cleaning at any time, and the server killed at any time: what was acknowledged is there, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from tests.engine.contents import content, written, zeroed
+from tests.fuse.mounts import Mounted, hlfs, mounted, needs_fuse
+from tests.fuse.test_semantics import PRELUDE, plane
+
+__all__ = ["plane"]
+
+pytestmark = needs_fuse
+
+BLOCK = 4096
+MAX_BLOCKS = 400
+VOLUMES = ("a", "b", "c", "d")
+SNAPSHOTS = ("1", "2", "3")
+BATCHES, BATCH = 14, 14
+MIB = 1 << 20
+SEGMENT_BYTES = 4 * MIB
+
+# Does what it is told, and prints what everything holds then.
+CHILD = (
+    PRELUDE
+    + """
+import hashlib, json
+sys.path.insert(0, sys.argv[3])
+from tests.engine.contents import content
+
+def directory(volume):
+    return f".snapshots/{volume}"
+
+def file_of(source):
+    volume, snapshot = source
+    return f"{directory(volume)}/{snapshot}" if snapshot else volume
+
+def ended(where, order):
+    while (state := json.loads(os.getxattr(where, order)))["running"]:
+        time.sleep(0.01)
+    assert state["error"] == "", state
+
+class Do:
+    def write(volume, offset, size, seed):
+        fd = os.open(volume, os.O_RDWR | os.O_CREAT)
+        os.pwrite(fd, content(seed, size), offset)
+        os.close(fd)
+
+    def punch(volume, offset, size):
+        fd = os.open(volume, os.O_RDWR)
+        fallocate(fd, 3, offset, size)
+        os.close(fd)
+
+    def resize(volume, size):
+        os.truncate(volume, size)
+
+    def snapshot(volume, name):
+        os.mknod(f"{directory(volume)}/{name}", 0o644)
+
+    def forget(volume, name):
+        os.unlink(f"{directory(volume)}/{name}")
+
+    def roll_back(volume, name):
+        os.setxattr(directory(volume), "user.hlfs.rollback", json.dumps({"snapshot": name}).encode())
+
+    def clone(source, new):
+        order = {"source": "%016x" % os.stat(file_of(source)).st_ino, "name": new}
+        os.setxattr(".", "user.hlfs.clone", json.dumps(order).encode())
+
+    def copy(source, target, offset, size):
+        from_fd, to_fd = os.open(file_of(source), os.O_RDONLY), os.open(target, os.O_RDWR | os.O_CREAT)
+        while size:
+            done = os.copy_file_range(from_fd, to_fd, size, offset, offset)
+            assert done > 0
+            offset, size = offset + done, size - done
+        os.close(from_fd)
+        os.close(to_fd)
+
+    def flatten(volume):
+        try:
+            os.setxattr(volume, "user.hlfs.flatten", b"run")
+        except OSError as exc:
+            # It has clones of its own, perhaps copies; or was flattened before.
+            assert exc.errno in (errno.EBUSY, errno.EINVAL)
+        else:
+            ended(volume, "user.hlfs.flatten")
+
+    def clean(volume):
+        os.setxattr(volume, "user.hlfs.clean", b"run")
+        ended(volume, "user.hlfs.clean")
+
+    def unlink(volume):
+        os.unlink(volume)
+
+for name, *arguments in json.loads(sys.argv[2]):
+    try:
+        getattr(Do, name)(*arguments)
+    except Exception as exc:
+        raise AssertionError(f"{name} {arguments}: {exc!r}") from exc
+found = {}
+for volume in os.listdir("."):
+    found[volume] = hashlib.sha256(read(volume)).hexdigest()
+    for snapshot in os.listdir(directory(volume)):
+        if snapshot != "latest":
+            found[f"{volume}@{snapshot}"] = hashlib.sha256(read(f"{directory(volume)}/{snapshot}")).hexdigest()
+print(json.dumps(found))
+"""
+)
+
+Source = tuple[str, str]  # a volume, and a snapshot of it or ""
+
+
+class Model:
+    """What there is to be."""
+
+    def __init__(self) -> None:
+        self.volumes: dict[str, bytes] = {}
+        self.snapshots: dict[Source, bytes] = {}
+        self.clones: set[str] = set()
+
+    def digests(self) -> dict[str, str]:
+        all_of_it = {**self.volumes, **{f"{volume}@{name}": data for (volume, name), data in self.snapshots.items()}}
+        return {name: hashlib.sha256(data).hexdigest() for name, data in all_of_it.items()}
+
+    def of(self, source: Source) -> bytes:
+        return self.snapshots[source] if source[1] else self.volumes[source[0]]
+
+    def sources(self) -> list[Source]:
+        return [*((volume, "") for volume in self.volumes), *self.snapshots]
+
+    def names(self, volume: str) -> list[str]:
+        return [name for owner, name in self.snapshots if owner == volume]
+
+    def apply(self, name: str, *arguments: Any) -> None:
+        getattr(self, f"_{name}", self._nothing)(*arguments)
+
+    def _nothing(self, volume: str) -> None:
+        """What it holds is the same."""
+
+    def _write(self, volume: str, offset: int, size_bytes: int, seed: int) -> None:
+        self.volumes[volume] = written(self.volumes.get(volume, b""), offset, content(seed, size_bytes))
+
+    def _punch(self, volume: str, offset: int, size_bytes: int) -> None:
+        self.volumes[volume] = zeroed(self.volumes[volume], offset, size_bytes)
+
+    def _resize(self, volume: str, size_bytes: int) -> None:
+        self.volumes[volume] = self.volumes[volume][:size_bytes].ljust(size_bytes, b"\0")
+
+    def _snapshot(self, volume: str, name: str) -> None:
+        self.snapshots[volume, name] = self.volumes[volume]
+
+    def _forget(self, volume: str, name: str) -> None:
+        del self.snapshots[volume, name]
+
+    def _roll_back(self, volume: str, name: str) -> None:
+        self.volumes[volume] = self.snapshots[volume, name]
+
+    def _clone(self, source: Source, new: str) -> None:
+        self.volumes[new] = self.of(source)
+        self.clones.add(new)
+
+    def _copy(self, source: Source, target: str, offset: int, size_bytes: int) -> None:
+        data = self.of(source)[offset : offset + size_bytes]
+        self.volumes[target] = written(self.volumes.get(target, b""), offset, data)
+
+    def _unlink(self, volume: str) -> None:
+        del self.volumes[volume]
+        self.clones.discard(volume)
+
+    def possible(self, rng: random.Random, seed: int, plane: str) -> list[Any]:
+        """One thing that can be done, at random."""
+        volume = rng.choice(VOLUMES)
+        there = volume in self.volumes
+        names = self.names(volume)
+        source = rng.choice(self.sources()) if self.volumes else ("", "")
+        blocks = rng.choice([1, 2, 16, 64, 250])
+        offset = rng.randrange(MAX_BLOCKS - blocks) * BLOCK + rng.choice([0, 0, 0, 512])
+        choices: list[list[Any]] = [["write", volume, offset, blocks * BLOCK, seed]] * 4
+        if self.volumes:
+            end = len(self.of(source))
+            cut = rng.randrange(end // BLOCK + 1) * BLOCK
+            first, last = rng.choice([(0, cut), (cut, end), (0, end), (cut // 2 // BLOCK * BLOCK, cut)])
+            if first < last and (source != (volume, "")):
+                choices += [["copy", source, volume, first, last - first]] * 2
+        if there:
+            choices += [["resize", volume, rng.randrange(MAX_BLOCKS * BLOCK)], ["clean", volume]]
+            if plane == "on":
+                choices += [["punch", volume, offset, blocks * BLOCK]] * 2
+            choices += [["snapshot", volume, name] for name in SNAPSHOTS if name not in names]
+            if not names:
+                choices.append(["unlink", volume])
+                if volume in self.clones:
+                    choices.append(["flatten", volume])
+        elif self.volumes:
+            choices += [["clone", source, volume]] * 4
+        for name in names:
+            choices += [["forget", volume, name], ["roll_back", volume, name]]
+        return rng.choice(choices)
+
+
+def run(mount: Mounted, model: Model, history: list[list[Any]]) -> None:
+    root = str(Path(__file__).parents[2])
+    found = json.loads(mount.python(CHILD, json.dumps(history), root))
+    wanted = model.digests()
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    assert not wrong, f"{wrong} after {history}"
+
+
+def test_at_random(tmp_path: Path, plane: str) -> None:
+    seed = int(os.environ.get("HLFS_SEED", random.randrange(1 << 32)))
+    print(f"HLFS_SEED={seed}")
+    rng = random.Random(seed)
+    model, store = Model(), tmp_path / "store"
+    options = [f"dataplane={plane}", "segment_size=4M", f"retain={rng.choice(['0', '60s'])}"]
+    batch = kills = 0
+    while batch < BATCHES:
+        with mounted(store, options, clean_end=False) as mount:
+            for _ in range(rng.randrange(1, 5)):
+                history = []
+                for step in range(BATCH):
+                    history.append(model.possible(rng, batch * BATCH + step + 1, plane))
+                    model.apply(*history[-1])
+                run(mount, model, history)
+                batch += 1
+            if rng.random() < 0.5:
+                mount.kill()
+                kills += 1
+    with mounted(store, options) as mount:
+        run(mount, model, [["clean", volume] for volume in model.volumes])
+    checked = hlfs("check", f"local://{store}")
+    assert checked.returncode == 0, checked.stdout
+    require_nothing_kept(store, kills)
+
+
+def require_nothing_kept(store: Path, kills: int = 0) -> None:
+    """Each log takes what can be reached in it, and what was written last, and what a kill left of a segment."""
+    with mounted(store) as mount:
+        for volume in mount.run("ls", mount.path).split():
+            assert hlfs("clean", mount.path / volume).returncode == 0
+            stats = json.loads(hlfs("stat", mount.path / volume, "--json").stdout)
+            assert stats["dead_bytes"] <= MIB + kills * SEGMENT_BYTES, (volume, stats)
+
+
+def test_a_volume_that_shares_with_itself(tmp_path: Path, plane: str) -> None:
+    """A snapshot copied over the volume it is of, and rollbacks back and forth, then the middle one deleted."""
+    model = Model()
+    with mounted(tmp_path / "store", [f"dataplane={plane}", "segment_size=4M"]) as mount:
+        history: list[list[Any]] = [
+            ["write", "a", 0, 300 * BLOCK, 1],
+            ["snapshot", "a", "1"],
+            ["write", "a", 50 * BLOCK, 100 * BLOCK, 2],
+            ["snapshot", "a", "2"],
+            ["write", "a", 20 * BLOCK, 200 * BLOCK, 3],
+            ["copy", ("a", "1"), "a", 0, 300 * BLOCK],
+            ["clean", "a"],
+            ["roll_back", "a", "1"],
+            ["write", "a", 250 * BLOCK, 20 * BLOCK, 4],
+            ["snapshot", "a", "3"],
+            ["roll_back", "a", "3"],
+            ["roll_back", "a", "2"],
+            ["copy", ("a", "3"), "b", 0, 300 * BLOCK],
+            ["copy", ("b", ""), "a", 100 * BLOCK, 100 * BLOCK],
+            ["clean", "a"],
+            ["forget", "a", "2"],
+            ["clean", "a"],
+            ["write", "a", 0, 100 * BLOCK, 5],
+            ["clean", "a"],
+            ["clone", ("a", "1"), "c"],
+            ["forget", "a", "1"],
+            ["forget", "a", "3"],
+            ["clean", "a"],
+            ["unlink", "a"],
+            ["flatten", "c"],
+        ]
+        for step in history:
+            model.apply(*step)
+            run(mount, model, [step])
+    assert hlfs("check", f"local://{tmp_path}/store").returncode == 0
+    require_nothing_kept(tmp_path / "store")
