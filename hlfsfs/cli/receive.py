@@ -105,15 +105,19 @@ class _Receiving:
         assert isinstance(begin, Begin)
         self._check(begin)
         what = printable(f"{os.path.basename(self._volume)}@{begin.snapshot.name}")
-        with transfer_bar(what, begin.data_bytes) as progress:
+        # Open to the end, so that nobody else goes on with it.
+        with self._opened(begin) as partial:
             receive = self._receive_whole if begin.base is None else self._receive_changes
             try:
-                receive(begin, self._shown(parts, progress))
+                with transfer_bar(what, begin.data_bytes) as progress:
+                    receive(begin, partial, self._shown(parts, progress))
             except HlfsError as exc:
                 raise self._told(exc) from exc
-        if begin.base is not None:
-            with transfer_bar("making it part of the volume", 0) as progress:
-                self._place.finish_changes(lambda done, _total: progress(done))
+            if begin.base is None:
+                self._place.finish_whole(begin.snapshot.name, begin.snapshot.id)
+            else:
+                with transfer_bar("making it part of the volume", 0) as progress:
+                    self._place.finish_changes(lambda done, _total: progress(done))
         print(f"{printable(self._volume)}@{printable(begin.snapshot.name)}: received")
 
     def _told(self, exc: HlfsError) -> HlfsError:
@@ -150,38 +154,32 @@ class _Receiving:
                 raise NameExists(f"{what}@{name}")
             if begin.base.id not in known.values():
                 raise StreamMismatch(what, f"it does not have {begin.base.name}, from which the stream goes on")
-        if begin.start:
-            self._check_going_on(begin)
 
-    def _check_going_on(self, begin: Begin) -> None:
+    def _opened(self, begin: Begin) -> PartialFile:
+        if not begin.start:
+            return self._place.new_partial(Marker(begin=begin))
         marker = self._place.marker()
         if marker is None or not marker.begin.is_same(begin):
             raise UsageError(f"{printable(self._volume)}: the stream goes on with one of which nothing was received")
+        if begin.base is None:
+            self._require_start(begin, marker.upto)
+        return self._place.open_partial()
 
     # --- a whole volume ---------------------------------------------------------------------------------------
 
-    def _receive_whole(self, begin: Begin, parts: Iterator[Part]) -> None:
-        if begin.start:
-            marker = self._place.marker()
-            assert marker is not None
-            self._require_start(begin, marker.upto)
-            partial = self._place.open_partial()
-        else:
-            partial = self._place.new_partial(Marker(begin=begin))
-        with partial:
-            partial.truncate(begin.snapshot.size_bytes)
-            marked = since = 0
-            try:
-                for part in parts:
-                    if isinstance(part, Data):
-                        partial.write(part.offset, part.data)
-                        since += len(part.data)
-                    if since - marked >= MARK_BYTES:
-                        self._mark(partial, begin)
-                        marked = since
-            finally:
-                self._mark(partial, begin)
-        self._place.finish_whole(begin.snapshot.name, begin.snapshot.id)
+    def _receive_whole(self, begin: Begin, partial: PartialFile, parts: Iterator[Part]) -> None:
+        partial.truncate(begin.snapshot.size_bytes)
+        marked = since = 0
+        try:
+            for part in parts:
+                if isinstance(part, Data):
+                    partial.write(part.offset, part.data)
+                    since += len(part.data)
+                if since - marked >= MARK_BYTES:
+                    self._mark(partial, begin)
+                    marked = since
+        finally:
+            self._mark(partial, begin)
 
     def _mark(self, partial: PartialFile, begin: Begin) -> None:
         partial.sync()
@@ -195,23 +193,20 @@ class _Receiving:
 
     # --- changes ----------------------------------------------------------------------------------------------
 
-    def _receive_changes(self, begin: Begin, parts: Iterator[Part]) -> None:
+    def _receive_changes(self, begin: Begin, spool: PartialFile, parts: Iterator[Part]) -> None:
+        position = Position()
         if begin.start:
-            spool = self._place.open_partial()
             _, position = _read_spool(spool)
             self._require_start(begin, position.offset)
-        else:
-            spool, position = self._place.new_partial(Marker(begin=begin)), Position()
-        with spool:
-            spool.truncate(position.stream_bytes)
-            at = self._append(spool, position.stream_bytes)
-            try:
-                for part in parts:
-                    at = self._append(spool, at)
-                    if isinstance(part, End):
-                        break
-            finally:
-                spool.sync()
+        spool.truncate(position.stream_bytes)
+        at = self._append(spool, position.stream_bytes)
+        try:
+            for part in parts:
+                at = self._append(spool, at)
+                if isinstance(part, End):
+                    break
+        finally:
+            spool.sync()
 
     def _append(self, spool: PartialFile, at: int) -> int:
         raw = self._input.taken()

@@ -2,13 +2,14 @@
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -94,12 +95,8 @@ class ReceivePlace(ABC):
         """There is something of its name."""
 
     @abstractmethod
-    def snapshots(self) -> VolumeSnapshots:
-        """The volume's."""
-
     def stream_ids(self) -> dict[str, str]:
         """What streams call the volume's snapshots, by their names."""
-        return {each["snapshot"]: each["stream_id"] for each in self.snapshots().listed()}
 
     def marker(self) -> Marker | None:
         """Of the partial volume; None: there is none, or none of ours."""
@@ -143,6 +140,10 @@ class ReceivePlace(ABC):
     @abstractmethod
     def finish_changes(self, advance: Advance) -> None:
         """Makes the stream that the partial volume holds part of the volume, and removes it; durable."""
+
+
+def _stream_ids(found: VolumeSnapshots) -> dict[str, str]:
+    return {each["snapshot"]: each["stream_id"] for each in found.listed()}
 
 
 # --- through a mount --------------------------------------------------------------------------------------------
@@ -212,20 +213,9 @@ class MountedPlace(ReceivePlace):
     def exists(self) -> bool:
         return os.path.lexists(self._path)
 
-    @contextmanager
-    def _snapshots(self) -> Iterator[Mounted]:
-        found = Mounted(self._path)
-        try:
-            yield found
-        finally:
-            found.close()
-
-    def snapshots(self) -> VolumeSnapshots:
-        return Mounted(self._path)
-
     def stream_ids(self) -> dict[str, str]:
-        with self._snapshots() as found:
-            return {each["snapshot"]: each["stream_id"] for each in found.listed()}
+        with closing(Mounted(self._path)) as found:
+            return _stream_ids(found)
 
     def _raw_marker(self) -> bytes | None:
         try:
@@ -242,16 +232,32 @@ class MountedPlace(ReceivePlace):
             os.setxattr(self._partial, MARKER_ATTRIBUTE, msgspec.json.encode(marker))
 
     def _make_partial(self) -> PartialFile:
-        with _errors(self._what):
-            return _MountedFile(os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, MODE), self._what)
+        return self._locked(os.O_CREAT | os.O_EXCL)
 
     def open_partial(self) -> PartialFile:
+        return self._locked(0)
+
+    def _locked(self, flags: int) -> PartialFile:
+        """Whoever else has it open would go on with it, and finish what is not his."""
         with _errors(self._what):
-            return _MountedFile(os.open(self._partial, os.O_RDWR), self._what)
+            fd = os.open(self._partial, os.O_RDWR | flags, MODE)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            os.close(fd)
+            raise VolumeBusy(self._what, "a stream is being received into it; wait until that is done") from exc
+        except BaseException:
+            os.close(fd)
+            raise
+        return _MountedFile(fd, self._what)
 
     def remove_partial(self) -> None:
         if not os.path.lexists(self._partial):
             return
+        with self.open_partial():
+            self._drop_partial()
+
+    def _drop_partial(self) -> None:
         with _errors(self._what):
             with suppress(FileNotFoundError):
                 for name in os.listdir(self._partial_snapshots):
@@ -281,7 +287,7 @@ class MountedPlace(ReceivePlace):
             raise path_error(self._what, exc) from exc
         if state["error"]:
             raise HlfsError(state["error"])
-        self.remove_partial()
+        self._drop_partial()
 
 
 def _rename_new(old: str, new: str) -> None:
@@ -336,8 +342,8 @@ class OfflinePlace(ReceivePlace):
             return False
         return True
 
-    def snapshots(self) -> VolumeSnapshots:
-        return Offline(self._place)
+    def stream_ids(self) -> dict[str, str]:
+        return _stream_ids(Offline(self._place))
 
     def _partial_id(self) -> int:
         try:

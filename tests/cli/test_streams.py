@@ -13,6 +13,7 @@ import pytest
 
 from hlfsfs.stream.format import HEADER
 from tests.fuse.mounts import HLFS, mounted, needs_fuse, pipe, run
+from tests.system.tools import wait_for
 
 pytestmark = needs_fuse
 
@@ -256,6 +257,27 @@ def test_hostile_names_stay_within_the_pool(sites: tuple[Site, Site]) -> None:
         frames[0] = (1, 0, payload, 0, 0)
         assert "it has names that no snapshot has" in failed("receive", there.name("w"), data=forged(*frames))
         assert names(there) == []
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    """Another one into the same volume is refused, and the first one ends well."""
+    with mounted(tmp_path / "store") as mount:
+        mount.python(WRITE, "v", "1", str(9 * MIB), "60")
+        pipe('hlfs snapshot create "$1/v" one && hlfs send "$1/v@one" >"$2"', mount.path, tmp_path / "stream")
+        stream = (tmp_path / "stream").read_bytes()
+        target = f"{mount.path}/w"
+        with subprocess.Popen([*HLFS, "receive", target], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+            assert first.stdin is not None
+            first.stdin.write(stream[: len(stream) // 2])
+            first.stdin.flush()
+            wait_for(lambda: ".hlfs-receive-" in run("ls", "-A", mount.path), "something was received")
+            assert "is being received into it" in failed("receive", target, data=stream)
+            assert "is being received into it" in failed("receive", "--abort", target)
+            first.stdin.write(stream[len(stream) // 2 :])
+            first.stdin.close()
+            assert first.wait(60) == 0
+        pipe('cmp "$1/w" "$1/.snapshots/v/one"', mount.path)
+        assert sorted(run("ls", "-A", mount.path).split()) == ["v", "w"]
 
 
 def test_through_a_pipe(sites: tuple[Site, Site], tmp_path: Path) -> None:
