@@ -133,7 +133,7 @@ class Clones:
                 return None
             with self._volumes.using(node) as origin:
                 self._volumes.check_writable(node, origin)
-                if isinstance(source, VolumeNode) and node.require_record().receiving is not None:
+                if isinstance(source, VolumeNode) and (node.no_writers or node.require_record().receiving is not None):
                     return None
                 snapshot_id = source.id if isinstance(source, SnapshotNode) else new_id()
                 sequence = origin.sequence

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hlfsfs.errors import NameExists, NoSuchSnapshot, NotAVolume, StreamMismatch, UsageError, VolumeBusy
+from hlfsfs.errors import (
+    NameExists,
+    NoSuchSnapshot,
+    NotAVolume,
+    StreamDamaged,
+    StreamMismatch,
+    UsageError,
+    VolumeBusy,
+)
 from hlfsfs.pool import xattrs
 from hlfsfs.pool.changes import Changes, new_id
 from hlfsfs.pool.names import check_new_snapshot_name
@@ -148,7 +156,7 @@ class Receiver:
             name = os.fsencode(begin.snapshot.name)
             with self._receiving(parent, volume, begin, name) as mark:
                 for part in self._parts(source, lambda done: progress(size_bytes + done, 2 * size_bytes)):
-                    _apply(volume, part)
+                    _apply(volume, part, begin)
                 volume.flush()
                 record = node.require_record()
                 mode = record.mode & 0o777 & 0o444
@@ -184,11 +192,10 @@ class Receiver:
             self._volumes.require_settled(node)
             check_new_snapshot_name(name)
             self._snapshots.require_free(node, volume, name)
-            mark = Receiving(base=self._base(node, volume, begin), snapshot=new_id(), received=begin.snapshot.id)
-            self._changes.update_record(node, {"receiving": mark})
-            if self._volumes.may_be_written(node, volume):
-                self._changes.update_record(node, {"receiving": None})
-                raise VolumeBusy(self._shared.what(node), "it is open for writing; shut down what uses it first")
+            with self._without_writers(node, volume):
+                # Only now: what a writer was acknowledged must not be rolled back by a mount after a crash.
+                mark = Receiving(base=self._base(node, volume, begin), snapshot=new_id(), received=begin.snapshot.id)
+                self._changes.update_record(node, {"receiving": mark})
         # What is half done is nothing to go back to.
         volume.retain(0)
         try:
@@ -202,7 +209,27 @@ class Receiver:
         finally:
             if node.require_record().receiving is None:
                 self._shared.engine.retain_again(volume)
+            self._tell_readers(node)
+
+    @contextmanager
+    def _without_writers(self, node: VolumeNode, volume: "Volume") -> Iterator[None]:
+        """Nobody has the volume open for writing, nor gets it. Raises VolumeBusy."""
+        with self._shared.lock:
+            node.no_writers = True
+        try:
+            if self._volumes.may_be_written(node, volume):
+                raise VolumeBusy(self._shared.what(node), "it is open for writing; shut down what uses it first")
+            yield
+        finally:
+            with self._shared.lock:
+                node.no_writers = False
+
+    def _tell_readers(self, node: VolumeNode) -> None:
+        try:
             self.content_changed(node.id)
+        except OSError as exc:
+            # Once it is not mounted any more, there is nobody to be told.
+            log.warning("%s: who has read it may see what it was: %s", self._shared.what(node), exc)
 
     def _base(self, node: VolumeNode, volume: "Volume", begin: "Begin") -> int:
         """Id of the snapshot that the volume still is, and the stream goes on from."""
@@ -271,11 +298,13 @@ class _Content(io.RawIOBase):
         return done
 
 
-def _apply(volume: "Volume", part: "Part") -> None:
+def _apply(volume: "Volume", part: "Part", begin: "Begin") -> None:
     from hlfsfs.stream import Begin, Data, Hole  # noqa: PLC0415
 
     match part:
         case Begin():
+            if not part.is_same(begin) or part.snapshot != begin.snapshot:
+                raise StreamDamaged("the stream", "it is another one than a moment ago")
             if volume.size_bytes != part.snapshot.size_bytes:
                 volume.resize(part.snapshot.size_bytes)
         case Data():

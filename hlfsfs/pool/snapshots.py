@@ -471,6 +471,9 @@ class Snapshots:
         with self._shared.lock:
             if self._handles.get(node.id):
                 raise VolumeBusy(what, "somebody reads it; close it first")
+        receiving = node.volume.require_record().receiving
+        if receiving is not None and receiving.base == node.id:
+            raise VolumeBusy(what, "a stream is being received that goes on from it; wait until that is done")
         holds = self.notes(node).holds
         if holds:
             raise VolumeBusy(what, f"held by {', '.join(map(printable, holds))}; release it first")

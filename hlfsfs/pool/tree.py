@@ -95,6 +95,7 @@ class VolumeNode(Node):
         closing: it is being detached or dropped; new users wait.
         gone: it was dropped.
         may_return: a crash may give it its name back, so that only the next mount may delete it.
+        no_writers: a stream is being made part of it; `Volumes.require_settled` refuses all else.
     """
 
     record: VolumeRecord | None = None
@@ -104,6 +105,7 @@ class VolumeNode(Node):
     closing: bool = False
     gone: bool = False
     may_return: bool = False
+    no_writers: bool = False
 
     @property
     def nlink(self) -> int:

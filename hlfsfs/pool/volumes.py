@@ -75,7 +75,7 @@ class Volumes:
         Who reads it may do so meanwhile, and sees some of both; but not where a crash left it so, and nobody may change
         that. The caller holds `Shared.lock`, or `Shared.changing`.
         """
-        if node.require_record().receiving is None:
+        if node.require_record().receiving is None and not node.no_writers:
             return
         if self._shared.store.read_only:
             raise VolumeBusy(self._shared.what(node), "only a part of a stream was received; mount it for writing once")

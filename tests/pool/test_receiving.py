@@ -245,6 +245,7 @@ def attempts(names: Namespace, directory: int) -> list[Callable[[], object]]:
         lambda: names.setxattr(names.resolve(b".snapshots"), b"user.hlfs.snapshot", b'{"name": "x"}'),
         lambda: names.setxattr(directory, b"user.hlfs.rollback", b'{"snapshot": "one"}'),
         lambda: names.receive(directory, b"s"),
+        lambda: names.unlink(directory, b"one"),
         lambda: names.unlink(1, b"v"),
     ]
 
@@ -272,6 +273,49 @@ def test_nobody_else_changes_it_meanwhile(world: StreamWorld) -> None:
     node_id = world.names.resolve(b"v")
     world.names.open(node_id, os.O_RDWR)
     world.names.release(node_id)
+
+
+def test_a_writer_loses_nothing(world: StreamWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record never says that something is received while somebody may write: a crash would be rolled back."""
+    world.put_stream()
+    node_id = world.names.resolve(b"v")
+    volume = world.names.open(node_id, os.O_RDWR)
+    records: list[object] = []
+    monkeypatch.setattr(world.store, "write_volume", records.append)
+    with pytest.raises(VolumeBusy):
+        world.receive()
+    assert records == []
+    monkeypatch.undo()
+    volume.write(0, b"X")
+    world.names.release(node_id)
+    with pytest.raises(StreamMismatch):
+        world.receive()
+    world.reopen()
+    assert world.content() == b"X" + BEFORE[1:]
+
+
+def test_a_stream_that_changes_on_the_way(world: StreamWorld) -> None:
+    """Between being verified and being made part of the volume."""
+    world.put_stream()
+    changed: list[bool] = []
+
+    source = world.names.resolve(b"s")
+
+    def overwrite(done: int, total: int) -> None:
+        if done * 2 >= total and not changed:
+            changed.append(True)
+            begin = Begin(
+                volume="w",
+                snapshot=SnapshotRef(id="there/other", name="other", size_bytes=len(BEFORE)),
+                base=SnapshotRef(id="there/1", name="one", size_bytes=len(BEFORE)),
+            )
+            world.names.volume(source).write(0, written(begin, [(0, len(BEFORE), True)], BEFORE))
+
+    with pytest.raises(StreamDamaged, match="another one than a moment ago"):
+        world.receive(progress=overwrite)
+    assert changed
+    assert world.content() == BEFORE
+    assert world.snapshots() == [b"one"]
 
 
 @pytest.mark.parametrize("retain_s", [0.0, 3600.0])

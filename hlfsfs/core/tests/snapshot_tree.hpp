@@ -5,8 +5,11 @@
 #include <catch2/catch.hpp>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "harness.hpp"
@@ -70,6 +73,29 @@ inline bool both_valid(const Log& log) {
             return false;
         }
     });
+}
+
+// The process dies, or power goes, perhaps with one of two checkpoints; and all is opened again.
+inline void die(Random& random, std::unique_ptr<Host>& host, std::unique_ptr<Log>& log,
+                std::shared_ptr<Volume>& volume) {
+    const bool lose = random() % 2 == 0;
+    std::unique_ptr<Log> left;
+    std::unique_ptr<LeftRing> ring;
+    if (lose) {
+        left = log->after_power_cut(random);
+    } else {
+        std::tie(left, ring) = host->after_death(*log);
+    }
+    volume.reset();
+    host->drop(*log);
+    host.reset();
+    log = std::move(left);
+    if (random() % 2 == 0 && both_valid(*log))
+        log->slots.at(random() % 2).assign(kCheckpointSlotBytes, std::byte{0x5a});
+    host = std::make_unique<Host>();
+    const auto opened = host->open(*log, ring ? ring->ring() : nullptr);
+    REQUIRE_FALSE(opened.report.read_only);
+    volume = opened.volume;
 }
 
 inline std::string name_of(std::uint64_t id) {

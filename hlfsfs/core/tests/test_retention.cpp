@@ -328,29 +328,11 @@ TEST_CASE("retained checkpoints against byte arrays, with promotions, cleaning, 
                 case 3:
                     host->clean(*log, random() % 2 == 0 ? Volume::CleanHow::punch : Volume::CleanHow::move);
                     break;
-                case 4: {
-                    const bool lose = random() % 2 == 0;
+                case 4:
                     REQUIRE(flush(*volume) == 0);
-                    std::unique_ptr<Log> left;
-                    std::unique_ptr<LeftRing> ring;
-                    if (lose) {
-                        left = log->after_power_cut(random);
-                    } else {
-                        std::tie(left, ring) = host->after_death(*log);
-                    }
-                    volume.reset();
-                    host->drop(*log);
-                    host.reset();
-                    log = std::move(left);
-                    if (random() % 2 == 0 && both_valid(*log))
-                        log->slots.at(random() % 2).assign(kCheckpointSlotBytes, std::byte{0x5a});
-                    host = std::make_unique<Host>();
-                    const auto opened = host->open(*log, ring ? ring->ring() : nullptr);
-                    REQUIRE_FALSE(opened.report.read_only);
-                    volume = opened.volume;
+                    die(random, host, log, volume);
                     volume->retain(window_ns);
                     break;
-                }
                 case 5:
                 case 6:
                     host->checkpoint(*log);

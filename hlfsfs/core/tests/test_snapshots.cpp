@@ -751,29 +751,11 @@ TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and
                 case 3:
                     host->clean(*log, random() % 2 == 0 ? Volume::CleanHow::punch : Volume::CleanHow::move);
                     break;
-                case 4: {
+                case 4:
                     // What snapshots say is durable; of the head, so much as was flushed.
-                    const bool lose = random() % 2 == 0;
                     REQUIRE(flush(*volume) == 0);
-                    std::unique_ptr<Log> left;
-                    std::unique_ptr<LeftRing> ring;
-                    if (lose) {
-                        left = log->after_power_cut(random);
-                    } else {
-                        std::tie(left, ring) = host->after_death(*log);
-                    }
-                    volume.reset();
-                    host->drop(*log);
-                    host.reset();
-                    log = std::move(left);
-                    if (random() % 2 == 0 && both_valid(*log))
-                        log->slots.at(random() % 2).assign(kCheckpointSlotBytes, std::byte{0x5a});
-                    host = std::make_unique<Host>();
-                    const auto opened = host->open(*log, ring ? ring->ring() : nullptr);
-                    REQUIRE_FALSE(opened.report.read_only);
-                    volume = opened.volume;
+                    die(random, host, log, volume);
                     break;
-                }
                 case 5:
                     host->checkpoint(*log);
                     break;
