@@ -170,20 +170,23 @@ class _Receiving:
     def _receive_whole(self, begin: Begin, partial: PartialFile, parts: Iterator[Part]) -> None:
         partial.truncate(begin.snapshot.size_bytes)
         marked = since = 0
+        upto = begin.start
         try:
             for part in parts:
                 if isinstance(part, Data):
                     partial.write(part.offset, part.data)
                     since += len(part.data)
+                upto = self._reader.position.offset
                 if since - marked >= MARK_BYTES:
-                    self._mark(partial, begin)
+                    self._mark(partial, begin, upto)
                     marked = since
         finally:
-            self._mark(partial, begin)
+            # The reader may be a part ahead of what was written.
+            self._mark(partial, begin, upto)
 
-    def _mark(self, partial: PartialFile, begin: Begin) -> None:
+    def _mark(self, partial: PartialFile, begin: Begin, upto: int) -> None:
         partial.sync()
-        self._place.mark(Marker(begin=begin, upto=self._reader.position.offset))
+        self._place.mark(Marker(begin=begin, upto=upto))
 
     def _require_start(self, begin: Begin, upto: int) -> None:
         if begin.start != upto:

@@ -270,8 +270,8 @@ class MountedPlace(ReceivePlace):
             order = json.dumps({"snapshot": snapshot, "received": received}).encode()
             os.setxattr(self._partial_snapshots, RECEIVE_ATTRIBUTE, order)
         with _errors(self._what):
-            os.removexattr(self._partial, MARKER_ATTRIBUTE)
             _rename_new(self._partial, self._path)
+            os.removexattr(self._path, MARKER_ATTRIBUTE)
 
     def finish_changes(self, advance: Advance) -> None:
         directory = os.path.join(self._directory, SNAPSHOTS, self._name)
@@ -385,8 +385,8 @@ class OfflinePlace(ReceivePlace):
     def finish_whole(self, snapshot: str, received: str) -> None:
         order = json.dumps({"snapshot": snapshot, "received": received}).encode()
         self._names.setxattr(self._snapshots_of(self._partial), RECEIVE_ATTRIBUTE.encode(), order)
-        self._names.removexattr(self._partial_id(), MARKER_ATTRIBUTE.encode())
         self._names.rename(self._parent, self._partial, self._parent, self._place.name, _RENAME_NOREPLACE)
+        self._names.removexattr(self._place.volume().id, MARKER_ATTRIBUTE.encode())
 
     def finish_changes(self, advance: Advance) -> None:
         self._names.receive(self._snapshots_of(self._place.name), self._partial, progress=advance)

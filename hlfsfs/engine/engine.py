@@ -231,7 +231,7 @@ class Engine:
             NoSpace, StoreFailed, LogDamaged: what was copied stays.
         """
         copied_bytes = 0
-        volume.retain(0)
+        self.stop_retaining(volume)
         try:
             volume.forget_beyond_end()
             while True:
@@ -461,7 +461,8 @@ class Engine:
         except HlfsError as exc:
             log.warning("%s: its retained checkpoints stay: %s", volume.what, exc)
         finally:
-            self.retain_again(volume)
+            if not volume.retention_stopped:
+                self.retain_again(volume)
 
     def clean(
         self, volume: Volume, *, dry_run: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
@@ -572,8 +573,14 @@ class Engine:
             except HlfsError as exc:
                 log.warning("%s: no checkpoint after its rollback: %s", volume.what, exc)
 
+    def stop_retaining(self, volume: Volume) -> None:
+        """No more checkpoints are retained, until `retain_again`."""
+        volume.retention_stopped = True
+        volume.retain(0)
+
     def retain_again(self, volume: Volume) -> None:
-        """Has checkpoints be retained as the options say, after `Volume.retain` said something else."""
+        """Has checkpoints be retained as the options say."""
+        volume.retention_stopped = False
         volume.retain(self._options.retain_s)
 
     def snapshot_space(self, volume: Volume) -> SnapshotSpace:

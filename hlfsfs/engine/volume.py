@@ -160,6 +160,7 @@ class Volume:
 
     Attributes:
         id, uuid, log_uuid: its identities.
+        retention_stopped: for the engine: checkpoints are not retained for now.
         native: the native volume, for the engine.
     """
 
@@ -170,6 +171,7 @@ class Volume:
         self._logs = {ref.no: ref.uuid for ref in record.logs}
         self.native = native
         self.damage = ""
+        self.retention_stopped = False
         self._store = store
         self._space_lock = threading.Lock()  # guards the next three
         self._space = SnapshotSpace()

@@ -410,7 +410,11 @@ class Namespace:
             source_id, clone_name = clones.parse_order(value)
             self.clone(source_id, node_id, clone_name, uid)
             return
-        self._properties.setxattr(self._node(node_id), name, value, flags)
+        node = self._node(node_id)
+        if name == xattrs.RECEIVE.encode() and isinstance(node, VolumeSnapshots):
+            self._receiver.order(node, value, uid)
+            return
+        self._properties.setxattr(node, name, value, flags)
 
     def removexattr(self, node_id: int, name: bytes) -> None:
         """Removes an attribute; durable. Raises NoAttribute, NotPermitted, StaleId, Damaged, ReadOnly."""

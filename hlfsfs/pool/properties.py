@@ -136,8 +136,12 @@ class Properties:
                 finally:
                     self._volumes.mirror_owner(node, volume)
             if changes.size_bytes is not None:
-                self._volumes.require_settled(node)
-                self._resize(node, volume, changes.size_bytes)
+                # As who has it open for writing, so that no stream is received meanwhile.
+                self._volumes.open(node, for_writing=True)
+                try:
+                    self._resize(node, volume, changes.size_bytes)
+                finally:
+                    self._volumes.release(node)
             if changes.ownership or changes.mtime_ns is not None:
                 volume.set_times(changes.mtime_ns, time.time_ns())
 
@@ -200,9 +204,6 @@ class Properties:
             if isinstance(node, Node):
                 raise NotPermitted(f"{self.what(node)}: {text} is an order to a directory of snapshots")
             self._orders.order(node, text, value)
-            return
-        if text == xattrs.RECEIVE and isinstance(node, VolumeSnapshots):
-            self._receiver.order(node, value)
             return
         what = self.what(node)
         self._change_kept(node, lambda kept: xattrs.with_attribute(kept, text, value, flags, what))

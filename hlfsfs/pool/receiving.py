@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hlfsfs.errors import (
+    HlfsError,
     NameExists,
     NoSuchSnapshot,
     NotAVolume,
+    NotPermitted,
     StreamDamaged,
     StreamMismatch,
     UsageError,
@@ -33,7 +35,7 @@ from hlfsfs.pool.runs import RUN, Runs
 from hlfsfs.pool.snapshots import SnapshotNode, Snapshots, VolumeSnapshots
 from hlfsfs.pool.tree import Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
-from hlfsfs.store.records import NOT_JSON, Receiving, SnapshotNotes, with_changes
+from hlfsfs.store.records import NOT_JSON, Receiving, with_changes
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -86,15 +88,21 @@ class Receiver:
             "errno": state.errno,
         }
 
-    def order(self, parent: VolumeSnapshots, value: bytes) -> None:
+    def order(self, parent: VolumeSnapshots, value: bytes, uid: int) -> None:
         """Does what `xattrs.RECEIVE` on a volume's directory of snapshots asks for, JSON.
 
         {"stream": name}: the volume of that name, in the same pool, holds a stream; starts to receive it, and returns.
         {"snapshot": name, "received": what streams call it}: the volume itself is what a stream held; takes the
         snapshot, if there is none of that name, which counts as received.
 
+        Args:
+            parent: of the volume.
+            value: the order.
+            uid: whose it is: root's, or that of the owner of the stream.
+
         Raises:
             UsageError: it makes no sense.
+            NotPermitted: the stream is somebody else's.
             VolumeBusy: something is being received into it already.
             HlfsError: as `Snapshots.create`.
         """
@@ -104,6 +112,9 @@ class Receiver:
             raise UsageError(f"{self._snapshots.what(parent)}: {xattrs.RECEIVE}: {exc}") from exc
         if order.stream:
             name = os.fsencode(order.stream)
+            source = self._stream(parent, name)
+            if uid not in (0, source.require_record().uid):
+                raise NotPermitted(f"{self._shared.what(source)}: its owner or root may have it received")
             self._runs_of(parent.volume).start(
                 parent.volume, RUN, lambda progress: self.receive(parent, name, progress=progress)
             )
@@ -147,9 +158,7 @@ class Receiver:
             NoSpace, ReadOnly, StoreFailed: the volume is what it was.
         """
         node = parent.volume
-        source_node = self._changes.child(self._snapshots.pool_of(node), stream)
-        if not isinstance(source_node, VolumeNode):
-            raise NotAVolume(self._shared.what(source_node))
+        source_node = self._stream(parent, stream)
         with self._volumes.using(source_node) as source, self._volumes.using(node) as volume:
             size_bytes = source.size_bytes
             begin = self._verify(source, lambda done: progress(done, 2 * size_bytes))
@@ -162,6 +171,12 @@ class Receiver:
                 mode = record.mode & 0o777 & 0o444
                 volume.create_snapshot(name, mark.snapshot, mode, record.uid, record.gid)
         return begin.snapshot.name
+
+    def _stream(self, parent: VolumeSnapshots, name: bytes) -> VolumeNode:
+        found = self._changes.child(self._snapshots.pool_of(parent.volume), name)
+        if not isinstance(found, VolumeNode):
+            raise NotAVolume(self._shared.what(found))
+        return found
 
     @staticmethod
     def _parts(source: "Volume", progress: Callable[[int], None]) -> Iterator["Part"]:
@@ -192,12 +207,16 @@ class Receiver:
             self._volumes.require_settled(node)
             check_new_snapshot_name(name)
             self._snapshots.require_free(node, volume, name)
-            with self._without_writers(node, volume):
+            self._keep_writers_away(node, volume)
+            try:
                 # Only now: what a writer was acknowledged must not be rolled back by a mount after a crash.
                 mark = Receiving(base=self._base(node, volume, begin), snapshot=new_id(), received=begin.snapshot.id)
-                self._changes.update_record(node, {"receiving": mark})
+                self._mark(node, mark)
+            except BaseException:
+                self._let_writers_in(node)
+                raise
         # What is half done is nothing to go back to.
-        volume.retain(0)
+        self._shared.engine.stop_retaining(volume)
         try:
             yield mark
         except BaseException as exc:
@@ -207,22 +226,31 @@ class Receiver:
         else:
             self._settle(node, volume, mark)
         finally:
+            self._let_writers_in(node)
             if node.require_record().receiving is None:
                 self._shared.engine.retain_again(volume)
             self._tell_readers(node)
 
-    @contextmanager
-    def _without_writers(self, node: VolumeNode, volume: "Volume") -> Iterator[None]:
+    def _mark(self, node: VolumeNode, mark: Receiving) -> None:
+        try:
+            self._changes.update_record(node, {"receiving": mark})
+        except HlfsError:
+            # It may be there all the same; nothing was done to the volume yet.
+            if node.require_record().receiving is not None:
+                self._changes.update_record(node, {"receiving": None})
+            raise
+
+    def _keep_writers_away(self, node: VolumeNode, volume: "Volume") -> None:
         """Nobody has the volume open for writing, nor gets it. Raises VolumeBusy."""
         with self._shared.lock:
             node.no_writers = True
-        try:
-            if self._volumes.may_be_written(node, volume):
-                raise VolumeBusy(self._shared.what(node), "it is open for writing; shut down what uses it first")
-            yield
-        finally:
-            with self._shared.lock:
-                node.no_writers = False
+        if self._volumes.may_be_written(node, volume):
+            self._let_writers_in(node)
+            raise VolumeBusy(self._shared.what(node), "it is open for writing; shut down what uses it first")
+
+    def _let_writers_in(self, node: VolumeNode) -> None:
+        with self._shared.lock:
+            node.no_writers = False
 
     def _tell_readers(self, node: VolumeNode) -> None:
         try:
@@ -270,9 +298,9 @@ class Receiver:
             self._changes.update_record(node, {"receiving": None})
             return
         with self._shared.changing:
-            notes = SnapshotNotes(id=mark.snapshot, received=mark.received)
-            kept = [*node.require_record().snapshots, notes]
-            self._changes.update_record(node, {"receiving": None, "snapshots": kept})
+            notes = with_changes(self._snapshots.notes(SnapshotNode(node, mark.snapshot)), received=mark.received)
+            others = [each for each in node.require_record().snapshots if each.id != mark.snapshot]
+            self._changes.update_record(node, {"receiving": None, "snapshots": [*others, notes]})
 
     def close(self) -> None:
         """Stops what is under way, which makes its volume what it was, and takes no more orders."""

@@ -472,8 +472,8 @@ class Snapshots:
             if self._handles.get(node.id):
                 raise VolumeBusy(what, "somebody reads it; close it first")
         receiving = node.volume.require_record().receiving
-        if receiving is not None and receiving.base == node.id:
-            raise VolumeBusy(what, "a stream is being received that goes on from it; wait until that is done")
+        if receiving is not None and node.id in (receiving.base, receiving.snapshot):
+            raise VolumeBusy(what, "a stream is being received from it on; wait until that is done")
         holds = self.notes(node).holds
         if holds:
             raise VolumeBusy(what, f"held by {', '.join(map(printable, holds))}; release it first")
@@ -516,7 +516,7 @@ class Snapshots:
         with self._shared.lock:
             self._handles[node.id] = self._handles.get(node.id, 0) + 1
         try:
-            volume = self._volumes.open(node.volume, for_writing=False)
+            volume = self._volumes.open(node.volume, for_writing=False, of_snapshot=True)
             try:
                 self._shared.engine.open_snapshot(volume, node.id, self.id_of(node))
             except NoSuchSnapshot as exc:

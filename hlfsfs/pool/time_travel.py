@@ -71,6 +71,7 @@ class TimeTravel:
             check_new_snapshot_name(name)
             with self._volumes.using(node) as volume:
                 self._volumes.check_writable(node, volume)
+                self._volumes.require_settled(node)
                 self._snapshots.require_free(node, volume, name)
                 checkpoint = self._last(node, volume.retained(), at_ns)
                 new = self._snapshots.new_snapshot(node, volume, name)

@@ -59,28 +59,34 @@ class Volumes:
             if volume is not None and record is not None:
                 volume.set_owner(record.mode, record.uid, record.gid, node.nlink)
 
-    def open(self, node: VolumeNode, *, for_writing: bool) -> "Volume":
-        """Counts one more handle. Raises ReadOnly for writing where the volume or the store is read-only."""
+    def open(self, node: VolumeNode, *, for_writing: bool, of_snapshot: bool = False) -> "Volume":
+        """Counts one more handle, of the volume or of a snapshot of it.
+
+        Raises:
+            ReadOnly: for writing, where the volume or the store is read-only.
+            VolumeBusy: a stream is being received.
+        """
         with self.using(node) as volume:
             if for_writing:
                 self.check_writable(node, volume)
             with self._shared.lock:
-                self.require_settled(node, for_writing=for_writing)
+                if not of_snapshot:
+                    self.require_settled(node, for_writing=for_writing)
                 node.handles += 1
             return volume
 
     def require_settled(self, node: VolumeNode, *, for_writing: bool = True) -> None:
         """Raises VolumeBusy while a stream is being made part of the volume.
 
-        Who reads it may do so meanwhile, and sees some of both; but not where a crash left it so, and nobody may change
-        that. The caller holds `Shared.lock`, or `Shared.changing`.
+        Who reads it may do so meanwhile, and sees some of both; but nobody where that came to no end. The caller holds
+        `Shared.lock`, or `Shared.changing`.
         """
-        if node.require_record().receiving is None and not node.no_writers:
-            return
-        if self._shared.store.read_only:
-            raise VolumeBusy(self._shared.what(node), "only a part of a stream was received; mount it for writing once")
-        if for_writing:
-            raise VolumeBusy(self._shared.what(node), "a stream is being received into it; wait until that is done")
+        if node.no_writers:
+            if for_writing:
+                raise VolumeBusy(self._shared.what(node), "a stream is being received into it; wait until that is done")
+        elif node.require_record().receiving is not None:
+            remedy = "mount the store for writing once" if self._shared.store.read_only else "mount the store again"
+            raise VolumeBusy(self._shared.what(node), f"only a part of a stream was received into it; {remedy}")
 
     def check_writable(self, node: VolumeNode, volume: "Volume") -> None:
         """Raises ReadOnly."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import subprocess
@@ -10,9 +11,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from hlfsfs.cli import receive, receive_places
+from hlfsfs.errors import HlfsError, NoSpace
+from hlfsfs.stream import Begin, SnapshotRef
 from hlfsfs.stream.format import HEADER
 from tests.fuse.mounts import HLFS, mounted, needs_fuse, pipe, run
+from tests.stream.making import written
 from tests.system.tools import wait_for
 
 pytestmark = needs_fuse
@@ -257,6 +263,59 @@ def test_hostile_names_stay_within_the_pool(sites: tuple[Site, Site]) -> None:
         frames[0] = (1, 0, payload, 0, 0)
         assert "it has names that no snapshot has" in failed("receive", there.name("w"), data=forged(*frames))
         assert names(there) == []
+
+
+class FakeInput:
+    """Standard input that is given."""
+
+    def __init__(self, raw: bytes) -> None:
+        self._stream = io.BytesIO(raw)
+        self._taken: list[bytes] = []
+
+    def read(self, size_bytes: int) -> bytes:
+        self._taken.append(self._stream.read(size_bytes))
+        return self._taken[-1]
+
+    def taken(self) -> bytes:
+        raw = b"".join(self._taken)
+        self._taken.clear()
+        return raw
+
+
+@pytest.mark.parametrize("failing", [0, 1, 3])
+def test_what_could_not_be_written_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """The reader is a part ahead of the one that failed."""
+    (tmp_path / "store").mkdir()
+    uri = f"local://{tmp_path}/store/w"
+    content = random.Random(3).randbytes(5 * MIB)
+    begin = Begin(volume="v", snapshot=SnapshotRef(id="there/1", name="one", size_bytes=len(content)))
+    write, calls = receive_places._OfflineFile.write, 0
+
+    def failing_write(self: receive_places._OfflineFile, offset: int, data: bytes) -> None:
+        nonlocal calls
+        calls += 1
+        if calls - 1 == failing:
+            raise NoSpace("w")
+        write(self, offset, data)
+
+    def receive_from(start: int) -> None:
+        raw = written(replace(begin, start=start), [(start, len(content) - start, True)], content)
+        monkeypatch.setattr(receive, "_Input", lambda: FakeInput(raw))
+        with receive_places.receive_place(uri, "hlfs receive PATH") as place:
+            receive._Receiving(place, uri).run()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(receive_places._OfflineFile, "write", failing_write)
+        with pytest.raises(HlfsError, match="no space left"):
+            receive_from(0)
+    with receive_places.receive_place(uri, "hlfs receive PATH") as place:
+        marker = place.marker()
+    assert marker is not None
+    assert marker.upto == failing * MIB
+    receive_from(marker.upto)
+    (tmp_path / "content").write_bytes(content)
+    with mounted(tmp_path / "store") as mount:
+        pipe('cmp "$1/w" "$2" && cmp "$1/.snapshots/w/one" "$2"', mount.path, tmp_path / "content")
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:

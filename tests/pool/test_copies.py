@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from hlfsfs import errors
+from hlfsfs.engine.volume import ChangedExtent
 from hlfsfs.pool import AttributeChanges, copies
-from hlfsfs.pool.node_ids import ROOT_ID
+from hlfsfs.pool.node_ids import ROOT_ID, stable_id
 from hlfsfs.store.local import open_local
 from hlfsfs.store.records import VolumeRecord
 from tests.pool.conftest import RealWorld
@@ -87,6 +88,29 @@ def test_a_copy_shares(world: RealWorld, of_snapshot: bool) -> None:
     assert world.names.volume(other).read(0, 4 * MIB) == b"own" + data[3:]
     world.names.unlink(ROOT_ID, b"u")
     assert world.store.list_volumes() == []
+
+
+def test_what_a_copy_goes_on_with_has_changed(world: RealWorld) -> None:
+    """A part that is copied later was in the map before, behind the volume's end; told is what it holds."""
+    data = random.Random(11).randbytes(6 * MIB)
+    world.volume(b"v", data=data)
+    source = take(world, b"v")
+    target = world.volume(b"t").id
+    assert copy(world, source, target, 0, 2 * MIB) == 2 * MIB
+    ids = [stable_id(take(world, b"t", b"1"))]
+    assert copy(world, source, target, 2 * MIB, 5 * MIB) == 3 * MIB
+    assert own_bytes(world, target) == 0
+    ids.append(stable_id(take(world, b"t", b"2")))
+    volume = world.names.volume(target)
+    grown = [ChangedExtent(2 * MIB, 3 * MIB, True)]
+    assert world.engine.changed_extents(volume, *ids, 0, 10) == grown
+    assert world.engine.changed_extents(volume, ids[0], 0, 0, 10) == grown
+    assert world.engine.changed_extents(volume, ids[0], 0, 3 * MIB, 10) == [ChangedExtent(3 * MIB, 2 * MIB, True)]
+    assert world.engine.changed_extents(volume, *ids, 0, 0) == []
+    assert world.engine.changed_extents(volume, ids[1], ids[0], 0, 10) == [ChangedExtent(2 * MIB, 3 * MIB, False)]
+    # Nor is what neither of them holds any change.
+    for pair in ([ids[1], 0], [0, ids[1]]):
+        assert world.engine.changed_extents(volume, *pair, 0, 10) == []
 
 
 def test_extents_of_a_sparse_volume(world: RealWorld) -> None:

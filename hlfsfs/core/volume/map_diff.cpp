@@ -55,18 +55,31 @@ std::vector<Volume::ChangedExtent> Volume::changed_extents(std::uint64_t from_id
                                                            std::uint64_t first_block, std::size_t most) {
     MapDiff::Subtree from;
     MapDiff::Subtree to;
+    std::uint64_t from_end = 0;
+    std::uint64_t to_end = 0;
     std::vector<std::shared_ptr<Snapshot>> kept;  // what is removed meanwhile stays until they are let go
     {
         const Lock lock(mutex_);
         std::tie(from.pointer, from.levels) = map_of(from_id);
         std::tie(to.pointer, to.levels) = map_of(to_id);
+        const auto end_of = [this](std::uint64_t id) {
+            const bool stored = root_ == newest_.root && levels_ == newest_.levels;
+            const std::uint64_t head_bytes = stored ? newest_.size_bytes : size_bytes_;
+            const std::uint64_t size_bytes = id == 0 ? head_bytes : find_snapshot(id)->entry.record.size_bytes;
+            return (size_bytes + kBlockBytes - 1) >> kBlockShift;
+        };
+        from_end = end_of(from_id);
+        to_end = end_of(to_id);
         const auto asked = [&](const auto& each) {
             return each->entry.record.id == from_id || each->entry.record.id == to_id;
         };
         std::copy_if(snapshots_.begin(), snapshots_.end(), std::back_inserter(kept), asked);
     }
     std::vector<ChangedExtent> found;
-    MapDiff diff(*this, first_block, [&](std::uint32_t levels, std::uint64_t index, Pointer, Pointer after) {
+    std::uint64_t end = std::min(from_end, to_end);
+    const auto visit = [&](std::uint32_t levels, std::uint64_t index, Pointer, Pointer after) {
+        if (index << (kNodeShift * levels) >= end)
+            return false;
         if (levels != 0)
             return true;
         const bool mapped = after != kHole;
@@ -78,8 +91,15 @@ std::vector<Volume::ChangedExtent> Volume::changed_extents(std::uint64_t from_id
             return false;
         found.push_back({.block = index, .count = 1, .mapped = mapped});
         return true;
-    });
-    diff.walk(from, to);
+    };
+    MapDiff(*this, first_block, visit).walk(from, to);
+    // What a map has behind the end is not held, though the other one may hold the very same.
+    const std::uint64_t next = std::max(first_block, end);
+    if (from_end != to_end && found.size() < most) {
+        end = std::max(from_end, to_end);
+        MapDiff(*this, next, visit)
+            .walk(from_end < to_end ? MapDiff::Subtree{} : from, from_end < to_end ? to : MapDiff::Subtree{});
+    }
     return found;
 }
 

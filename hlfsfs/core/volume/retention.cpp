@@ -182,6 +182,9 @@ void Volume::forget_retained(std::uint64_t id) {
 
 void Volume::drop_retained() {
     Lock lock(mutex_);
+    // One under way may be about to be retained.
+    while (checkpointing_)
+        wait_change(lock);
     while (!retained_.empty()) {
         wait_for_entry(lock, encode(removal_of(1)).size());
         if (retained_.empty()) {
