@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.powercut.histories import EVERYTHING_ONCE, next_life, random_history
+from tests.crash.powercut.histories import EVERYTHING_ONCE, RETAINED_AND_RECEIVED, next_life, random_history
 from tests.crash.powercut.machine import Failure, Machine, Plan, Run, keep, record, report, shrink, smallest_loss
 from tests.crash.powercut.operations import KINDS, History
 from tests.crash.powercut.trace import Forget, Record
@@ -80,12 +80,17 @@ def hunt(worker: Worker, memory: Path, history: History, plan: Plan, seed: int) 
 
 
 def test_everything_is_done_once() -> None:
-    assert {operation[0] for operation in EVERYTHING_ONCE} == KINDS.keys() - {"release", "pause"}
+    done = {operation[0] for operation in EVERYTHING_ONCE + RETAINED_AND_RECEIVED}
+    assert done == KINDS.keys() - {"release", "pause"}
 
 
 def test_every_operation(worker: Worker, directory: Path, once: Run, seed: int) -> None:
     assert any("00000001.seg" in text for text in once.trace.texts), "no rollover"
     sweep(worker, directory, once, THOROUGH, seed)
+
+
+def test_what_is_retained_and_received(worker: Worker, memory: Path, seed: int) -> None:
+    run_and_sweep(worker, memory, RETAINED_AND_RECEIVED, THOROUGH, seed)
 
 
 def test_random_histories(worker: Worker, memory: Path, seed: int) -> None:
