@@ -26,6 +26,7 @@ from tests.store.power_loss import RandomFate
 # How many shorter histories are tried once one has failed.
 SHRINKING = int(os.environ.get("HLFS_CRASH_SHRINK", "12"))
 THOROUGH = Plan(chances=(0.0, 0.5), again_every=30)
+PARTLY = Plan(cuts=250, chances=(0.0, 0.5), again_every=30)
 SAMPLE = Plan(cuts=70, chances=(0.2, 0.8), again_every=40)
 
 
@@ -90,6 +91,11 @@ def test_every_operation(worker: Worker, directory: Path, once: Run, seed: int) 
 
 
 def test_what_is_retained_and_received(worker: Worker, memory: Path, seed: int) -> None:
+    run_and_sweep(worker, memory, RETAINED_AND_RECEIVED, PARTLY, seed)
+
+
+@pytest.mark.hunt
+def test_hunt_what_is_retained_and_received(worker: Worker, memory: Path, seed: int) -> None:
     run_and_sweep(worker, memory, RETAINED_AND_RECEIVED, THOROUGH, seed)
 
 
