@@ -111,18 +111,19 @@ class _Receiving:
             try:
                 with transfer_bar(what, begin.data_bytes) as progress:
                     receive(begin, partial, self._shown(parts, progress))
+                self._finish(begin)
             except HlfsError as exc:
                 raise self._told(exc) from exc
-            if begin.base is None:
-                self._place.finish_whole(begin.snapshot.name, begin.snapshot.id)
-            else:
-                with transfer_bar("making it part of the volume", 0) as progress:
-                    self._place.finish_changes(lambda done, _total: progress(done))
         print(f"{printable(self._volume)}@{printable(begin.snapshot.name)}: received")
 
+    def _finish(self, begin: Begin) -> None:
+        if begin.base is None:
+            self._place.finish_whole(begin.snapshot.name, begin.snapshot.id)
+            return
+        with transfer_bar("making it part of the volume", 0) as progress:
+            self._place.finish_changes(lambda done, _total: progress(done))
+
     def _told(self, exc: HlfsError) -> HlfsError:
-        if self._reader.position.ended:
-            return exc
         kept = f"what came is kept: hlfs receive --token {printable(self._volume)} tells hlfs send where to go on"
         told = HlfsError(f"{exc}; {kept}")
         told.exit_code = exc.exit_code

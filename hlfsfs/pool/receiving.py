@@ -331,7 +331,8 @@ def _apply(volume: "Volume", part: "Part", begin: "Begin") -> None:
 
     match part:
         case Begin():
-            if not part.is_same(begin) or part.snapshot != begin.snapshot:
+            # Its name may be another one by the time it was gone on with.
+            if not part.is_same(begin) or part.snapshot.size_bytes != begin.snapshot.size_bytes:
                 raise StreamDamaged("the stream", "it is another one than a moment ago")
             if volume.size_bytes != part.snapshot.size_bytes:
                 volume.resize(part.snapshot.size_bytes)

@@ -45,7 +45,7 @@ Read = Callable[[list[tuple[int, int]], memoryview], None]
 
 
 class StreamWriter:
-    """Writes one stream; `bytes_written` is what it came to."""
+    """Writes one stream."""
 
     def __init__(self, write: Callable[[list[Payload]], object], level: int = DEFAULT_LEVEL) -> None:
         """`write` takes all of what it is given, one behind the other, or raises."""
@@ -57,7 +57,6 @@ class StreamWriter:
         self._crc = 0
         self._frames = 0
         self._data_bytes = 0
-        self.bytes_written = 0
 
     def send(
         self,
@@ -142,7 +141,6 @@ class StreamWriter:
         header = checked_header(blank, payload, self._crc)
         self._crc = HEADER.unpack(header)[5]
         self._frames += 1
-        self.bytes_written += len(header) + len(payload)
         return [header, payload]
 
 

@@ -18,7 +18,7 @@ from hlfsfs.errors import HlfsError, NoSpace
 from hlfsfs.stream import Begin, SnapshotRef
 from hlfsfs.stream.format import HEADER
 from tests.fuse.mounts import HLFS, mounted, needs_fuse, pipe, run
-from tests.stream.making import written
+from tests.stream.making import split, written
 from tests.system.tools import wait_for
 
 pytestmark = needs_fuse
@@ -252,7 +252,7 @@ def test_hostile_names_stay_within_the_pool(sites: tuple[Site, Site]) -> None:
     here, there = sites
     whole = done("send", here.name("v@one"))
     begin_bytes = HEADER.unpack(whole[: HEADER.size])[4]
-    from tests.stream.test_stream import forged, split  # noqa: PLC0415 - the frames of that test
+    from tests.stream.test_stream import forged  # noqa: PLC0415 - the frames of that test
 
     for name in ("../../etc/passwd", "a/b", "", "latest", "@x", "a%b", "\x1b[2J"):
         payload = whole[HEADER.size : HEADER.size + begin_bytes].replace(

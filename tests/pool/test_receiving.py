@@ -31,7 +31,7 @@ from hlfsfs.errors import (
 from hlfsfs.pool import AttributeChanges, Namespace
 from hlfsfs.stream import Begin, SnapshotRef
 from tests.pool.conftest import RealWorld
-from tests.stream.making import written
+from tests.stream.making import split, written
 
 MIB = 1 << 20
 BEFORE = random.Random(1).randbytes(3 * MIB)
@@ -298,6 +298,22 @@ def test_a_writer_loses_nothing(world: StreamWorld, monkeypatch: pytest.MonkeyPa
         world.receive()
     world.reopen()
     assert world.content() == b"X" + BEFORE[1:]
+
+
+def test_gone_on_with_after_the_snapshot_was_renamed(world: StreamWorld) -> None:
+    """Where it was sent from; it is known by its id, and has the name that was sent first."""
+    raw = world.put_stream()
+    *frames, _ = split(raw)
+    snapshot = SnapshotRef(id="there/two", name="renamed", size_bytes=len(AFTER))
+    base = SnapshotRef(id="there/1", name="one", size_bytes=len(BEFORE))
+    begin = Begin(volume="w", snapshot=snapshot, base=base, start=MIB)
+    # One MiB came, the rest is sent once more.
+    both = b"".join(frames[:2]) + written(begin, [(MIB, len(AFTER) - MIB, True)], AFTER)
+    node_id = world.names.resolve(b"s")
+    world.names.setattr(node_id, AttributeChanges(size_bytes=0))
+    world.write(node_id, both)
+    assert world.receive() == "two"
+    assert world.content() == AFTER
 
 
 def test_a_stream_that_changes_on_the_way(world: StreamWorld) -> None:

@@ -3,6 +3,7 @@
 import io
 
 from hlfsfs.stream import Begin, StreamWriter
+from hlfsfs.stream.format import HEADER
 
 
 def written(begin: Begin, extents: list[tuple[int, int, bool]], content: bytes, level: int = 1) -> bytes:
@@ -17,3 +18,13 @@ def written(begin: Begin, extents: list[tuple[int, int, bool]], content: bytes, 
 
     StreamWriter(lambda pieces: out.write(b"".join(pieces)), level).send(begin, extents, read)
     return out.getvalue()
+
+
+def split(raw: bytes) -> list[bytes]:
+    """A stream's frames."""
+    frames = []
+    while raw:
+        size_bytes = HEADER.size + HEADER.unpack(raw[: HEADER.size])[4]
+        frames.append(raw[:size_bytes])
+        raw = raw[size_bytes:]
+    return frames

@@ -37,7 +37,7 @@ from hlfsfs.stream.format import (
     MAX_DATA_BYTES,
     checked_header,
 )
-from tests.stream.making import written
+from tests.stream.making import split, written
 
 MIB = 1 << 20
 SIZE_BYTES = 6 * MIB + 700
@@ -159,15 +159,6 @@ def test_frames_that_are_left_out_or_changed_about_are_found() -> None:
             read(b"".join([*frames[:at], frames[at + 1], frames[at], *frames[at + 2 :]]))
     with pytest.raises(StreamDamaged, match=r"its beginning is missing|checksum"):
         read(b"".join(frames[1:]))
-
-
-def split(raw: bytes) -> list[bytes]:
-    frames = []
-    while raw:
-        size_bytes = HEADER.size + HEADER.unpack(raw[: HEADER.size])[4]
-        frames.append(raw[:size_bytes])
-        raw = raw[size_bytes:]
-    return frames
 
 
 # --- by somebody who makes the checksums fit --------------------------------------------------------------------
