@@ -323,6 +323,32 @@ TEST_CASE("nothing is freed while one checkpoint is all there is") {
     REQUIRE(holds(*last.open(log).volume, model));
 }
 
+TEST_CASE("an index that both slots' segment table names serves no other segment") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Bytes model(6 * kMiB);
+    {
+        Host host;
+        const auto volume = host.open(log).volume;
+        for (std::uint64_t round = 0; round < 4; ++round)
+            overwrite(host, log, *volume, model, round * 2000 + 1, 1);
+        settle(host, log, *volume);
+        host.clean(log, kPunch);
+        REQUIRE_FALSE(log.released.empty());
+        // The generations grow, and the table that both lead to is the same as before.
+        REQUIRE(host.repeat_checkpoint(log, true));
+        REQUIRE(host.repeat_checkpoint(log, true));
+        host.refuse_checkpoints = true;
+        for (std::uint64_t round = 10; round < 12; ++round)
+            overwrite(host, log, *volume, model, round * 2000 + 1, 1);
+        REQUIRE(flush(*volume) == 0);
+    }
+    Host second;
+    const auto opened = second.open(log);
+    REQUIRE(opened.report.damage.empty());
+    REQUIRE(holds(*opened.volume, model));
+}
+
 TEST_CASE("moving gives up while room is made for writers") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();

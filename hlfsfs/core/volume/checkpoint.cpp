@@ -656,7 +656,7 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
 Volume::KeptMap Volume::kept_newest() const {
     return {.root = newest_.root,
             .levels = newest_.levels,
-            .generation = generation_,
+            .table_generation = table_generation_,
             .replay_start = newest_.replay_start};
 }
 
@@ -691,7 +691,7 @@ bool Volume::checkpoint_installed() {
         mapped_blocks_ = pending_->mapped;
         checkpoint_time_ns_ = newest_.time_ns;
         ++base_generation_;
-        ++generation_;
+        table_generation_ = ++generation_;
         newest_slot_ = 1 - newest_slot_;
         core_.overlay_entries.fetch_sub(merged.overlay.entries(), std::memory_order_relaxed);
         publishes_at_checkpoint_ = merged.publishes;

@@ -240,7 +240,7 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
             throw std::system_error(EBUSY, std::generic_category(), "the segment is in use");
         segno = table_[index]->identity.segno;
         survey.base_generation = base_generation_;
-        newest = {.root = root_, .levels = levels_, .generation = generation_, .replay_start = {}};
+        newest = {.root = root_, .levels = levels_, .table_generation = 0, .replay_start = {}};
         kept = {kept_newest(), older_.value_or(kept_newest())};
         forget_removed_snapshots();
         snapshots = snapshot_maps();
@@ -514,12 +514,17 @@ bool Volume::release_segment(std::uint32_t index) {
         core_.open_descriptors.fetch_sub(1, std::memory_order_relaxed);
     const bool reusable = !segment->distrusted;
     segment.reset();
-    free_indexes_.emplace_back(index, generation_ + (checkpointing_ ? 1 : 0));
+    free_indexes_.emplace_back(index, last_table());
     return reusable;
 }
 
+// The last checkpoint whose segment table was written, or may be being written, with what stands in the table now.
+std::uint64_t Volume::last_table() const {
+    return checkpointing_ ? generation_ + 1 : table_generation_;
+}
+
 std::uint32_t Volume::next_index() const {
-    if (!free_indexes_.empty() && older_ && older_->generation > free_indexes_.front().second)
+    if (!free_indexes_.empty() && older_ && older_->table_generation > free_indexes_.front().second)
         return free_indexes_.front().first;
     return static_cast<std::uint32_t>(table_.size());
 }

@@ -63,7 +63,7 @@ void Volume::adopt(const Volume& origin, std::uint64_t snapshot_id, std::uint64_
         throw std::system_error(EEXIST, std::generic_category(), "the volume is not empty");
     for (std::uint32_t index = 0; index < table.size(); ++index) {
         if (!table[index])
-            free_indexes_.emplace_back(index, generation_);
+            free_indexes_.emplace_back(index, last_table());
     }
     origin_logs_ = std::move(logs);
     table_ = std::move(table);
@@ -191,7 +191,7 @@ void Volume::forget_origin() {
         if (segment->fd_counted)
             core_.open_descriptors.fetch_sub(1, std::memory_order_relaxed);
         segment.reset();
-        free_indexes_.emplace_back(index, generation_ + (checkpointing_ ? 1 : 0));
+        free_indexes_.emplace_back(index, last_table());
     }
     origin_logs_.clear();
     ++publishes_;

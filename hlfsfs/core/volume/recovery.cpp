@@ -280,7 +280,7 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
         mtime_ns_ = from.mtime_ns;
         ctime_ns_ = from.ctime_ns;
         mapped_blocks_ = static_cast<std::int64_t>(from.mapped_blocks);
-        generation_ = from.generation;
+        generation_ = table_generation_ = from.generation;
         checkpoint_time_ns_ = from.time_ns;
         next_segno_ = from.next_segno;
         disk_epoch = from.epoch;
@@ -294,7 +294,7 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
         if (newest.older && newest.older->log_uuid == config_.log_uuid) {
             older_ = KeptMap{.root = newest.older->root,
                              .levels = newest.older->levels,
-                             .generation = newest.older->generation,
+                             .table_generation = newest.older->generation,
                              .replay_start = newest.older->replay_start};
             known_indexes = newest.older->segment_table_count;
         }
@@ -425,7 +425,7 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
     table_.resize(std::max<std::size_t>(table_.size(), known_indexes));
     for (std::uint32_t index = 0; index < table_.size(); ++index) {
         if (!table_[index])
-            free_indexes_.emplace_back(index, generation_);
+            free_indexes_.emplace_back(index, last_table());
     }
 
     report.unclean = replay.expected != began;

@@ -148,7 +148,7 @@ Volume::SnapshotSpace Volume::snapshot_space() {
     {
         const Lock lock(mutex_);
         foreign = foreign_indexes();
-        maps.push_back({.root = root_, .levels = levels_, .generation = generation_, .replay_start = {}});
+        maps.push_back({.root = root_, .levels = levels_, .table_generation = 0, .replay_start = {}});
         for (const auto* const list : {&snapshots_, &retained_}) {
             for (const auto& snapshot : *list) {
                 if (snapshot->frozen != nullptr)
@@ -156,7 +156,7 @@ Volume::SnapshotSpace Volume::snapshot_space() {
                 const SnapshotRecord& record = snapshot->entry.record;
                 maps.push_back({.root = record.root,
                                 .levels = static_cast<std::uint32_t>(record.levels),
-                                .generation = 0,
+                                .table_generation = 0,
                                 .replay_start = {}});
                 walked.push_back(snapshot);
             }

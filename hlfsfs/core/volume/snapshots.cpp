@@ -516,7 +516,7 @@ std::vector<Volume::KeptMap> Volume::snapshot_maps() const {
         if (snapshot->frozen == nullptr && record.root != kHole && !known)
             maps.push_back({.root = record.root,
                             .levels = static_cast<std::uint32_t>(record.levels),
-                            .generation = 0,
+                            .table_generation = 0,
                             .replay_start = {}});
     };
     std::for_each(snapshots_.begin(), snapshots_.end(), add);

@@ -469,7 +469,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     struct KeptMap {
         Pointer root = kHole;
         std::uint32_t levels = 0;
-        std::uint64_t generation = 0;
+        std::uint64_t table_generation = 0;  // of the checkpoint that wrote the segment table
         LogPosition replay_start;
     };
     [[nodiscard]] KeptMap kept_newest() const;
@@ -490,6 +490,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::uint64_t publish_moved(std::uint64_t base_generation, std::span<const std::uint64_t> blocks, bool for_room,
                                 const std::function<std::uint32_t(std::size_t, std::byte*)>& fill);
     void wait_for_readers(Lock& lock);
+    [[nodiscard]] std::uint64_t last_table() const;
     [[nodiscard]] std::uint32_t next_index() const;
 
     // clones (clones.cpp)
@@ -647,7 +648,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::uint64_t log_slots_ = 0;      // written since creation of this object, plus what recovery found
     std::uint64_t log_slots_at_checkpoint_ = 0;
     std::uint64_t read_clock_ = 0;
-    // Indexes that are free in the table, and the generation of the last checkpoint that may know them otherwise.
+    // Indexes that are free in the table, and the generation of the last checkpoint whose table may know them
+    // otherwise.
     std::deque<std::pair<std::uint32_t, std::uint64_t>> free_indexes_;
     // Who reads, by the parity of the epoch in which the read began.
     std::array<std::atomic<std::uint32_t>, 2> readers_{};
@@ -675,7 +677,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     std::uint64_t replay_time_ns_ = 0;  // while recovering: the time the replayed requests were made
     std::uint64_t generation_ = 0;
     int newest_slot_ = 1;
-    Checkpoint newest_;             // as it stands in its slot
+    Checkpoint newest_;  // as it stands in its slot
+    // The newest checkpoint's that wrote a segment table; one that is repeated leads to the table there was.
+    std::uint64_t table_generation_ = 0;
     std::optional<KeptMap> older_;  // what the other slot holds
     std::uint64_t checkpoint_time_ns_ = 0;
 
