@@ -289,13 +289,17 @@ RecoveryReport Volume::recover(std::span<const std::byte> slot0, std::span<const
         replay.durable_upto = from.durable_sequence;
         first_slot = from.replay_start.slot;
         newest_ = from;
-        // One that is not there has all of the log as its own, until another is written.
+        // One that is not there has all of the log as its own, until another is written; and so has one whose replay
+        // may come to a rollback, and to the map of a snapshot that is removed before long.
         older_ = KeptMap{};
         if (newest.older && newest.older->log_uuid == config_.log_uuid) {
-            older_ = KeptMap{.root = newest.older->root,
-                             .levels = newest.older->levels,
-                             .table_generation = newest.older->generation,
-                             .replay_start = newest.older->replay_start};
+            const Checkpoint& older = *newest.older;
+            if (older.root == from.root && older.replay_start.sequence == from.replay_start.sequence) {
+                older_ = KeptMap{.root = older.root,
+                                 .levels = older.levels,
+                                 .table_generation = older.generation,
+                                 .replay_start = older.replay_start};
+            }
             known_indexes = newest.older->segment_table_count;
         }
         known_indexes = std::max(known_indexes, from.segment_table_count);
