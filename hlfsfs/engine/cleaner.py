@@ -3,7 +3,8 @@
 Hints choose: each segment carries a count of the blocks that the newest checkpoint's map leads to. Three ways, by
 cost: a segment that nothing leads into is retired; the rest of one with little left is written again at the log's end
 (its old place goes two checkpoints later); dead runs of the others are punched out where they stand. Punching needs no
-free space and no map change, so a full disk can always be helped.
+free space and no map change, so a full disk can always be helped. What a removed snapshot held alone is found by what
+it differs from those beside it, and punched before any segment is looked at.
 
 After a crash in any of it both kept checkpoints find all they need; see hlfsfs/core/volume/cleaner.cpp.
 """
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hlfsfs import _core
 from hlfsfs.engine.space import SpaceWatch
@@ -44,6 +45,8 @@ SPARE_SHARE = 0.125
 # Nobody has written for so long: the volume is idle.
 IDLE_S = 2.0
 PERIOD_S = 0.25
+# Of what a removed snapshot held, so many blocks are looked up at once.
+RECLAIM_BLOCKS = 16_384
 # Runs shorter than this many blocks are punched only when idle or short of space.
 BUSY_RUN = 4
 # How often the store's space is looked at while nothing is to be cleaned.
@@ -203,21 +206,15 @@ class Cleaner:
 
     def _background(self, volume: Volume, known: _Known) -> bool:
         done = CleanReport()
-        in_no_need = not self._short() and not self._idle(volume, known) and self._excess(volume) <= 0
-        empty = [found for found in self._wanted(volume, known, 0) if found.live_blocks_hint == 0]
-        for candidate in empty:
-            # While the volume is busy the dead stay, as more spares for the time when these are used up.
-            if in_no_need and not self._store.wants_spares():
-                break
-            self._clean_one(volume, known, candidate, done, how=_core.CleanHow.LOOK, min_run=0, yielding=True)
+        self._clean_empty(volume, known, done)
         while not self._stopping.is_set() and volume.id not in self._demanded:
+            # In between as well: there may be much to look at.
+            self._reclaim_gently(volume, known)
             short = self._short()
-            if short:
-                self._store.drop_spares()
             eager = short or self._idle(volume, known)
-            if eager and not short:
+            if eager:
                 # For a burst after the rest, a few; all of them may be more than what a small store holds.
-                self._store.drop_spares(int(self._live_bytes() * SPARE_SHARE))
+                self._store.drop_spares(0 if short else int(self._live_bytes() * SPARE_SHARE))
             excess = self._excess(volume)
             if not eager and excess <= 0:
                 return False
@@ -233,6 +230,20 @@ class Cleaner:
             if not eager:
                 self._stopping.wait((time.monotonic() - began_s) * BUSY_REST * max(1 - excess, 0))
         return True
+
+    def _clean_empty(self, volume: Volume, known: _Known, done: CleanReport) -> None:
+        in_no_need = not self._short() and not self._idle(volume, known) and self._excess(volume) <= 0
+        empty = [found for found in self._wanted(volume, known, 0) if found.live_blocks_hint == 0]
+        for candidate in empty:
+            # While the volume is busy the dead stay, as more spares for the time when these are used up.
+            if in_no_need and not self._store.wants_spares():
+                break
+            self._clean_one(volume, known, candidate, done, how=_core.CleanHow.LOOK, min_run=0, yielding=True)
+
+    def _reclaim_gently(self, volume: Volume, known: _Known) -> None:
+        for took_s in self._reclaim(volume, CleanReport(), yielding=True):
+            if not self._short() and not self._idle(volume, known):
+                self._stopping.wait(took_s * BUSY_REST)
 
     def _idle(self, volume: Volume, known: _Known) -> bool:
         writes = int(volume.native.stats()["writes"])
@@ -275,6 +286,9 @@ class Cleaner:
         """
         report = CleanReport()
         failures: list[StoreFailed] = []
+        if not dry_run:
+            for _ in self._reclaim(volume, report):
+                pass
         candidates = volume.native.clean_candidates()
         for done, candidate in enumerate(candidates):
             progress(done, len(candidates))
@@ -299,6 +313,8 @@ class Cleaner:
         """
         with self._room:
             known = self._known_full.setdefault(volume.id, _Known())
+            for _ in self._reclaim(volume, CleanReport()):
+                freed()
             for candidate in self._wanted(volume, known, 1, short=True):
                 if self._stopping.is_set() or self.has_room(wanted_bytes):
                     return
@@ -308,6 +324,42 @@ class Cleaner:
                     # Writers wait for what the others give.
                     log.warning("%s: segment %08x is not cleaned: %s", volume.what, candidate.segno, exc)
                 freed()
+
+    def _reclaim(self, volume: Volume, report: CleanReport, *, yielding: bool = False) -> Iterator[float]:
+        """Gives back what removed snapshots held alone, step by step, and tells how long each took, in seconds.
+
+        `yielding`: unless the volume is being cleaned on demand.
+        """
+        while not self._stopping.is_set():
+            began_s = time.monotonic()
+            with self._pass:
+                if self._find(volume.id) is not volume or (yielding and volume.id in self._demanded):
+                    return
+                try:
+                    found = volume.native.reclaim(RECLAIM_BLOCKS)
+                    for dead in found or ():
+                        self._punch(volume, dead, report)
+                except _core.FormatError as exc:
+                    log.warning("%s: a removed snapshot is not reclaimed: %s; run hlfs check", volume.what, exc)
+                    continue
+                except OSError as exc:
+                    raise volume.translated(exc) from exc
+            if found is None:
+                return
+            yield time.monotonic() - began_s
+
+    def _punch(self, volume: Volume, dead: "_core.DeadRuns", report: CleanReport) -> None:
+        fd = self._store.open_segment(volume.log_uuid, dead.segno, writable=True)
+        try:
+            freed = volume.native.punch(dead, fd)
+        finally:
+            os.close(fd)
+        report.freed_bytes += freed * BLOCK_BYTES
+        for known in (self._known.get(volume.id), self._known_full.get(volume.id)):
+            seen = known.seen.get(dead.segno) if known is not None else None
+            # One that has become so empty that the rest might be moved is looked at as a whole.
+            if known is not None and seen is not None and seen.hint - dead.blocks > seen.left * MOVE_SHARE:
+                known.seen[dead.segno] = replace(seen, hint=seen.hint - dead.blocks, left=seen.left - freed)
 
     def _wanted(
         self, volume: Volume, known: _Known, min_run: int, *, short: bool = False

@@ -549,6 +549,11 @@ class Engine:
         with wanted[0].volume.snapshot_errors(wanted[0].name):
             _core.Volume.create_snapshots(native, group_id)
 
+    def remove_snapshot(self, volume: Volume, snapshot_id: int) -> None:
+        """`Volume.remove_snapshot`, with what only it held given back soon."""
+        volume.remove_snapshot(snapshot_id)
+        self._cleaner.wake(volume.id)
+
     def roll_back(self, volume: Volume, snapshot_id: int) -> None:
         """Makes a volume's content, size included, what a snapshot holds; durable. All snapshots stay.
 

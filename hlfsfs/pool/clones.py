@@ -266,7 +266,7 @@ class Clones:
     def _remove_hidden(self, volume: "Volume", snapshot_id: int) -> None:
         try:
             if volume.snapshot(snapshot_id).hidden:
-                volume.remove_snapshot(snapshot_id)
+                self._shared.engine.remove_snapshot(volume, snapshot_id)
         except NoSuchSnapshot:
             pass  # it was never taken
 

@@ -462,7 +462,7 @@ class Snapshots:
                 if self.notes(SnapshotNode(node, snapshot.id)).clones:
                     volume.rename_snapshot(snapshot.id, hidden_name(snapshot.id))
                     return
-                volume.remove_snapshot(snapshot.id)
+                self._shared.engine.remove_snapshot(volume, snapshot.id)
                 with self._shared.lock:
                     self._owners.pop(snapshot.id, None)
                 self._forget_notes(node, snapshot.id)

@@ -290,3 +290,29 @@ def test_the_log_of_a_busy_volume(world: World, monkeypatch: pytest.MonkeyPatch)
     )
     assert max(sizes) < 3 * (allowed_bytes + world.options.checkpoint_log_bytes)
     world.expect_whole()
+
+
+@pytest.mark.parametrize("world", [{"idle_checkpoint_s": 1.0}], indirect=True, ids=["at rest"])
+def test_a_removed_snapshot_gives_back_what_it_held_alone(world: World) -> None:
+    """Of each segment less than the cleaner would look for: what the others hold stays, and all else goes."""
+    world.fill()
+    for number in range(1, 6):
+        world.write(number * 100, 20)
+        world.write(4000, 20)
+        world.volume.create_snapshot(b"s%d" % number, number)
+    world.write(4000, 20)
+    world.fill()
+    world.fill()
+    held = {number: world.volume.read_snapshot(number, 0, SIZE_BYTES) for number in (2, 4)}
+    world.engine.clean(world.volume)
+    little_bytes = world.engine.clean(world.volume, dry_run=True).dead_bytes
+    for number in (1, 3, 5):
+        world.volume.remove_snapshot(number)
+    assert world.engine.clean(world.volume, dry_run=True).dead_bytes >= little_bytes + 3 * 20 * BLOCK
+    deadline_s = time.monotonic() + 60
+    while (left_bytes := world.engine.clean(world.volume, dry_run=True).dead_bytes) >= little_bytes + 20 * BLOCK:
+        assert time.monotonic() < deadline_s, f"{left_bytes} bytes are left, {little_bytes} before"
+        time.sleep(1)
+    for number, content in held.items():
+        assert world.volume.read_snapshot(number, 0, SIZE_BYTES) == content
+    expect_sound(world)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -167,8 +168,11 @@ def test_a_map_node_that_cannot_be_read_is_not_damaged(path: Path, disk: BadDisk
     content = os.urandom(64 * 4096)
     volume.write(0, content)
     engine.detach(record.id)
-    # What the caches have of its segments is found again for as long as anybody has them.
+    # What the caches have of its segments is found again for as long as anybody has them, the cleaner's thread too.
+    seen = weakref.ref(volume)
     del volume
+    while seen() is not None:
+        time.sleep(0.01)
     volume = engine.attach(record)
     volume.write(0, content[:4096])
     disk.unreadable = b".seg"

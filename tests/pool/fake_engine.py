@@ -241,6 +241,9 @@ class FakeEngine:
         for new in wanted:
             new.volume.create_snapshot(new.name, new.id, new.mode, new.uid, new.gid, group_id)
 
+    def remove_snapshot(self, volume: FakeVolume, snapshot_id: int) -> None:
+        volume.remove_snapshot(snapshot_id)
+
     def roll_back(self, volume: FakeVolume, snapshot_id: int) -> None:
         volume.roll_back(snapshot_id)
 

@@ -578,6 +578,10 @@ void bind_cleaner(nb::class_<Volume>& volume, nb::module_& m) {
         .def_ro("freed_blocks", &Volume::Cleaned::freed_blocks)
         .def_ro("moved_blocks", &Volume::Cleaned::moved_blocks)
         .def_ro("removable", &Volume::Cleaned::removable);
+    nb::class_<Volume::DeadRuns>(m, "DeadRuns")
+        .def_ro("index", &Volume::DeadRuns::index)
+        .def_ro("segno", &Volume::DeadRuns::segno)
+        .def_ro("blocks", &Volume::DeadRuns::blocks);
     volume
         .def(
             "repeat_checkpoint",
@@ -596,6 +600,8 @@ void bind_cleaner(nb::class_<Volume>& volume, nb::module_& m) {
         .def("clean_candidates", &Volume::clean_candidates, nb::call_guard<nb::gil_scoped_release>())
         .def("clean_segment", &Volume::clean_segment, nb::arg("index"), nb::arg("fd"), nb::arg("how"),
              nb::arg("min_run"), nb::call_guard<nb::gil_scoped_release>())
+        .def("reclaim", &Volume::reclaim, nb::arg("most"), nb::call_guard<nb::gil_scoped_release>())
+        .def("punch", &Volume::punch, nb::arg("dead"), nb::arg("fd"), nb::call_guard<nb::gil_scoped_release>())
         .def("release_segment", &Volume::release_segment, nb::arg("index"), nb::call_guard<nb::gil_scoped_release>());
 }
 

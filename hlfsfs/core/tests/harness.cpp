@@ -417,14 +417,33 @@ void Host::flatten(Log& log) {
     log.origins.clear();
 }
 
+std::uint64_t Host::reclaim(Log& log, std::size_t most, int steps) {
+    std::shared_ptr<Volume> volume;
+    log_of(log.id, volume);
+    std::uint64_t freed = 0;
+    for (int step = 0; step < steps; ++step) {
+        const auto found = volume->reclaim(most);
+        if (!found)
+            break;
+        for (const Volume::DeadRuns& dead : *found) {
+            const int fd = log.open(dead.segno);
+            freed += volume->punch(dead, fd);
+            ::close(fd);
+        }
+    }
+    return freed;
+}
+
 Volume::Cleaned Host::clean(Log& log, Volume::CleanHow how, std::uint32_t min_run) {
     std::shared_ptr<Volume> volume;
     log_of(log.id, volume);
     Volume::Cleaned sum;
+    if (how != Volume::CleanHow::look)
+        sum.freed_blocks = reclaim(log);
     for (const Volume::CleanCandidate& candidate : volume->clean_candidates()) {
         const int fd = log.open(candidate.segno);
-        // Removed, and the table on disk did not know yet when the power failed.
-        if (fd < 0 && candidate.live_blocks_hint == 0)
+        // Removed, and the table on disk did not know yet when the power failed. The hint may be of before.
+        if (fd < 0)
             continue;
         Volume::Cleaned cleaned;
         try {
@@ -440,6 +459,7 @@ Volume::Cleaned Host::clean(Log& log, Volume::CleanHow how, std::uint32_t min_ru
         }
         sum.blocks += cleaned.blocks;
         sum.live_blocks += cleaned.live_blocks;
+        sum.dead_blocks += cleaned.dead_blocks;
         sum.freed_blocks += cleaned.freed_blocks;
         sum.moved_blocks += cleaned.moved_blocks;
         sum.removable = sum.removable || cleaned.removable;

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <chrono>
+#include <climits>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -161,7 +162,10 @@ class Host {
                                   std::uint64_t size_bytes = UINT64_MAX);
     // Has all that the clone reads in its own log; durable.
     void flatten(Log& log);
-    // Every segment that may be cleaned: removed if nothing leads into it, else `how`. Returns what it did, summed up.
+    // What removed snapshots held alone, in steps of so many blocks, `steps` at most. Returns how many were given back.
+    std::uint64_t reclaim(Log& log, std::size_t most = 4096, int steps = INT_MAX);
+    // That, then every segment that may be cleaned: removed if nothing leads into it, else `how`. Returns what it did,
+    // summed up.
     Volume::Cleaned clean(Log& log, Volume::CleanHow how, std::uint32_t min_run = 1);
 
     // A ring with what this one holds right now, as a successor finds it; nobody may be writing.

@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <set>
 #include <string>
 #include <system_error>
@@ -545,7 +546,7 @@ TEST_CASE("a volume is rolled back to any of its snapshots, and all of them stay
             volume->remove_snapshot(id);
             tree.snapshots.erase(id);
         }
-        CHECK(parents() == std::map<std::uint64_t, std::uint64_t>{{5, 1}});
+        CHECK(parents() == std::map<std::uint64_t, std::uint64_t>{{5, 0}});
         take(8);
         for (int i = 0; i < 3; ++i) {
             put_behind_checkpoints(*host, log, *volume, tree);
@@ -652,6 +653,95 @@ void check_that_cleaning_frees(Host& host, Log& log, std::uint64_t least_bytes) 
 
 }  // namespace
 
+TEST_CASE("a removed snapshot gives back what it held alone, without a look at anything else") {
+    FaultyDisk::instance().reset();
+    const std::size_t most = GENERATE(1, 700, 100'000);
+    Random random(test_seed("reclaim"));
+    Log log(1);
+    Tree tree;
+    Host host;
+    const auto volume = host.open(log).volume;
+    // More than a leaf, and blocks that several neighbours in a row share; the last one ends with what the head has.
+    fill(host, log, *volume, tree, 100);
+    constexpr std::uint64_t kSnapshots = 9;
+    for (std::uint64_t id = 1; id <= kSnapshots; ++id) {
+        for (std::uint64_t i = 0; i < 60; ++i) {
+            const Change change{.offset = random() % (12 * kMiB / kBlockBytes) * kBlockBytes,
+                                .size_bytes = static_cast<std::uint32_t>(kBlockBytes),
+                                .stamp = 1000 * id + i};
+            REQUIRE(change.run(host, log, *volume) == 0);
+            change.apply(tree.head);
+        }
+        volume->create_snapshot(id, name_of(id), 0, {});
+        tree.snapshots[id] = tree.head;
+        if (id == 3 || id == 7) {
+            roll_back(host, log, *volume, id - 2);
+            tree.head = tree.snapshots.at(id - 2);
+        }
+    }
+    put_behind_checkpoints(host, log, *volume, tree);
+    put_behind_checkpoints(host, log, *volume, tree);
+    host.repeat_checkpoint(log, true);
+    host.clean(log, Volume::CleanHow::punch);
+    REQUIRE(host.clean(log, Volume::CleanHow::look).dead_blocks == 0);
+    std::vector<std::uint64_t> order(kSnapshots);
+    std::iota(order.begin(), order.end(), 1);
+    std::ranges::shuffle(order, random);
+    for (const std::uint64_t id : order) {
+        INFO("snapshot " << id << " of " << tree.snapshots.size());
+        volume->remove_snapshot(id);
+        tree.snapshots.erase(id);
+        // What only the older checkpoint leads to is given back by the second call.
+        host.checkpoint(log);
+        host.reclaim(log, most);
+        host.repeat_checkpoint(log, true);
+        host.reclaim(log, most);
+        for (const Volume::CleanCandidate& candidate : volume->clean_candidates()) {
+            const int fd = log.open(candidate.segno);
+            const auto looked = volume->clean_segment(candidate.index, fd, Volume::CleanHow::look, 1);
+            ::close(fd);
+            CHECK(looked.dead_blocks == 0);
+            // Where nothing is left nothing may count as pinned, or the cleaner would never look there again.
+            CHECK(candidate.live_blocks_hint <= looked.live_blocks);
+        }
+        tree.check(*volume);
+    }
+    host.drop(log);
+}
+
+TEST_CASE("what a removed snapshot held is given back once the older checkpoint does not lead there any more") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Tree tree;
+    Host host;
+    const auto volume = host.open(log).volume;
+    fill(host, log, *volume, tree, 100);
+    put_behind_checkpoints(host, log, *volume, tree);
+    put_behind_checkpoints(host, log, *volume, tree);
+    volume->create_snapshot(1, "one", 0, {});
+    host.checkpoint(log);
+    host.repeat_checkpoint(log, true);
+    constexpr std::uint32_t kBlocks = 64;
+    const Change change{.offset = 5 * kMiB, .size_bytes = kBlocks * kBlockBytes, .stamp = 300};
+    REQUIRE(change.run(host, log, *volume) == 0);
+    change.apply(tree.head);
+    volume->remove_snapshot(1);
+    REQUIRE(host.checkpoint(log));
+    CHECK(host.reclaim(log) < kBlocks);
+    const auto left = host.after_death(log).first;
+    host.repeat_checkpoint(log, true);
+    CHECK(host.reclaim(log) >= kBlocks);
+    CHECK_FALSE(volume->reclaim(1));
+    tree.check(*volume);
+    host.drop(log);
+    // The older slot's map was whole before.
+    const auto generation = [&left](std::size_t at) { return decode_checkpoint(left->slots.at(at))->generation; };
+    left->slots.at(generation(0) > generation(1) ? 0 : 1).assign(kCheckpointSlotBytes, std::byte{0x5a});
+    Host successor;
+    tree.check(*successor.open(*left).volume);
+    successor.close(*left);
+}
+
 TEST_CASE("the cleaner takes nothing of a snapshot whose removal is not durable yet") {
     FaultyDisk::instance().reset();
     Log log(1);
@@ -727,7 +817,7 @@ TEST_CASE("a replay of a rollback finds its map, also of a snapshot that was rem
     REQUIRE_FALSE(opened.report.read_only);
     tree.check(*opened.volume);
     successor.close(*left);
-    host.drop(log);
+    host->drop(*log);
 }
 
 TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and power cuts") {
@@ -760,6 +850,10 @@ TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and
                     }
                     break;
                 case 3:
+                    if (random() % 2 == 0) {
+                        host->reclaim(*log, 1 + random() % 300, 1 + static_cast<int>(random() % 3));
+                        break;
+                    }
                     host->clean(*log, random() % 2 == 0 ? Volume::CleanHow::punch : Volume::CleanHow::move);
                     break;
                 case 4:
@@ -790,6 +884,70 @@ TEST_CASE("snapshots against byte arrays, with checkpoints, cleaning, deaths and
                 tree.check(*volume);
         }
         tree.check(*volume);
+        host->close(*log);
+    }
+}
+
+TEST_CASE("whatever the tree of rollbacks is, reclaiming and cleaning take nothing that a snapshot holds") {
+    const std::uint64_t seed = test_seed("lineages");
+    Random random(seed);
+    constexpr std::uint64_t kBlocks = 256;
+    for (int round = 0; round < test_rounds(2); ++round) {
+        FaultyDisk::instance().reset();
+        auto log = std::make_unique<Log>(1, 21);
+        auto host = std::make_unique<Host>();
+        auto volume = host->open(*log).volume;
+        Tree tree;
+        std::uint64_t next_id = 1;
+        const Change all{.offset = 0, .size_bytes = static_cast<std::uint32_t>(kBlocks * kBlockBytes), .stamp = 7};
+        REQUIRE(all.run(*host, *log, *volume) == 0);
+        all.apply(tree.head);
+        const auto some_snapshot = [&] {
+            return std::next(tree.snapshots.begin(), static_cast<std::ptrdiff_t>(random() % tree.snapshots.size()));
+        };
+        for (std::uint64_t step = 0; step < 300; ++step) {
+            INFO("round " << round << " step " << step);
+            const std::uint64_t what = random() % 16;
+            if (what < 4) {
+                for (std::uint64_t i = random() % 100; i-- > 0;) {
+                    const Change change{.offset = random() % kBlocks * kBlockBytes,
+                                        .size_bytes = static_cast<std::uint32_t>(kBlockBytes),
+                                        .stamp = step * 1000 + i};
+                    REQUIRE(change.run(*host, *log, *volume) == 0);
+                    change.apply(tree.head);
+                }
+            } else if (what < 7 && tree.snapshots.size() < 12) {
+                volume->create_snapshot(next_id, name_of(next_id), 0, {});
+                tree.snapshots[next_id++] = tree.head;
+            } else if (what < 9 && !tree.snapshots.empty()) {
+                const auto removed = some_snapshot();
+                volume->remove_snapshot(removed->first);
+                tree.snapshots.erase(removed);
+            } else if (what < 11 && !tree.snapshots.empty()) {
+                const auto to = some_snapshot();
+                roll_back(*host, *log, *volume, to->first);
+                tree.head = to->second;
+            } else if (what < 13) {
+                put_behind_checkpoints(*host, *log, *volume, tree);
+                host->reclaim(*log, 1 + random() % 100, 1 + static_cast<int>(random() % 4));
+            } else if (what < 14) {
+                host->clean(*log, random() % 2 == 0 ? Volume::CleanHow::punch : Volume::CleanHow::move);
+            } else if (what < 15) {
+                host->checkpoint(*log);
+                host->repeat_checkpoint(*log, random() % 2 == 0);
+            } else if (random() % 3 == 0) {
+                REQUIRE(flush(*volume) == 0);
+                die(random, host, log, volume);
+            }
+            if (step % 30 == 29) {
+                // From the disk, not from what the caches have.
+                host->close(*log);
+                volume.reset();
+                host = std::make_unique<Host>();
+                volume = host->open(*log).volume;
+                tree.check(*volume);
+            }
+        }
         host->close(*log);
     }
 }

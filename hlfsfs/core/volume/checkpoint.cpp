@@ -469,6 +469,7 @@ Volume::Frozen& Volume::freeze_now() {
     frozen.sequence = next_sequence_;
     frozen.time_ns = realtime_ns();
     frozen.parent_id = head_parent_id_;
+    frozen.since = head_since_;
     frozen.size_bytes = size_bytes_;
     frozen.mtime_ns = mtime_ns_;
     frozen.ctime_ns = ctime_ns_;
@@ -684,8 +685,12 @@ bool Volume::checkpoint_installed() {
         const Frozen& merged = *frozen_.front();
         for (const auto& snapshot : merged.snapshots)
             snapshot->merged(pending_->root, pending_->levels, pending_->mapped);
-        if (pending_->retained)
+        if (pending_->retained) {
+            pending_->retained->since = merged.since;
+            pending_->retained->entry.record.parent_id = merged.parent_id;
+            head_since_ = std::max(head_since_, merged.sequence);
             retained_.push_back(std::move(pending_->retained));
+        }
         root_ = pending_->root;
         levels_ = pending_->levels;
         mapped_blocks_ = pending_->mapped;

@@ -12,6 +12,7 @@ struct Volume::Frozen {
     std::uint64_t sequence = 0;  // the first that is not in it
     std::uint64_t time_ns = 0;
     std::uint64_t parent_id = 0;  // the snapshot that the head came from
+    std::uint64_t since = 0;      // as Snapshot::since
     std::uint64_t size_bytes = 0;
     std::uint64_t mtime_ns = 0;
     std::uint64_t ctime_ns = 0;

@@ -6,11 +6,9 @@
 // from either checkpoint finds all it needs whenever the power fails: a punched or removed block is asked for by no
 // one. A moved block is an entry of the log like any other; its old place stays until both checkpoints know the new
 // one.
-#include <fcntl.h>
 #include <linux/fiemap.h>
 #include <linux/fs.h>
 #include <sys/ioctl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -21,13 +19,13 @@
 #include <utility>
 
 #include "log/log_scan.hpp"
-#include "volume/volume.hpp"
+#include "volume/holes.hpp"
+#include "volume/map_set.hpp"
 
 namespace hlfs {
 
 namespace {
 
-constexpr std::uint16_t kData = UINT16_MAX;
 constexpr std::uint32_t kMoveBlocks = 256;  // published at once
 
 // Which of a file's slots have blocks behind them, one call for many: to ask for each run would cost as much as to
@@ -71,13 +69,6 @@ std::vector<bool> present_slots(int fd, std::uint32_t end_slot) {
     return present;
 }
 
-std::uint64_t allocated_bytes(int fd) {
-    struct stat info {};
-    if (fstat(fd, &info) != 0)
-        throw std::system_error(errno, std::generic_category(), "looking at a segment");
-    return static_cast<std::uint64_t>(info.st_blocks) * 512;
-}
-
 }  // namespace
 
 // What of a segment is reachable.
@@ -86,98 +77,24 @@ struct Volume::Survey {
         std::uint64_t block = 0;  // the volume's block, or a node's number within its level
         std::uint32_t slot = 0;
         std::uint32_t crc = 0;
-        std::uint16_t level = kData;
+        std::uint64_t sequence = 0;  // of its chunk
+        std::uint16_t level = kDataLevel;
         bool live = false;       // a kept map leads here
         bool in_newest = false;  // the newest one does
         bool pinned = false;     // a snapshot does
+        bool held = false;       // only one does that is gone, and is being reclaimed
     };
     std::vector<Block> blocks;  // by slot
     std::uint64_t base_generation = 0;
     std::uint64_t live = 0;
     std::uint64_t in_newest = 0;
     std::uint64_t pinned = 0;
+    std::uint64_t held = 0;
     std::uint64_t log_blocks = 0;
     bool footer = false;
     bool has_snapshots = false;
     std::uint64_t snapshots_forgotten = 0;
     std::uint32_t end_slot = 0;  // of what may be punched
-};
-
-// Walks several maps together in ascending order of what is asked for, keeping the nodes of each level where they
-// stand. What the maps share is looked at once.
-class Volume::MapSet {
-  public:
-    // So many at most are walked together, which bounds the nodes in memory.
-    static constexpr std::size_t kMost = 256;
-
-    MapSet(Volume& volume, std::span<const KeptMap> maps) : volume_(volume), maps_(maps) {
-        std::uint32_t levels = 0;
-        for (const KeptMap& map : maps)
-            levels = std::max(levels, map.levels);
-        at_.resize(levels);
-    }
-
-    // Whether one of the maps has that slot of that segment as its block, or as its node of a level.
-    bool leads_to(std::uint16_t level, std::uint64_t block, std::uint32_t segment, std::uint32_t slot) {
-        const auto there = [segment, slot](Pointer pointer) {
-            return pointer != kHole && pointer_segment(pointer) == segment && pointer_slot(pointer) == slot;
-        };
-        if (level != kData) {
-            pointers(level, block, asked_);
-            return std::any_of(asked_.begin(), asked_.end(), there);
-        }
-        const auto& leaves = nodes(0, block >> kNodeShift);
-        return std::any_of(leaves.begin(), leaves.end(),
-                           [&](const Node& leaf) { return there(leaf[block & (kNodeEntries - 1)]); });
-    }
-
-  private:
-    // The maps' nodes of a level at an index, each once.
-    void pointers(std::uint32_t level, std::uint64_t index, std::vector<Pointer>& found) {
-        found.clear();
-        if (level >= at_.size())
-            return;
-        if (level + 1 < at_.size()) {
-            for (const Node& parent : nodes(level + 1, index >> kNodeShift))
-                found.push_back(parent[index & (kNodeEntries - 1)]);
-        }
-        if (index == 0) {
-            for (const KeptMap& map : maps_) {
-                if (map.levels == level + 1)
-                    found.push_back(map.root);
-            }
-        }
-        std::sort(found.begin(), found.end());
-        found.erase(std::unique(found.begin(), found.end()), found.end());
-        std::erase(found, kHole);
-    }
-
-    const std::vector<Node>& nodes(std::uint32_t level, std::uint64_t index) {
-        static const std::vector<Node> kNone;
-        if (level >= at_.size())
-            return kNone;
-        Standing& standing = at_[level];
-        if (standing.index == index)
-            return standing.nodes;
-        standing.index = kNowhere;
-        pointers(level, index, standing.pointers);
-        standing.nodes.resize(standing.pointers.size());
-        for (std::size_t i = 0; i < standing.pointers.size(); ++i)
-            volume_.load_node_waiting(standing.pointers[i], standing.nodes[i]);
-        standing.index = index;
-        return standing.nodes;
-    }
-
-    static constexpr std::uint64_t kNowhere = ~std::uint64_t{0};
-    struct Standing {
-        std::uint64_t index = kNowhere;
-        std::vector<Pointer> pointers;
-        std::vector<Node> nodes;
-    };
-    Volume& volume_;
-    std::span<const KeptMap> maps_;
-    std::vector<Standing> at_;  // by level
-    std::vector<Pointer> asked_;
 };
 
 // Recoveries from either kept checkpoint read all segments from here on.
@@ -233,6 +150,7 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
     KeptMap newest;
     std::array<KeptMap, 2> kept;
     std::vector<KeptMap> snapshots;
+    std::vector<KeptMap> held;
     std::uint64_t segno = 0;
     {
         const Lock lock(mutex_);
@@ -244,7 +162,8 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
         kept = {kept_newest(), older_.value_or(kept_newest())};
         forget_removed_snapshots();
         snapshots = snapshot_maps();
-        survey.has_snapshots = !snapshots.empty();
+        held = held_maps();
+        survey.has_snapshots = !snapshots.empty() || !held.empty();
         survey.snapshots_forgotten = snapshots_forgotten_;
     }
     const SegmentHeader header = read_segment_header(fd);
@@ -259,8 +178,10 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
         std::uint32_t at = 0;
         for (const Entry& entry : chunk.entries) {
             for (std::uint32_t i = 0; i < entry.stored_blocks; ++i, ++at) {
-                Survey::Block block{
-                    .block = entry.block + i, .slot = chunk.payload_slot() + at, .crc = chunk.checks[at] ^ shift};
+                Survey::Block block{.block = entry.block + i,
+                                    .slot = chunk.payload_slot() + at,
+                                    .crc = chunk.checks[at] ^ shift,
+                                    .sequence = chunk.header.first_sequence};
                 if (entry.kind == EntryKind::node) {
                     // Blocks of the chains: only a checkpoint leads to them, which has this segment behind it.
                     if (entry.aux >= kMaxLevels)
@@ -285,16 +206,40 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
         block.live = block.in_newest || (!same && in_kept.leads_to(block.level, block.block, index, block.slot));
         survey.in_newest += block.in_newest ? 1 : 0;
     }
-    for (std::size_t first = 0; first < snapshots.size(); first += MapSet::kMost) {
-        MapSet in_snapshots(*this,
-                            std::span(snapshots).subspan(first, std::min(MapSet::kMost, snapshots.size() - first)));
-        for (Survey::Block& block : survey.blocks)
-            block.pinned = block.pinned || in_snapshots.leads_to(block.level, block.block, index, block.slot);
+    // Nodes are written after what they hold, so their place in the log does not tell which maps may have them.
+    const auto data = std::ranges::find(survey.blocks, kDataLevel, &Survey::Block::level);
+    const std::span<Survey::Block> nodes(survey.blocks.begin(), data);
+    const std::span<Survey::Block> blocks(data, survey.blocks.end());
+    const auto mark = [&](std::span<Survey::Block> of, std::span<const KeptMap> maps, bool Survey::Block::*marked,
+                          const auto& wanted) {
+        MapSet set(*this, maps);
+        for (Survey::Block& block : of) {
+            if (!(block.*marked) && wanted(block) && set.leads_to(block.level, block.block, index, block.slot))
+                block.*marked = true;
+        }
+    };
+    const auto mark_by = [&](std::span<const KeptMap> maps, bool Survey::Block::*marked, const auto& wanted) {
+        MapSet::each_group(maps, [&](std::span<const KeptMap> group) { mark(nodes, group, marked, wanted); });
+        for (const KeptMap& map : maps) {
+            mark(blocks, {&map, 1}, marked, [&map, &wanted](const Survey::Block& block) {
+                return map.since <= block.sequence && block.sequence < map.sequence && wanted(block);
+            });
+        }
+    };
+    mark_by(snapshots, &Survey::Block::pinned, [](const Survey::Block&) { return true; });
+    if (!held.empty()) {
+        mark_by(held, &Survey::Block::held, [](const Survey::Block& block) { return !block.live && !block.pinned; });
+        // One that is gone may stand between a block and snapshots that have it, too.
+        MapSet::each_group(snapshots, [&](std::span<const KeptMap> group) {
+            mark(survey.blocks, group, &Survey::Block::pinned, [](const Survey::Block& block) { return block.held; });
+        });
     }
     for (Survey::Block& block : survey.blocks) {
         block.live = block.live || block.pinned;
+        block.held = block.held && !block.live;
         survey.live += block.live ? 1 : 0;
         survey.pinned += block.pinned ? 1 : 0;
+        survey.held += block.held ? 1 : 0;
     }
     std::sort(survey.blocks.begin(), survey.blocks.end(), [](const auto& a, const auto& b) { return a.slot < b.slot; });
     return survey;
@@ -308,8 +253,8 @@ Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how,
         Segment& segment = *table_[index];
         // Without a footer, chunks that are damaged are not seen: what they hold is known by the counts alone, which
         // tell nothing of snapshots.
-        cleaned.removable =
-            found.live == 0 && (found.footer || (segment.live_blocks_hint == 0 && !found.has_snapshots));
+        cleaned.removable = found.live == 0 && found.held == 0 &&
+                            (found.footer || (segment.live_blocks_hint == 0 && !found.has_snapshots));
         if (base_generation_ == found.base_generation && found.footer)
             segment.live_blocks_hint = found.in_newest;
         // Otherwise it may tell of a snapshot that is gone, and nobody would look again.
@@ -317,7 +262,7 @@ Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how,
             segment.pinned_blocks = found.pinned;
     }
     if (cleaned.removable || how == CleanHow::look) {
-        cleaned.dead_blocks = cleaned.removable ? allocated_bytes(fd) / kBlockBytes : count_dead(found, fd);
+        cleaned.dead_blocks = cleaned.removable ? allocated_blocks(fd) : count_dead(found, fd);
         return cleaned;
     }
     // What a snapshot leads into stays where it is, and the segment with it.
@@ -339,14 +284,14 @@ Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how,
 }
 
 // Runs of unreachable blocks of which some are not punched yet, as slots: begin, end, and how many are not. With a
-// footer, summaries go too: the footer repeats them.
+// footer, summaries go too: the footer repeats them. `with_held`: and what is about to be reclaimed.
 template <typename Visit>
-void Volume::each_dead_run(const Survey& survey, int fd, std::uint32_t min_run, Visit visit) {
+void Volume::each_dead_run(const Survey& survey, int fd, std::uint32_t min_run, bool with_held, Visit visit) {
     std::vector<bool> dead(survey.end_slot, survey.footer);
     if (!dead.empty())
         dead[0] = false;
     for (const Survey::Block& block : survey.blocks)
-        dead[block.slot] = !block.live;
+        dead[block.slot] = !block.live && (with_held || !block.held);
     const std::vector<bool> present = present_slots(fd, survey.end_slot);
     for (std::uint32_t first = 0; first < dead.size();) {
         if (!dead[first]) {
@@ -365,18 +310,16 @@ void Volume::each_dead_run(const Survey& survey, int fd, std::uint32_t min_run, 
 
 std::uint64_t Volume::count_dead(const Survey& survey, int fd) {
     std::uint64_t dead = 0;
-    each_dead_run(survey, fd, 1, [&dead](std::uint32_t, std::uint32_t, std::uint32_t blocks) { dead += blocks; });
+    each_dead_run(survey, fd, 1, true, [&dead](std::uint32_t, std::uint32_t, std::uint32_t blocks) { dead += blocks; });
     return dead;
 }
 
 std::uint64_t Volume::punch_dead(const Survey& survey, int fd, std::uint32_t min_run) {
-    const std::uint64_t before = allocated_bytes(fd);
-    each_dead_run(survey, fd, min_run, [fd](std::uint32_t first, std::uint32_t end, std::uint32_t) {
-        if (::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset_of(first), offset_of(end - first)) != 0)
-            throw std::system_error(errno, std::generic_category(), "punching a segment");
-    });
-    const std::uint64_t after = allocated_bytes(fd);
-    return after < before ? (before - after) / kBlockBytes : 0;
+    const std::uint64_t before = allocated_blocks(fd);
+    each_dead_run(survey, fd, min_run, false,
+                  [fd](std::uint32_t first, std::uint32_t end, std::uint32_t) { punch_slots(fd, first, end); });
+    const std::uint64_t after = allocated_blocks(fd);
+    return after < before ? before - after : 0;
 }
 
 // Fills ring pages with blocks and publishes those that the base of `base_generation` still maps. Returns their number.
@@ -479,7 +422,7 @@ std::uint64_t Volume::move_live(const Survey& survey, int fd) {
     for (const Survey::Block& block : survey.blocks) {
         if (!block.in_newest)
             continue;
-        if (block.level != kData) {
+        if (block.level != kDataLevel) {
             const Lock lock(mutex_);
             if (base_generation_ == survey.base_generation) {
                 overlay_.touch(block.block << (kNodeShift * block.level));

@@ -180,7 +180,9 @@ std::uint64_t Volume::bring_in(std::uint64_t base_generation, std::uint64_t firs
 
 void Volume::forget_origin() {
     Lock lock(mutex_);
-    forget_removed_snapshots();
+    while (reclaim_runs_)
+        wait_change(lock);
+    give_up_removed();
     if (!snapshots_.empty() || !retained_.empty() || !removed_snapshots_.empty())
         throw std::system_error(EBUSY, std::generic_category(), "snapshots may need the logs of others");
     wait_for_readers(lock);

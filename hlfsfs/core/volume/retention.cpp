@@ -77,7 +77,7 @@ void Volume::retain(std::uint64_t window_ns) {
     record.mapped_blocks = newest_.mapped_blocks;
     record.root = root_;
     record.levels = levels_;
-    retained_.push_back(checkpoint_of(record));
+    set_since(*retained_.emplace_back(checkpoint_of(record)));
 }
 
 // What the directory is to hold of a checkpoint.
@@ -175,9 +175,9 @@ void Volume::forget_retained(std::uint64_t id) {
     const auto at = std::ranges::find_if(retained_, [id](const auto& each) { return each->entry.record.id == id; });
     if (at == retained_.end())
         return;
-    (*at)->removed_in_chunk = open_ != nullptr ? open_->number : 0;
-    removed_snapshots_.push_back(std::move(*at));
+    auto removed = std::move(*at);
     retained_.erase(at);
+    keep_removed(std::move(removed));
 }
 
 void Volume::drop_retained() {
@@ -255,6 +255,7 @@ void Volume::apply_promotion(const SnapEntry& entry) {
     record.gid = entry.header.gid;
     const auto at = std::ranges::upper_bound(snapshots_, record.sequence, {},
                                              [](const auto& each) { return each->entry.record.sequence; });
+    set_since(*made);
     snapshots_.insert(at, std::move(made));
 }
 

@@ -356,6 +356,7 @@ void Volume::rebase(const SnapEntry& entry) {
     mtime_ns_ = std::max(mtime_ns_, entry.header.time_ns);
     ctime_ns_ = std::max(ctime_ns_, entry.header.time_ns);
     head_parent_id_ = record.id;
+    head_since_ = record.sequence;
     ++base_generation_;
 }
 
@@ -419,11 +420,9 @@ Volume::Frozen* Volume::apply_snap(const SnapEntry& entry, std::uint64_t sequenc
             change((*at)->entry, entry);
             return nullptr;
         }
-        if (head_parent_id_ == entry.header.id)
-            head_parent_id_ = (*at)->entry.record.parent_id;
-        (*at)->removed_in_chunk = open_ != nullptr ? open_->number : 0;
-        removed_snapshots_.push_back(std::move(*at));
+        auto removed = std::move(*at);
         snapshots_.erase(at);
+        keep_removed(std::move(removed));
         return nullptr;
     }
     if (at != snapshots_.end())
@@ -442,6 +441,7 @@ Volume::Frozen* Volume::apply_snap(const SnapEntry& entry, std::uint64_t sequenc
     record.mtime_ns = entry.header.mtime_ns;
     record.size_bytes = size_bytes_;
     head_parent_id_ = record.id;
+    snapshot->since = std::exchange(head_since_, sequence);
     if (overlay_.empty() && frozen_.empty()) {
         snapshot->merged(root_, levels_, mapped_blocks_);
         return nullptr;
@@ -451,6 +451,7 @@ Volume::Frozen* Volume::apply_snap(const SnapEntry& entry, std::uint64_t sequenc
         made->sequence = sequence;
         made->time_ns = entry.header.time_ns;
         made->parent_id = entry.header.parent_id;
+        made->since = snapshot->since;
     }
     record.mapped_blocks = mapped_estimate();
     snapshot->frozen = frozen_.back().get();
@@ -490,20 +491,31 @@ void Volume::load_snapshots(const Checkpoint& checkpoint, const std::vector<std:
         std::memcpy(&header, block.data(), sizeof header);
         pointer = header.next;
     }
+    for (const auto* const list : {&snapshots_, &retained_}) {
+        for (const auto& snapshot : *list)
+            set_since(*snapshot);
+    }
+    if (const Snapshot* const parent = find_snapshot(head_parent_id_))
+        head_since_ = parent->entry.record.sequence;
 }
 
-// A removed one is kept while a power cut would bring it back, or somebody reads it.
-void Volume::forget_removed_snapshots() {
-    const auto forgotten = std::erase_if(removed_snapshots_, [this](const auto& snapshot) {
-        return snapshot.use_count() == 1 && snapshot->removed_in_chunk < durable_number_;
-    });
-    if (forgotten == 0)
-        return;
-    ++snapshots_forgotten_;
-    for (const auto& segment : table_) {
-        if (segment)
-            segment->pinned_blocks = 0;
-    }
+// Until its removal is durable, nobody reads it, and what it held alone is given back.
+void Volume::keep_removed(std::shared_ptr<Snapshot> snapshot) {
+    const SnapshotRecord& record = snapshot->entry.record;
+    const auto pass_on = [&record](std::uint64_t& parent_id) {
+        if (parent_id == record.id)
+            parent_id = record.parent_id;
+    };
+    pass_on(head_parent_id_);
+    for (const auto& each : snapshots_)
+        pass_on(each->entry.record.parent_id);
+    for (const auto& each : retained_)
+        pass_on(each->entry.record.parent_id);
+    for (const auto& frozen : frozen_)
+        pass_on(frozen->parent_id);
+    snapshot->removed_in_chunk = open_ != nullptr ? open_->number : 0;
+    snapshot->reclaimed = opened_;
+    removed_snapshots_.push_back(std::move(snapshot));
 }
 
 // The maps that keep blocks from the cleaner beside the two checkpoints'. What is not merged yet stands in segments
@@ -511,18 +523,26 @@ void Volume::forget_removed_snapshots() {
 std::vector<Volume::KeptMap> Volume::snapshot_maps() const {
     std::vector<KeptMap> maps;
     const auto add = [&maps](const auto& snapshot) {
-        const SnapshotRecord& record = snapshot->entry.record;
-        const bool known = !maps.empty() && maps.back().root == record.root;
-        if (snapshot->frozen == nullptr && record.root != kHole && !known)
-            maps.push_back({.root = record.root,
-                            .levels = static_cast<std::uint32_t>(record.levels),
-                            .table_generation = 0,
-                            .replay_start = {}});
+        if (snapshot->frozen == nullptr && snapshot->entry.record.root != kHole)
+            maps.push_back(map_kept_by(*snapshot));
     };
-    std::for_each(snapshots_.begin(), snapshots_.end(), add);
-    std::for_each(retained_.begin(), retained_.end(), add);
-    std::for_each(removed_snapshots_.begin(), removed_snapshots_.end(), add);
+    std::ranges::for_each(snapshots_, add);
+    std::ranges::for_each(retained_, add);
+    for (const auto& removed : removed_snapshots_) {
+        if (!is_gone(removed))
+            add(removed);
+    }
     return maps;
+}
+
+Volume::KeptMap Volume::map_kept_by(const Snapshot& snapshot) {
+    const SnapshotRecord& record = snapshot.entry.record;
+    return {.root = record.root,
+            .levels = static_cast<std::uint32_t>(record.levels),
+            .table_generation = 0,
+            .replay_start = {},
+            .sequence = record.sequence,
+            .since = snapshot.since};
 }
 
 }  // namespace hlfs

@@ -12,8 +12,13 @@ namespace hlfs {
 struct Volume::Snapshot {
     DirectoryEntry entry;            // its root is valid once it is merged
     const Frozen* frozen = nullptr;  // what it ends with; nullptr: merged
+    // Where the map before it in its lineage stands, if that is kept, too; 0: there is none, or it is not known
+    // (reclaim.cpp, which counts on it).
+    std::uint64_t since = 0;
     // Removed by an entry of that chunk: until it is durable a power cut brings the snapshot back.
     std::uint64_t removed_in_chunk = 0;
+    // What it held alone is looked for; else each segment is looked at for it.
+    bool reclaimed = false;
 
     void merged(Pointer root, std::uint32_t levels, std::int64_t mapped) {
         entry.record.root = root;

@@ -164,6 +164,20 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     // again where nobody has changed it meanwhile. Throws FormatError (damage on the way: the segment is left alone),
     // std::system_error.
     Cleaned clean_segment(std::uint32_t index, int fd, CleanHow how, std::uint32_t min_run);
+    // What removed snapshots held alone (reclaim.cpp). Blocks of one segment that nothing leads to any more.
+    struct DeadRuns {
+        std::uint32_t index = 0;
+        std::uint64_t segno = 0;
+        std::uint64_t blocks = 0;
+        std::vector<std::pair<std::uint32_t, std::uint32_t>> runs;  // slots: the first, and how many
+    };
+    // Walks where a removed snapshot differs from those beside it, some more than `most` blocks of it at once, and
+    // looks these up in all kept maps. To be called again, once what it found is punched, until there is nullopt.
+    // Throws FormatError (damage on the way: that snapshot is left to clean_segment()), std::system_error.
+    [[nodiscard]] std::optional<std::vector<DeadRuns>> reclaim(std::size_t most);
+    // Gives the space of what reclaim() found back through `fd`; returns how many blocks there were. Throws
+    // std::system_error: EBUSY (the segment is another one).
+    std::uint64_t punch(const DeadRuns& dead, int fd);
     // Waits for readers that began before, then forgets a removable segment. Its index is used again once no kept
     // checkpoint knows the old meaning. Tells whether its file may serve another segment.
     bool release_segment(std::uint32_t index);
@@ -471,9 +485,13 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         std::uint32_t levels = 0;
         std::uint64_t table_generation = 0;  // of the checkpoint that wrote the segment table
         LogPosition replay_start;
+        // A snapshot's: the first request that is not in it, and the first that is not in the one before it.
+        std::uint64_t sequence = UINT64_MAX;
+        std::uint64_t since = 0;
     };
     [[nodiscard]] KeptMap kept_newest() const;
     [[nodiscard]] KeptMap kept_base() const;
+    class AloneWalk;
     class MapSet;
     class SpaceWalk;
     class MapDiff;
@@ -482,7 +500,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     [[nodiscard]] bool cleanable(const Segment& segment) const;
     Survey survey(std::uint32_t index, int fd);
     template <typename Visit>
-    static void each_dead_run(const Survey& survey, int fd, std::uint32_t min_run, Visit visit);
+    static void each_dead_run(const Survey& survey, int fd, std::uint32_t min_run, bool with_held, Visit visit);
     std::uint64_t punch_dead(const Survey& survey, int fd, std::uint32_t min_run);
     static std::uint64_t count_dead(const Survey& survey, int fd);
     std::uint64_t move_live(const Survey& survey, int fd);
@@ -531,7 +549,36 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void write_snapshot_directory(std::uint64_t generation, const Frozen& merged, PendingCheckpoint& pending);
     void load_snapshots(const Checkpoint& checkpoint, const std::vector<std::pair<std::uint64_t, int>>& segments);
     [[nodiscard]] std::vector<KeptMap> snapshot_maps() const;
+    [[nodiscard]] static KeptMap map_kept_by(const Snapshot& snapshot);
+    void keep_removed(std::shared_ptr<Snapshot> snapshot);
+
+    // what removed snapshots held (reclaim.cpp)
+    // A block of a map, or a node of a level.
+    struct Alone {
+        std::uint64_t block = 0;  // or the node's number within its level
+        Pointer pointer = kHole;
+        std::uint64_t segno = 0;
+        std::uint16_t level = 0;
+    };
+    struct Reclaiming {
+        std::shared_ptr<Snapshot> snapshot;
+        std::uint64_t next_block = 0;
+    };
+    [[nodiscard]] bool is_gone(const std::shared_ptr<Snapshot>& removed) const;
+    [[nodiscard]] std::vector<KeptMap> waiting_maps() const;
+    [[nodiscard]] std::vector<KeptMap> held_maps() const;
+    struct Beside;
+    [[nodiscard]] std::uint64_t choose_beside(Beside& beside);
+    void set_since(Snapshot& snapshot) const;
+    void leave_lineage(const Snapshot& removed);
+    [[nodiscard]] bool choose_removed();
+    [[nodiscard]] std::vector<KeptMap> maps_between(std::uint64_t since, std::uint64_t sequence) const;
+    [[nodiscard]] std::vector<DeadRuns> judge(std::vector<Alone> found, std::uint64_t since, std::uint64_t sequence,
+                                              bool again);
+    void forget_pins();
+    void forget_removed(const std::function<bool(const Snapshot&)>& which);
     void forget_removed_snapshots();
+    void give_up_removed();
 
     // retained checkpoints (retention.cpp)
     [[nodiscard]] std::shared_ptr<Snapshot> retain_pending(const Frozen& merged,
@@ -580,12 +627,19 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     Overlay overlay_;
     std::deque<std::unique_ptr<Frozen>> frozen_;                // the oldest first
     std::vector<std::shared_ptr<Snapshot>> snapshots_;          // by sequence
-    std::vector<std::shared_ptr<Snapshot>> removed_snapshots_;  // kept by readers, or until that is durable
-    std::vector<std::shared_ptr<Snapshot>> retained_;           // checkpoints, the oldest first
-    std::uint64_t retain_ns_ = 0;                               // for so long; 0: no more of them
-    std::uint64_t retention_looked_ns_ = 0;                     // when that was last a reason for a checkpoint
-    std::uint64_t head_parent_id_ = 0;                          // the snapshot that the head came from; 0: none
-    std::uint64_t snapshots_forgotten_ = 0;                     // of those: pins that were found earlier may be gone
+    std::vector<std::shared_ptr<Snapshot>> removed_snapshots_;  // and not reclaimed yet
+    Reclaiming reclaiming_;                                     // the one that is
+    bool reclaim_runs_ = false;
+    std::vector<Alone> postponed_;                // what only the older checkpoint led to
+    std::uint64_t postponed_until_ = 0;           // the generation in which it does not any more
+    std::uint64_t postponed_since_ = UINT64_MAX;  // of the snapshots that held it: the range of what they had alone
+    std::uint64_t postponed_sequence_ = 0;
+    std::vector<std::shared_ptr<Snapshot>> retained_;  // checkpoints, the oldest first
+    std::uint64_t retain_ns_ = 0;                      // for so long; 0: no more of them
+    std::uint64_t retention_looked_ns_ = 0;            // when that was last a reason for a checkpoint
+    std::uint64_t head_parent_id_ = 0;                 // the snapshot that the head came from; 0: none
+    std::uint64_t head_since_ = 0;                     // as Snapshot::since
+    std::uint64_t snapshots_forgotten_ = 0;            // of those: pins that were found earlier may be gone
     // Behind the volume's end the map may lead to what the volume does not hold: whatever makes it longer cuts that
     // off.
     bool beyond_end_ = false;
