@@ -107,6 +107,8 @@ def amount(unit: str, value: float) -> str:
         case "s":
             return f"{value:.2f} s" if value >= 0.1 else f"{value * 1e6:.0f} µs"
         case "bytes":
+            if abs(value) < 1 << 20:
+                return f"{value / 1024:.0f} KiB"
             return f"{value / (1 << 20):.0f} MiB" if value < 10 * GIB else f"{value / GIB:.1f} GiB"
         case "bytes/s":
             return f"{value / 1e9:.2f} GB/s"

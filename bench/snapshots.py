@@ -19,6 +19,7 @@ from bench.fio import fill, run_fio, warm
 from bench.jobs import SNAPSHOTS
 from bench.mounts import Mount
 from bench.pokes import poke
+from bench.removals import CPU_RESOLUTION_S, remove_some
 from bench.report import BUILD, figures_content, host, print_figures, save, wide_console
 from bench.rivals import drop_caches
 from bench.scale import make, mounted, seconds
@@ -37,6 +38,9 @@ LOAD_WRITES = 40_000
 LOAD_PERIOD_S = 0.25
 MANY = 1000
 MANY_DIRTY = 20
+# Of two volumes whose snapshots are removed: blocks written before each, and how much larger one of them is.
+REMOVED_DIRTY = 200
+LARGER = 12
 # A sparse template, how much of it holds data, and how many clones and copies are made.
 TEMPLATE = 100 << 30
 TEMPLATE_DATA = 64 << 20
@@ -213,6 +217,22 @@ def many(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict[st
     }
 
 
+def removing(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict[str, float]:
+    """Giving up one of MANY snapshots, of two volumes that were written whole."""
+    values: dict[str, float] = {}
+    for name, size_bytes in (("small", plan.size), ("large", LARGER * plan.size)):
+        mount = mounted(place / name, stack)
+        sparse(mount, size_bytes)
+        fill(mount.file, size_bytes)
+        console.print(f"taking {MANY} snapshots and removing some: {name}")
+        take(mount.file, directory_of(mount), 0, MANY, REMOVED_DIRTY)
+        removed = remove_some(mount, directory_of(mount), MANY)
+        values |= {f"remove_{name}": removed.cpu_s, f"remove_{name}_freed": float(removed.freed_bytes)}
+        mount.down()
+    values["remove_times"] = values["remove_large"] / max(values["remove_small"], CPU_RESOLUTION_S)
+    return values
+
+
 # --- sharing them -------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +286,7 @@ PARTS: dict[str, Callable[[Plan, Path, ExitStack, Console], dict[str, float]]] =
     "load": under_load,
     "read": reading,
     "many": many,
+    "remove": removing,
     "clone": cloning,
     "stream": sending,
 }
