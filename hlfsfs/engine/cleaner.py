@@ -328,7 +328,8 @@ class Cleaner:
     def _reclaim(self, volume: Volume, report: CleanReport, *, yielding: bool = False) -> Iterator[float]:
         """Gives back what removed snapshots held alone, step by step, and tells how long each took, in seconds.
 
-        `yielding`: unless the volume is being cleaned on demand.
+        What the disk does not let be read or punched is left, with a warning. `yielding`: unless the volume is being
+        cleaned on demand.
         """
         while not self._stopping.is_set():
             began_s = time.monotonic()
@@ -342,8 +343,9 @@ class Cleaner:
                 except _core.FormatError as exc:
                     log.warning("%s: a removed snapshot is not reclaimed: %s; run hlfs check", volume.what, exc)
                     continue
-                except OSError as exc:
-                    raise volume.translated(exc) from exc
+                except (OSError, HlfsError) as exc:
+                    log.warning("%s: a removed snapshot is not reclaimed for now: %s", volume.what, exc)
+                    return
             if found is None:
                 return
             yield time.monotonic() - began_s

@@ -233,14 +233,19 @@ def test_a_read_that_fails_is_not_told_as_damage(path: Path, disk: BadDisk, capl
     assert not [message for message in caplog.messages if "damaged" in message]
 
 
-def test_a_segment_that_cannot_be_cleaned_holds_no_other_up(path: Path, disk: BadDisk) -> None:
+@pytest.mark.parametrize("with_snapshot", [False, True])
+def test_a_segment_that_cannot_be_cleaned_holds_no_other_up(path: Path, disk: BadDisk, with_snapshot: bool) -> None:
     store, engine, record = with_a_volume(path, disk, segment_shift=22)
     volume = engine.attach(record)
-    for _ in range(4):
+    for number in range(4):
         # More than a segment each time, so that each holds something dead and the next what lives.
         volume.write(0, os.urandom(5 << 20))
         volume.flush()
+        if with_snapshot and number == 0:
+            volume.create_snapshot(b"first", 1)
     engine.checkpoint(volume)
+    if with_snapshot:
+        volume.remove_snapshot(1)
     disk.unreadable = b"00000000.seg"
     with pytest.raises(StoreFailed):
         engine.clean(volume)
