@@ -34,7 +34,7 @@ from hlfsfs.pool.changes import Changes, new_id
 from hlfsfs.pool.names import LATEST, check_new_snapshot_name, hidden_name
 from hlfsfs.pool.node_ids import LATEST_MARK, ROOT_ID, SNAPSHOT_MARK, SNAPSHOTS_MARK, mark_of, marked, stable_id
 from hlfsfs.pool.tree import PoolNode, Shared, VolumeNode
-from hlfsfs.pool.volumes import Volumes
+from hlfsfs.pool.volumes import Volumes, wait_for_late_closes
 from hlfsfs.store.records import SnapshotNotes, with_changes
 
 if TYPE_CHECKING:
@@ -451,10 +451,14 @@ class Snapshots:
             VolumeBusy: it is open, or held.
             ReadOnly: the store or the volume; `latest`, and what else is no snapshot.
         """
+        node = self._directory(parent, name)
+        if name == LATEST:
+            raise ReadOnly(self.what(parent, name), "it goes with the last snapshot")
+        with self._volumes.using(node) as volume:
+            read_id = self.named(node, volume, name).id
+        wait_for_late_closes(lambda: self._is_open(read_id))
         with self._shared.changing:
             node = self._directory(parent, name)
-            if name == LATEST:
-                raise ReadOnly(self.what(parent, name), "it goes with the last snapshot")
             with self._volumes.using(node) as volume:
                 self._volumes.check_writable(node, volume)
                 snapshot = self.named(node, volume, name)
@@ -467,10 +471,13 @@ class Snapshots:
                     self._owners.pop(snapshot.id, None)
                 self._forget_notes(node, snapshot.id)
 
-    def _require_unused(self, node: SnapshotNode, what: str) -> None:
+    def _is_open(self, snapshot_id: int) -> bool:
         with self._shared.lock:
-            if self._handles.get(node.id):
-                raise VolumeBusy(what, "somebody reads it; close it first")
+            return self._handles.get(snapshot_id, 0) > 0
+
+    def _require_unused(self, node: SnapshotNode, what: str) -> None:
+        if self._is_open(node.id):
+            raise VolumeBusy(what, "somebody reads it; close it first")
         receiving = node.volume.require_record().receiving
         if receiving is not None and node.id in (receiving.base, receiving.snapshot):
             raise VolumeBusy(what, "a stream is being received from it on; wait until that is done")

@@ -21,6 +21,13 @@ log = logging.getLogger(__name__)
 _LATE_CLOSE_S = 0.5
 
 
+def wait_for_late_closes(is_open: Callable[[], bool]) -> None:
+    """Waits a moment: the kernel tells that a handle is gone only after close(2) has returned."""
+    end_s = time.monotonic() + _LATE_CLOSE_S
+    while is_open() and time.monotonic() < end_s:
+        time.sleep(0.005)
+
+
 class Volumes:
     """The volumes of a namespace, between their names and the engine."""
 
@@ -119,11 +126,9 @@ class Volumes:
             return writers > 0 or node.handles > counted
 
     def wait_for_closes(self, node: VolumeNode) -> None:
-        """Waits a moment: the kernel tells that a handle is gone only after close(2) has returned."""
-        end_s = time.monotonic() + _LATE_CLOSE_S
+        """Waits a moment for writers to be gone, as `wait_for_late_closes` does."""
         with self.using(node) as volume:
-            while self.may_be_written(node, volume) and time.monotonic() < end_s:
-                time.sleep(0.005)
+            wait_for_late_closes(lambda: self.may_be_written(node, volume))
 
     def release(self, node: VolumeNode) -> None:
         """Gives a handle back; one from before a restart of the server may be unknown here."""

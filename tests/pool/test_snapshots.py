@@ -241,6 +241,18 @@ def test_what_is_open_or_gone_is_not_removed(world: World) -> None:
     assert listed(world, where) == []
 
 
+def test_one_that_was_just_closed_is_removed(world: World) -> None:
+    """The kernel tells of a close(2) after it has returned."""
+    world.volume(b"v", data=b"data")
+    where, one = directory(world), take(world, b"one")
+    world.names.open(one, os.O_RDONLY)
+    late = threading.Timer(0.1, world.names.release, [one])
+    late.start()
+    world.names.unlink(where, b"one")
+    late.join()
+    assert listed(world, where) == []
+
+
 def test_a_volume_with_snapshots_stays(world: World) -> None:
     world.volume(b"v", data=b"data")
     world.volume(b"w")
