@@ -22,6 +22,7 @@
 #include "harness.hpp"
 #include "log/snapshot_format.hpp"
 #include "snapshot_tree.hpp"
+#include "volume/snapshots.hpp"
 
 using namespace hlfs;
 using namespace hlfs::testing;
@@ -998,6 +999,42 @@ TEST_CASE("a snapshot under load holds a prefix of what each writer wrote") {
     for (std::thread& writer : writers)
         writer.join();
     host->close(log);
+}
+
+TEST_CASE("a volume has as many snapshots as its directory holds, whatever their names are") {
+    FaultyDisk::instance().reset();
+    Log log(1, 24);
+    Bytes content(kMiB);
+    const Change change{.offset = 0, .size_bytes = kMiB, .stamp = 3};
+    const auto name = [](std::uint64_t id) {
+        std::string made = std::to_string(id);
+        return std::string(255 - made.size(), 'n') + made;
+    };
+    {
+        Host host;
+        const auto volume = host.open(log).volume;
+        REQUIRE(change.run(host, log, *volume) == 0);
+        change.apply(content);
+        REQUIRE(flush(*volume) == 0);
+        host.checkpoint(log);
+        volume->retain(3'600'000'000'000);
+        REQUIRE(volume->retained().size() == 1);
+        for (std::uint64_t id = 1; id < kMostSnapshots; ++id)
+            volume->create_snapshot(id, name(id), 0, {});
+        CHECK(error_of([&] { volume->create_snapshot(kMostSnapshots, name(kMostSnapshots), 0, {}); }) == EDQUOT);
+        // One that would be retained finds no place.
+        REQUIRE(change.run(host, log, *volume) == 0);
+        REQUIRE(host.checkpoint(log));
+        CHECK(volume->retained().size() == 1);
+        volume->remove_snapshot(7);
+        volume->create_snapshot(kMostSnapshots, name(kMostSnapshots), 0, {});
+        host.close(log);
+    }
+    Host host;
+    const auto volume = host.open(log).volume;
+    CHECK(volume->snapshots().size() == kMostSnapshots - 1);
+    CHECK(same(read_all(*volume->open_snapshot(kMostSnapshots, 1)), content));
+    host.close(log);
 }
 
 TEST_CASE("directory and entries of snapshots are read as they were written, or refused") {

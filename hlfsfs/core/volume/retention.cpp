@@ -65,7 +65,8 @@ void Volume::retain(std::uint64_t window_ns) {
     // checkpoint's.
     const bool stored = root_ == newest_.root && levels_ == newest_.levels;
     const bool empty = root_ == kHole && newest_.size_bytes == 0;
-    if (retain_ns_ == 0 || !stored || empty || is_last_retained(root_, newest_.size_bytes))
+    const bool full = snapshots_.size() + retained_.size() >= kMostSnapshots;
+    if (retain_ns_ == 0 || !stored || empty || full || is_last_retained(root_, newest_.size_bytes))
         return;
     SnapshotRecord record;
     record.parent_id = head_parent_id_;
@@ -102,6 +103,8 @@ bool Volume::is_last_retained(Pointer root, std::uint64_t size_bytes) const {
 // nullptr where none is retained, or it holds what the one before does.
 std::shared_ptr<Volume::Snapshot> Volume::retain_pending(const Frozen& merged, const PendingCheckpoint& pending) const {
     if (retain_ns_ == 0 || is_last_retained(pending.root, merged.size_bytes))
+        return nullptr;
+    if (snapshots_.size() + retained_.size() >= kMostSnapshots)
         return nullptr;
     SnapshotRecord record;
     record.parent_id = merged.parent_id;

@@ -22,8 +22,6 @@ namespace {
 
 // What is frozen and not merged; who takes snapshots faster waits.
 constexpr std::size_t kMostFrozen = 8;
-// Their directory fits in one chunk.
-constexpr std::size_t kMostSnapshots = 10'000;
 
 [[noreturn]] void fail(int error, const char* what) {
     throw std::system_error(error, std::generic_category(), what);
@@ -154,7 +152,7 @@ void Volume::check_new_snapshot(std::uint64_t id, const std::string& name) const
     check_new_name(name);
     if (id == 0 || find_snapshot(id) != nullptr)
         fail(EEXIST, "there is a snapshot of that id");
-    if (snapshots_.size() >= kMostSnapshots)
+    if (snapshots_.size() + retained_.size() >= kMostSnapshots)
         fail(EDQUOT, "the volume has as many snapshots as there may be");
 }
 

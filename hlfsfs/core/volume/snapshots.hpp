@@ -8,6 +8,9 @@
 
 namespace hlfs {
 
+// Retained checkpoints among them: their directory fits in one chunk, whatever their names are.
+inline constexpr std::size_t kMostSnapshots = 10'000;
+
 // Guarded by the volume's mutex but for what is constant: id, parent, group, sequence, times, size.
 struct Volume::Snapshot {
     DirectoryEntry entry;            // its root is valid once it is merged
