@@ -579,7 +579,6 @@ void bind_cleaner(nb::class_<Volume>& volume, nb::module_& m) {
         .def_ro("moved_blocks", &Volume::Cleaned::moved_blocks)
         .def_ro("removable", &Volume::Cleaned::removable);
     nb::class_<Volume::DeadRuns>(m, "DeadRuns")
-        .def_ro("index", &Volume::DeadRuns::index)
         .def_ro("segno", &Volume::DeadRuns::segno)
         .def_ro("blocks", &Volume::DeadRuns::blocks);
     volume

@@ -112,7 +112,7 @@ bool Volume::cleanable(const Segment& segment) const {
 
 std::vector<Volume::CleanCandidate> Volume::clean_candidates() {
     const Lock lock(mutex_);
-    forget_removed_snapshots();
+    forget_removed(false);
     std::vector<CleanCandidate> found;
     if (read_only_ || !opened_)
         return found;
@@ -160,7 +160,7 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
         survey.base_generation = base_generation_;
         newest = {.root = root_, .levels = levels_, .table_generation = 0, .replay_start = {}};
         kept = {kept_newest(), older_.value_or(kept_newest())};
-        forget_removed_snapshots();
+        forget_removed(false);
         snapshots = snapshot_maps();
         held = held_maps();
         survey.has_snapshots = !snapshots.empty() || !held.empty();

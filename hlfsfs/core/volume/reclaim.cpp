@@ -2,8 +2,9 @@
 // there is.
 //
 // What those beside it have at the same places is not looked at: where two maps have the same node they have the same
-// below it. What is left is looked up in every kept map, as the cleaner does with a whole segment, and only that
-// decides. Blocks are told before the nodes that lead to them, so that a walk that was broken off finds its way.
+// below it. What is left is looked up in the newest map, both checkpoints' and those of all snapshots that may have it
+// (see "Lineages"), and only that decides. Blocks are told before the nodes that lead to them, so that a walk that was
+// broken off finds its way.
 //
 // Crash rules: nothing is touched before the removal is durable, and then only what no kept map leads to. After a crash
 // the rest is as dead as before, and the cleaner comes to it segment by segment, as it does with all segments of a
@@ -283,22 +284,19 @@ void Volume::forget_pins() {
     }
 }
 
-// Those that will not be reclaimed.
-void Volume::forget_removed_snapshots() {
-    forget_removed([](const Snapshot& removed) { return !removed.reclaimed; });
-}
-
 void Volume::give_up_removed() {
     if (reclaiming_.snapshot)
         forget_pins();
     reclaiming_ = {};
     postponed_.clear();
-    forget_removed([](const Snapshot&) { return true; });
+    forget_removed(true);
 }
 
-void Volume::forget_removed(const std::function<bool(const Snapshot&)>& which) {
-    const auto forgotten = std::ranges::stable_partition(
-        removed_snapshots_, [&](const auto& removed) { return !(which(*removed) && is_gone(removed)); });
+// Those that are not reclaimed; or all that are gone.
+void Volume::forget_removed(bool all) {
+    const auto forgotten = std::ranges::stable_partition(removed_snapshots_, [this, all](const auto& removed) {
+        return !((all || !removed->reclaimed) && is_gone(removed));
+    });
     if (forgotten.empty())
         return;
     for (const auto& removed : forgotten)
@@ -316,7 +314,7 @@ std::optional<std::vector<Volume::DeadRuns>> Volume::reclaim(std::size_t most) {
     std::vector<Alone> again;
     {
         const Lock lock(mutex_);
-        forget_removed_snapshots();
+        forget_removed(false);
         if (read_only_ || !opened_)
             return std::nullopt;
         if (!postponed_.empty() && generation_ >= postponed_until_) {

@@ -576,8 +576,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     [[nodiscard]] std::vector<DeadRuns> judge(std::vector<Alone> found, std::uint64_t since, std::uint64_t sequence,
                                               bool again);
     void forget_pins();
-    void forget_removed(const std::function<bool(const Snapshot&)>& which);
-    void forget_removed_snapshots();
+    void forget_removed(bool all);
     void give_up_removed();
 
     // retained checkpoints (retention.cpp)
