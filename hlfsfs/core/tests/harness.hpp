@@ -32,7 +32,7 @@ using Bytes = std::vector<std::byte>;
 
 // HLFS_SEED, or a new one; printed, so that a failure can be repeated.
 std::uint64_t test_seed(const char* test);
-// HLFS_ROUNDS, or `usual`.
+// HLFS_ROUNDS, or `usual`; half of it under the thread sanitizer.
 int test_rounds(int usual);
 
 // Waits for a request to end.

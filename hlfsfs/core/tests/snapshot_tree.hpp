@@ -21,6 +21,7 @@ inline constexpr std::size_t kMiB = std::size_t{1} << 20;
 inline Bytes read_all(DataVolume& volume) {
     const auto size_bytes = volume.attr().size_bytes;
     Bytes all;
+    all.reserve(size_bytes);
     for (std::uint64_t at = 0; at < size_bytes; at += kMiB) {
         Wait wait;
         volume.read(at, static_cast<std::uint32_t>(std::min<std::uint64_t>(kMiB, size_bytes - at)), false, wait);

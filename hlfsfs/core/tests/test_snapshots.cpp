@@ -705,7 +705,8 @@ TEST_CASE("a removed snapshot gives back what it held alone, without a look at a
             // Where nothing is left nothing may count as pinned, or the cleaner would never look there again.
             CHECK(candidate.live_blocks_hint <= looked.live_blocks);
         }
-        tree.check(*volume);
+        if (tree.snapshots.size() % 3 == 0)
+            tree.check(*volume);
     }
     host.drop(log);
 }
@@ -1001,7 +1002,7 @@ TEST_CASE("a snapshot under load holds a prefix of what each writer wrote") {
     host->close(log);
 }
 
-TEST_CASE("a volume has as many snapshots as its directory holds, whatever their names are") {
+TEST_CASE("a volume has as many snapshots as its directory holds, whatever their names are", "[sequential]") {
     FaultyDisk::instance().reset();
     Log log(1, 24);
     Bytes content(kMiB);
