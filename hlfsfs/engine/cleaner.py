@@ -385,7 +385,7 @@ class Cleaner:
                 return not candidate.moved
             if seen.generation == generation:
                 return min_run < seen.min_run
-            if candidate.live_blocks_hint == 0:
+            if candidate.live_blocks_hint == 0 or candidate.miscounted:
                 return True
             if short:
                 return dead_blocks(candidate) > candidate.slots * SHORT_DEAD_SHARE
@@ -429,7 +429,8 @@ class Cleaner:
                 if self._find(volume.id) is not volume or (yielding and volume.id in self._demanded):
                     return
                 blocks = os.fstat(fd).st_blocks * 512 // BLOCK_BYTES
-                how = _core.CleanHow.LOOK if dry_run else how or self._how(hint, blocks, short)
+                by_hint = self._how(hint, blocks, short or candidate.miscounted)
+                how = _core.CleanHow.LOOK if dry_run else how or by_hint
                 done = volume.native.clean_segment(candidate.index, fd, how, min_run)
                 saw(blocks - done.freed_blocks)
                 report.segments += 1
@@ -452,8 +453,8 @@ class Cleaner:
             os.close(fd)
 
     @staticmethod
-    def _how(hint: int, blocks: int, short: bool) -> "_core.CleanHow":
-        if short:
+    def _how(hint: int, blocks: int, only_punch: bool) -> "_core.CleanHow":
+        if only_punch:
             return _core.CleanHow.PUNCH
         if blocks - hint < blocks * DEAD_SHARE:
             return _core.CleanHow.LOOK

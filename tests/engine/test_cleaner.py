@@ -316,3 +316,30 @@ def test_a_removed_snapshot_gives_back_what_it_held_alone(world: World) -> None:
     for number, content in held.items():
         assert world.volume.read_snapshot(number, 0, SIZE_BYTES) == content
     expect_sound(world)
+
+
+@pytest.mark.parametrize("world", [{"idle_checkpoint_s": 1.0}], indirect=True, ids=["at rest"])
+def test_a_discard_of_more_than_a_checkpoint_counts_gives_all_its_space_back(world: World) -> None:
+    leaf_bytes = 512 * BLOCK
+    discarded, kept = 20_000, 100
+    world.volume.resize((discarded + kept) * leaf_bytes)
+    for leaf in range(discarded + kept):
+        world.volume.write(leaf * leaf_bytes, leaf.to_bytes(8) * (BLOCK // 8))
+    world.volume.flush()
+    full_bytes = world.log_bytes()
+    # Long enough for a look at each segment, and too many checkpoints later for another.
+    time.sleep(6)
+    for _ in range(4):
+        world.volume.write(0, bytes(BLOCK - 1) + b"x")
+        world.engine.checkpoint(world.volume)
+    world.volume.punch(0, discarded * leaf_bytes)
+    world.volume.flush()
+    deadline_s = time.monotonic() + 30
+    while (left_bytes := world.log_bytes()) > full_bytes // 8:
+        assert time.monotonic() < deadline_s, f"{left_bytes} of {full_bytes} bytes are left"
+        time.sleep(0.5)
+    # Neither was what is left taken for discarded.
+    assert world.volume.stats()["mapped_bytes"] == kept * BLOCK
+    for leaf in range(discarded, discarded + kept):
+        assert world.volume.read(leaf * leaf_bytes, BLOCK) == leaf.to_bytes(8) * (BLOCK // 8)
+    expect_sound(world)

@@ -570,6 +570,7 @@ void bind_cleaner(nb::class_<Volume>& volume, nb::module_& m) {
         .def_ro("segno", &Volume::CleanCandidate::segno)
         .def_ro("slots", &Volume::CleanCandidate::slots)
         .def_ro("live_blocks_hint", &Volume::CleanCandidate::live_blocks_hint)
+        .def_ro("miscounted", &Volume::CleanCandidate::miscounted)
         .def_ro("moved", &Volume::CleanCandidate::moved);
     nb::class_<Volume::Cleaned>(m, "Cleaned")
         .def_ro("blocks", &Volume::Cleaned::blocks)

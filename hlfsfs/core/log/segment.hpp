@@ -73,6 +73,7 @@ struct Segment {
     std::uint32_t chunks = 0;
     std::uint64_t end_sequence = 0;
     std::uint64_t live_blocks_hint = 0;  // blocks that the newest checkpoint's map leads to
+    bool miscounted = false;             // more was discarded than was counted: live_blocks_hint may be too high
     std::uint64_t pinned_blocks = 0;     // that a snapshot leads to, when the cleaner looked last
     bool moved = false;                  // the cleaner has published all of these again
     std::uint32_t last_time_s = 0;

@@ -349,6 +349,47 @@ TEST_CASE("an index that both slots' segment table names serves no other segment
     REQUIRE(holds(*opened.volume, model));
 }
 
+TEST_CASE("after a discard of more than is counted each segment is told to be looked at") {
+    FaultyDisk::instance().reset();
+    constexpr std::uint64_t kDiscarded = 9000;
+    constexpr std::uint64_t kKept = 100;
+    constexpr std::uint64_t kLeafBytes = kNodeEntries * kBlockBytes;
+    Log log(1);
+    Host host;
+    const auto volume = host.open(log).volume;
+    for (std::uint64_t leaf = 0; leaf < kDiscarded + kKept; ++leaf)
+        REQUIRE(Change{.offset = leaf * kLeafBytes, .size_bytes = kBlockBytes, .stamp = leaf + 1}.run(host, log,
+                                                                                                      *volume) == 0);
+    settle(host, log, *volume);
+    settle(host, log, *volume);
+    const auto miscounted = [&volume](bool all) {
+        const auto candidates = volume->clean_candidates();
+        REQUIRE(candidates.size() > 5);
+        const auto is = [](const auto& candidate) { return candidate.miscounted; };
+        return all ? std::ranges::all_of(candidates, is) : std::ranges::any_of(candidates, is);
+    };
+    CHECK_FALSE(miscounted(false));
+    REQUIRE(Change{.kind = Change::Kind::punch, .offset = 0, .size_bytes = kDiscarded * kLeafBytes}.run(host, log,
+                                                                                                        *volume) == 0);
+    settle(host, log, *volume);
+    CHECK(volume->stats().mapped_bytes == kKept * kBlockBytes);
+    settle(host, log, *volume);
+    CHECK(miscounted(true));
+    CHECK(volume->stats().live_bytes > 500 * kBlockBytes);
+    // One node for each leaf that is left, and those above them.
+    host.clean(log, kPunch);
+    CHECK(volume->stats().live_bytes <= (2 * kKept + 20) * kBlockBytes);
+    for (const auto& candidate : volume->clean_candidates())
+        CHECK_FALSE(candidate.miscounted);
+    // What is left, is; and of a volume that holds data some is counted, however much is discarded elsewhere.
+    Bytes found;
+    for (std::uint64_t leaf = kDiscarded; leaf < kDiscarded + kKept; ++leaf) {
+        REQUIRE(read(*volume, leaf * kLeafBytes, kBlockBytes, found) == kBlockBytes);
+        CHECK(found == pattern(kBlockBytes, leaf + 1));
+    }
+    host.close(log);
+}
+
 TEST_CASE("moving gives up while room is made for writers") {
     FaultyDisk& disk = FaultyDisk::instance();
     disk.reset();

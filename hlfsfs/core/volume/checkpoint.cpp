@@ -23,8 +23,8 @@ namespace {
 
 constexpr std::uint32_t kBatchNodes = 256;
 constexpr std::ptrdiff_t kNodeChunksInMemory = 16;
-// Nodes looked at, at most, to count what a punched subtree held.
-constexpr std::uint32_t kCountBudget = 8192;
+// Leaves that are punched whole are looked into to count what they held, up to so many: the writers wait for a merge.
+constexpr std::uint64_t kMostCountedLeaves = 8192;
 
 constexpr std::uint64_t span_of(std::uint32_t level) noexcept {
     return std::uint64_t{1} << (kNodeShift * level);
@@ -184,7 +184,9 @@ struct Volume::Merge {
     std::uint64_t generation;
     std::uint32_t levels = 0;
     std::int64_t mapped;
-    std::uint32_t count_budget = kCountBudget;
+    std::uint64_t counted_leaves = 0;
+    std::uint64_t counted_blocks = 0;
+    std::uint64_t uncounted_leaves = 0;
 
     std::vector<Change> changes;  // of the level being written, sorted by index
     std::vector<std::int64_t> live_delta;
@@ -255,25 +257,31 @@ struct Volume::Merge {
         }
     }
 
-    // Blocks mapped below `pointer`; past the budget a subtree counts as full.
-    std::int64_t count(Pointer pointer, std::uint32_t level) {
-        if (pointer == kHole)
-            return 0;
-        if (count_budget == 0)
-            return static_cast<std::int64_t>(span_of(level + 1));
-        --count_budget;
+    // A leaf that is punched whole.
+    void drop_leaf(Pointer pointer) {
+        tally(pointer, -1);
+        if (counted_leaves == kMostCountedLeaves) {
+            ++uncounted_leaves;
+            return;
+        }
         Node node;
         volume.load_node_waiting(pointer, node);
-        tally(pointer, -1);
-        if (level == 0) {
-            for (const Pointer data : node)
-                tally(data, -1);
-            return mapped_in(node);
-        }
-        std::int64_t sum = 0;
-        for (const Pointer child : node)
-            sum += count(child, level - 1);
-        return sum;
+        for (const Pointer data : node)
+            tally(data, -1);
+        ++counted_leaves;
+        counted_blocks += static_cast<std::uint64_t>(mapped_in(node));
+        mapped -= mapped_in(node);
+    }
+
+    // What is mapped below `root`, the result. The leaves that were not counted count as full as those that were; where
+    // there is data it is never none: tar takes a file without blocks for a hole.
+    [[nodiscard]] std::int64_t mapped_below(Pointer root) const {
+        if (root == kHole)
+            return 0;
+        std::int64_t estimate = mapped;
+        if (uncounted_leaves != 0)
+            estimate -= static_cast<std::int64_t>(uncounted_leaves * counted_blocks / counted_leaves);
+        return std::max<std::int64_t>(estimate, 1);
     }
 
     void emit(std::uint32_t level, std::uint64_t index, const Node& node) {
@@ -402,7 +410,7 @@ struct Volume::Merge {
             const std::uint64_t leaf_no = (parent << kNodeShift) + i;
             if (node[i] == kHole || !overlay.leaf_punched(leaf_no) || overlay.leaf(leaf_no) != nullptr)
                 continue;
-            mapped -= count(node[i], 0);
+            drop_leaf(node[i]);
             node[i] = kHole;
         }
     }
@@ -412,7 +420,8 @@ struct Volume::Merge {
         levels = std::max({old_levels, levels_for(blocks), levels_for(highest_block())});
         // A tree of one level has no parent to cut a punched leaf from.
         if (old_levels == 1 && overlay.leaf_punched(0) && overlay.leaf(0) == nullptr) {
-            mapped -= count(old_root, 0);
+            if (old_root != kHole)
+                drop_leaf(old_root);
             old_root = kHole;
         }
         merge_leaves();
@@ -616,7 +625,8 @@ std::optional<std::pair<int, std::vector<std::byte>>> Volume::checkpoint() {
         Merge merge(*this, *frozen, generation);
         pending->root = merge.run(frozen->size_bytes);
         pending->levels = pending->root == kHole ? 0 : merge.levels;
-        pending->mapped = pending->root == kHole ? 0 : std::max<std::int64_t>(merge.mapped, 0);
+        pending->mapped = merge.mapped_below(pending->root);
+        pending->miscounted = merge.uncounted_leaves != 0;
         pending->live_delta = std::move(merge.live_delta);
         Checkpoint& record = pending->record;
         write_snapshot_directory(generation, *frozen, *pending);
@@ -681,6 +691,7 @@ bool Volume::checkpoint_installed() {
                 continue;
             segment->live_blocks_hint = hint_after(*segment, pending_->live_delta);
             segment->moved = false;
+            segment->miscounted = segment->miscounted || pending_->miscounted;
         }
         const Frozen& merged = *frozen_.front();
         for (const auto& snapshot : merged.snapshots)

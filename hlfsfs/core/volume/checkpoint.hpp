@@ -29,6 +29,7 @@ struct Volume::PendingCheckpoint {
     std::int64_t mapped = 0;
     Checkpoint record;
     std::shared_ptr<Snapshot> retained;    // what the directory holds of it
+    bool miscounted = false;               // some of what was discarded is missing in the delta
     std::vector<std::int64_t> live_delta;  // by segment index: blocks that the new map leads to and the old one did not
 };
 

@@ -122,6 +122,7 @@ std::vector<Volume::CleanCandidate> Volume::clean_candidates() {
                              .segno = segment->identity.segno,
                              .slots = segment_slots_,
                              .live_blocks_hint = std::max(segment->live_blocks_hint, segment->pinned_blocks),
+                             .miscounted = segment->miscounted,
                              .moved = segment->moved});
         }
     }
@@ -255,8 +256,11 @@ Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how,
         // tell nothing of snapshots.
         cleaned.removable = found.live == 0 && found.held == 0 &&
                             (found.footer || (segment.live_blocks_hint == 0 && !found.has_snapshots));
-        if (base_generation_ == found.base_generation && found.footer)
-            segment.live_blocks_hint = found.in_newest;
+        if (base_generation_ == found.base_generation) {
+            segment.miscounted = false;
+            if (found.footer)
+                segment.live_blocks_hint = found.in_newest;
+        }
         // Otherwise it may tell of a snapshot that is gone, and nobody would look again.
         if (snapshots_forgotten_ == found.snapshots_forgotten)
             segment.pinned_blocks = found.pinned;

@@ -143,6 +143,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
         std::uint64_t segno = 0;
         std::uint64_t slots = 0;             // of a whole segment
         std::uint64_t live_blocks_hint = 0;  // that the newest checkpoint maps
+        bool miscounted = false;             // the hint may be too high, whatever it was before
         bool moved = false;                  // what it holds has been written again; a checkpoint will tell
     };
     // Segments that both kept checkpoints have behind them, so that only their maps lead there.
