@@ -122,6 +122,29 @@ TEST_CASE("discarding a whole large volume is quick and complete") {
     host.close(log);
 }
 
+// Programs take a file without blocks for a hole.
+TEST_CASE("a volume that holds data never shows as one without any") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Sparse model;
+    Host host;
+    const auto volume = host.open(log).volume;
+    REQUIRE(resize(*volume, kTiB) == 0);
+    CHECK(volume->attr().allocated_bytes == 0);
+    put(host, *volume, model, 3, 5);
+    host.checkpoint(log);
+    CHECK(volume->attr().allocated_bytes == kBlockBytes);
+    // Discards of what was a hole before.
+    for (std::uint64_t block = 10'000; block < 10'100; block += 2)
+        punch(*volume, model, block, 1);
+    CHECK(volume->attr().allocated_bytes == kBlockBytes);
+    host.checkpoint(log);
+    CHECK(volume->attr().allocated_bytes == kBlockBytes);
+    punch(*volume, model, 0, kTiB / kBlockBytes);
+    CHECK(volume->attr().allocated_bytes == 0);
+    host.close(log);
+}
+
 TEST_CASE("a map larger than its cache is read by many") {
     FaultyDisk::instance().reset();
     HostOptions options;
