@@ -301,6 +301,7 @@ SNAPSHOTS = (
     Figure("remove_large_freed", "remove", "space that came back", "bytes"),
     Figure("remove_times", "remove", "the latter beside the former", "times", at_most=1.5),
     Figure("clone", "clone", "cloning a 100 GiB sparse template, median", "s", at_most=0.1),
+    Figure("copy_extents", "clone", "copying one of 1,000 extents, a call for each, median", "s", at_most=0.1),
     Figure("cp_template", "clone", "`cp` of it in the mount, with 64 MiB of data", "s", at_most=0.1),
     Figure("cp_whole", "clone", "`cp` of a volume written whole in the mount", "s", at_most=0.1),
     Figure("cp_raw", "clone", "`cp` of the same as a raw file", "s"),

@@ -13,7 +13,7 @@ from statistics import median
 import click
 from rich.console import Console
 
-from bench.clones import clone
+from bench.clones import clone, copy
 from bench.commands import run_command
 from bench.fio import fill, run_fio, warm
 from bench.jobs import SNAPSHOTS
@@ -45,6 +45,8 @@ LARGER = 12
 TEMPLATE = 100 << 30
 TEMPLATE_DATA = 64 << 20
 CLONES = 30
+# Of another template: places that hold data.
+TEMPLATE_EXTENTS = 1000
 COPIES = 5
 
 
@@ -245,6 +247,10 @@ def cloning(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict
     run_command(["touch", snapshot], mount.file)
     console.print("cloning a sparse template")
     cloned = clone(snapshot, mount.directory, CLONES)
+    scattered = mount.directory / "scattered"
+    run_command(["truncate", "-s", str(TEMPLATE), scattered], mount.file)
+    poke(scattered, 1, TEMPLATE_EXTENTS, "write")
+    copied = copy(scattered, mount.directory, CLONES)
     whole = mount.directory / "whole"
     run_command(["truncate", "-s", str(plan.size), whole], mount.file)
     fill(whole, plan.size)
@@ -264,6 +270,7 @@ def cloning(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict
     mount.down()
     return {
         "clone": median(cloned),
+        "copy_extents": median(copied),
         "cp_template": median(took["template"]),
         "cp_whole": median(took["whole"]),
         "cp_raw": median(took["raw"]),

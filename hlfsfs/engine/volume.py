@@ -426,6 +426,19 @@ class Volume:
         except NameExists as exc:
             raise NotEmpty(self.what) from exc
 
+    def adopted_from(self, source_id: int, sequence: int) -> None:
+        """Notes of what copy the adopted part is the beginning; in memory.
+
+        Args:
+            source_id: node id of the volume or snapshot that is copied.
+            sequence: its last change, which is in what was adopted; of a snapshot 0.
+        """
+        self.native.adopted_from(source_id, sequence)
+
+    def shares_with(self, source_id: int, sequence: int) -> bool:
+        """Whether that was noted, so that `adopt_more` goes on with the same content."""
+        return self.native.shared() == (source_id, sequence)
+
     def adopt_more(self, size_bytes: int, end_bytes: int) -> bool:
         """Has what was adopted go on to `end_bytes`, whole blocks or all there is, from `size_bytes`, where it ends.
 

@@ -3,13 +3,13 @@
 What is copied into a new volume at the offset it has in the source is not copied but shared, as by a clone: the first
 such copy makes the volume a clone of the snapshot, or of one that is taken for it, up to the end of what was copied;
 those that follow it, each behind the one before, have more of the same snapshot show. Holes that are passed over on the
-way are passed over here too. All else is copied: where the volume held something before, where offsets differ, where
-the end is within a block, where the source was written to since the first copy, and after a crash.
+way are passed over here too. The native channel does so by itself, and asks here for what it cannot answer at once. All
+else is copied: where the volume held something before, where offsets differ, where the end is within a block, where the
+source was written to since the first copy, and after a crash.
 """
 
 import errno
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from hlfsfs.errors import HlfsError, ReadOnly, StoreFailed, TooManySnapshots
 from hlfsfs.pool.clones import Clones
+from hlfsfs.pool.node_ids import SNAPSHOT_MARK, marked
 from hlfsfs.pool.snapshots import SnapshotNode
 from hlfsfs.pool.tree import VolumeNode
 from hlfsfs.pool.volumes import Volumes
@@ -28,8 +29,6 @@ BLOCK_BYTES = 4096
 # Read and written at once; so much data at most is copied for one request, which the kernel waits for.
 PART_BYTES = 1 << 20
 COPY_BYTES = 16 << 20
-# So many volumes at most are remembered that are being made of others.
-SHARING = 1024
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,13 @@ class _Source:
 
     volume: "Volume"
     snapshot_id: int
+    node_id: int
     size_bytes: int
+
+    @property
+    def sequence(self) -> int:
+        """Its last change; 0 of a snapshot."""
+        return 0 if self.snapshot_id else self.volume.sequence
 
     def read(self, offset: int, size_bytes: int) -> bytes:
         if self.snapshot_id:
@@ -57,22 +62,12 @@ class _Source:
             return self.size_bytes
 
 
-@dataclass(frozen=True)
-class _Sharing:
-    """What a volume is being made of, and the last change of that which it holds (see `Clones.share`)."""
-
-    source: VolumeNode | SnapshotNode
-    sequence: int
-
-
 class Copies:
     """All copies in a namespace. Thread-safe."""
 
     def __init__(self, volumes: Volumes, clones: Clones) -> None:
         self._volumes = volumes
         self._clones = clones
-        self._lock = threading.Lock()  # guards _sharing
-        self._sharing: dict[int, _Sharing] = {}
 
     def copy(
         self, source: VolumeNode | SnapshotNode, from_offset: int, target: VolumeNode, to_offset: int, size_bytes: int
@@ -92,8 +87,6 @@ class Copies:
                 return 0
             if from_offset == to_offset and self._share(source, found, target, volume, to_offset, size_bytes):
                 return size_bytes
-            with self._lock:
-                self._sharing.pop(target.id, None)
             return _copy(found, from_offset, volume, to_offset, size_bytes)
 
     @contextmanager
@@ -101,9 +94,10 @@ class Copies:
         node = source if isinstance(source, VolumeNode) else source.volume
         with self._volumes.using(node) as volume:
             if isinstance(source, VolumeNode):
-                yield _Source(volume, 0, volume.size_bytes)
+                yield _Source(volume, 0, node.id, volume.size_bytes)
             else:
-                yield _Source(volume, source.id, volume.snapshot(source.id).size_bytes)
+                node_id = marked(SNAPSHOT_MARK, source.id)
+                yield _Source(volume, source.id, node_id, volume.snapshot(source.id).size_bytes)
 
     def _share(  # noqa: PLR0917
         self,
@@ -119,13 +113,8 @@ class Copies:
         whole = offset % BLOCK_BYTES == 0 and (end % BLOCK_BYTES == 0 or end == found.size_bytes)
         if not whole or there > offset or found.next_data(there) < offset:
             return False
-        with self._lock:
-            known = self._sharing.get(target.id)
-        if known is not None:
-            unchanged = isinstance(source, SnapshotNode) or found.volume.sequence == known.sequence
-            return known.source == source and unchanged and volume.adopt_more(there, end)
         if not volume.is_new:
-            return False
+            return volume.shares_with(found.node_id, found.sequence) and volume.adopt_more(there, end)
         try:
             sequence = self._clones.share(source, target, volume, end)
         except (ReadOnly, TooManySnapshots):
@@ -133,11 +122,8 @@ class Copies:
             return False
         if sequence is None:
             return False
-        with self._lock:
-            self._sharing[target.id] = _Sharing(source, sequence)
-            while len(self._sharing) > SHARING:
-                # The one that began first; its next part is copied.
-                del self._sharing[next(iter(self._sharing))]
+        if sequence >= 0:
+            volume.adopted_from(found.node_id, 0 if found.snapshot_id else sequence)
         return True
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from tests.fuse.mounts import Mounted, mounted, needs_fuse
 from tests.fuse.test_semantics import again, inside, mount, plane
+from tests.fuse.test_traffic import statistics
 
 __all__ = ["mount", "plane"]
 
@@ -181,6 +182,51 @@ assert copied(source, target, 100, 8 << 20) == 0
 fails(errno.EBADF, copied, source, source, 100, 0)
 """,
         )
+
+
+@pytest.mark.parametrize("source", ["disk", ".snapshots/disk/one"], ids=["of a volume", "of a snapshot"])
+def test_a_sparse_copy_shares_extent_by_extent(tmp_path: Path, source: str) -> None:
+    """By a call for each; Python hears of the first one only."""
+    extents = 300
+    with mounted(tmp_path / "store") as mount:
+        inside(
+            mount,
+            CLONE
+            + COPY
+            + f"""
+source, extents = {source!r}, {extents}
+"""
+            + """
+with open("disk", "wb", buffering=0) as file:
+    for number in range(extents):
+        os.pwrite(file.fileno(), rng.randbytes(16384), (number * 3000 + 1) << 14)
+    os.ftruncate(file.fileno(), extents * 3000 << 14)
+os.mknod(".snapshots/disk/one", 0o644)
+target = os.open("made", os.O_WRONLY | os.O_CREAT)
+with open(source, "rb", buffering=0) as file:
+    offset, parts = 0, 0
+    while True:
+        try:
+            offset = os.lseek(file.fileno(), offset, os.SEEK_DATA)
+        except OSError as exc:
+            assert exc.errno == errno.ENXIO
+            break
+        end = os.lseek(file.fileno(), offset, os.SEEK_HOLE)
+        assert copied(file.fileno(), target, end - offset, offset) == end - offset
+        offset, parts = end, parts + 1
+    assert parts == extents
+    os.ftruncate(target, os.fstat(file.fileno()).st_size)
+assert os.stat("made").st_size == os.stat(source).st_size
+assert 0 < os.stat("made").st_blocks <= os.stat(source).st_blocks
+assert stats("made")["log_allocated_bytes"] < 8 << 20
+rng = __import__("random").Random(7)
+with open("made", "rb", buffering=0) as file:
+    for number in range(extents):
+        assert os.pread(file.fileno(), 16384 + 8192, ((number * 3000 + 1) << 14) - 4096) == (
+            bytes(4096) + rng.randbytes(16384) + bytes(4096))
+""",
+        )
+        assert statistics(mount)["copies_shared"] == extents - 1
 
 
 def test_an_order_shows_at_once(mount: Mounted) -> None:

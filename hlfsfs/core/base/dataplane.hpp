@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 namespace hlfs {
 
@@ -82,6 +83,23 @@ class DataVolume {
 
     // From memory, never waits for I/O.
     [[nodiscard]] virtual VolumeAttr attr() const noexcept = 0;
+
+    // Of a copy that shares the blocks of its source: which node that is, its last_sequence() then, and how much is
+    // shared so far.
+    struct Shared {
+        std::uint64_t source_id = 0;
+        std::uint64_t source_sequence = 0;
+        std::uint64_t end_bytes = 0;
+    };
+    [[nodiscard]] virtual std::optional<Shared> shared() const noexcept { return std::nullopt; }
+    // Has it go on to `end_bytes`, whole blocks or all there is, as a write does. false, and nothing happened: the
+    // volume changed since it was asked for `so_far`, or it would have to wait for space.
+    [[nodiscard]] virtual bool share_on(const Shared& so_far, std::uint64_t end_bytes) noexcept {
+        (void)so_far, (void)end_bytes;
+        return false;
+    }
+    // Rises with each change; 0 of what never changes.
+    [[nodiscard]] virtual std::uint64_t last_sequence() const noexcept { return 0; }
 
     // Handles, counted by the channel: on OPEN and CREATE replies, and on RELEASE.
     std::atomic<std::int32_t> open_handles{0};

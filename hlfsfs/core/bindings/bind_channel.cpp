@@ -25,6 +25,7 @@ nb::dict statistics(const Channel& channel) {
     all["errors"] = errors;
     all["forwarded"] = counters.forwarded.load();
     all["attach_waits"] = counters.attach_waits.load();
+    all["copies_shared"] = counters.copies_shared.load();
     all["replies_unwanted"] = counters.replies_unwanted.load();
     all["enosys_stopped"] = counters.enosys_stopped.load();
     all["notifications"] = counters.notifications.load();

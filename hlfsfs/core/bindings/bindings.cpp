@@ -616,6 +616,14 @@ void bind_clones(nb::class_<Volume>& volume) {
                 self.adopt(origin, snapshot_id, size_bytes, std::move(numbered));
             },
             nb::arg("origin"), nb::arg("snapshot_id"), nb::arg("size_bytes"), nb::arg("logs"))
+        .def("adopted_from", &Volume::adopted_from, nb::arg("source_id"), nb::arg("source_sequence"))
+        .def("shared",
+             [](const Volume& self) -> std::optional<std::pair<std::uint64_t, std::uint64_t>> {
+                 const auto shared = self.shared();
+                 if (!shared)
+                     return std::nullopt;
+                 return std::pair{shared->source_id, shared->source_sequence};
+             })
         .def("adopt_more", &Volume::adopt_more, nb::arg("size_bytes"), nb::arg("end_bytes"),
              nb::call_guard<nb::gil_scoped_release>())
         .def("forget_beyond_end", &Volume::forget_beyond_end, nb::call_guard<nb::gil_scoped_release>())

@@ -575,7 +575,61 @@ void Channel::completed_data(Request& request, const iovec* vectors, int count, 
     device_.finish(request, vectors, count, size_bytes);
 }
 
-// --- copies, which Python makes: they may take notes of who shares what
+// --- copies, which Python makes: they may take notes of who shares what. Once one shares, it goes on here
+
+// A part of a copy, which is shared if its source has no data between that which is shared already and where it begins.
+class Channel::SharedPart final : public Completion {
+  public:
+    SharedPart(Channel& channel, Request& request, const CopyOrder& order, std::shared_ptr<DataVolume> target,
+               const DataVolume::Shared& so_far)
+        : channel_(channel), request_(request), order_(order), target_(std::move(target)), so_far_(so_far) {}
+
+    void complete(std::int64_t data) noexcept override {
+        const bool nothing_between = data == -ENXIO || data >= static_cast<std::int64_t>(order_.to_offset);
+        if (nothing_between && target_->share_on(so_far_, order_.to_offset + order_.size_bytes)) {
+            channel_.counters_.copies_shared.fetch_add(1, std::memory_order_relaxed);
+            channel_.completed(request_, static_cast<std::int64_t>(order_.size_bytes));
+        } else {
+            channel_.order_copy(request_, order_);
+        }
+        delete this;
+    }
+    void complete_data(const iovec*, int, std::size_t) noexcept override { std::abort(); }
+
+  private:
+    Channel& channel_;
+    Request& request_;
+    const CopyOrder order_;
+    const std::shared_ptr<DataVolume> target_;
+    const DataVolume::Shared so_far_;
+};
+
+// false: it is no part that goes on with what is shared.
+bool Channel::share_on(Request& request, const CopyOrder& order) noexcept {
+    std::shared_ptr<DataVolume> target = volumes_.find(order.to_node);
+    const std::shared_ptr<DataVolume> source = volumes_.find(order.from_node);
+    if (target == nullptr || source == nullptr || order.from_offset != order.to_offset)
+        return false;
+    const auto so_far = target->shared();
+    const std::uint64_t size_bytes = source->attr().size_bytes;
+    CopyOrder part = order;
+    if (!so_far || so_far->source_id != order.from_node || so_far->end_bytes > order.to_offset ||
+        order.from_offset >= size_bytes)
+        return false;
+    part.size_bytes = std::min(order.size_bytes, size_bytes - order.from_offset);
+    const std::uint64_t end_bytes = part.to_offset + part.size_bytes;
+    const bool whole = part.to_offset % kBlockBytes == 0 && (end_bytes % kBlockBytes == 0 || end_bytes == size_bytes);
+    // Of a source that can change: its size was read before.
+    if (!whole || part.size_bytes == 0 || source->last_sequence() != so_far->source_sequence)
+        return false;
+    auto* shared = new SharedPart(*this, request, part, std::move(target), *so_far);
+    if (so_far->end_bytes == part.to_offset) {
+        shared->complete(static_cast<std::int64_t>(part.to_offset));
+    } else {
+        source->seek(so_far->end_bytes, SEEK_DATA, *shared);
+    }
+    return true;
+}
 
 void Channel::copy(Request& request) noexcept {
     fuse_copy_file_range_in in{};
@@ -599,16 +653,23 @@ void Channel::copy(Request& request) noexcept {
         fail(request, -EINVAL);
         return;
     }
+    const CopyOrder order{.unique = request.unique,
+                          .from_node = request.node_id,
+                          .from_offset = in.off_in,
+                          .to_node = in.nodeid_out,
+                          .to_offset = in.off_out,
+                          .size_bytes = std::min<std::uint64_t>(in.len, most)};
+    if (!share_on(request, order)) {
+        order_copy(request, order);
+    }
+}
+
+void Channel::order_copy(Request& request, const CopyOrder& order) noexcept {
     {
         const std::lock_guard lock(parked_mutex_);
         if (!parking_ends_) {
             request.next_parked = std::exchange(copying_, &request);
-            mailbox_.post_copy({.unique = request.unique,
-                                .from_node = request.node_id,
-                                .from_offset = in.off_in,
-                                .to_node = in.nodeid_out,
-                                .to_offset = in.off_out,
-                                .size_bytes = std::min<std::uint64_t>(in.len, most)});
+            mailbox_.post_copy(order);
             return;
         }
     }

@@ -70,6 +70,7 @@ class Channel final : private RequestOwner {
     [[nodiscard]] std::vector<std::uint64_t> requests_by_opcode() const;
 
   private:
+    class SharedPart;
     struct alignas(64) Reader {
         std::thread thread;
         RunCursor cursor;
@@ -104,6 +105,8 @@ class Channel final : private RequestOwner {
     void read(Request& request, DataVolume& volume) noexcept;
     void write(Request& request, DataVolume& volume) noexcept;
     void copy(Request& request) noexcept;
+    [[nodiscard]] bool share_on(Request& request, const CopyOrder& order) noexcept;
+    void order_copy(Request& request, const CopyOrder& order) noexcept;
     void park(Request& request) noexcept;
     void fail_parked() noexcept;
     void wait_for_completions() noexcept;

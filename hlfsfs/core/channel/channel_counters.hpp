@@ -22,6 +22,7 @@ struct ChannelCounters {
     OpcodeCounters errors;  // replies with an error, also the expected ones (ENOENT of a look-up)
     std::atomic<std::uint64_t> forwarded{0};
     std::atomic<std::uint64_t> attach_waits{0};
+    std::atomic<std::uint64_t> copies_shared{0};     // parts that went on sharing, without Python
     std::atomic<std::uint64_t> replies_unwanted{0};  // the kernel had dropped the request
     std::atomic<std::uint64_t> enosys_stopped{0};
     std::atomic<std::uint64_t> notifications{0};

@@ -295,7 +295,7 @@ class MemoryVolume final : public DataVolume {
                 end = static_cast<std::int64_t>(data_.size());
             }
             const auto from = static_cast<std::int64_t>(offset);
-            done.complete(from >= end ? -ENXIO : (whence == SEEK_HOLE ? end : from));
+            done.complete(from >= end ? -ENXIO : (whence == SEEK_HOLE ? end : std::max(from, data_from.load())));
         });
     }
     [[nodiscard]] VolumeAttr attr() const noexcept override {
@@ -311,6 +311,26 @@ class MemoryVolume final : public DataVolume {
         return attr;
     }
 
+    [[nodiscard]] std::optional<Shared> shared() const noexcept override {
+        const std::lock_guard lock(mutex_);
+        return sharing;
+    }
+    bool share_on(const Shared& so_far, std::uint64_t end_bytes) noexcept override {
+        const std::lock_guard lock(mutex_);
+        if (!may_share_on || !sharing || sharing->end_bytes != so_far.end_bytes) {
+            return false;
+        }
+        sharing->end_bytes = end_bytes;
+        return true;
+    }
+    [[nodiscard]] std::uint64_t last_sequence() const noexcept override {
+        const std::lock_guard lock(mutex_);
+        return sequence_;
+    }
+
+    std::optional<Shared> sharing;
+    bool may_share_on = true;
+    std::atomic<std::int64_t> data_from{0};
     std::vector<std::uint64_t> fallocated;
     int durable_writes = 0;
     std::uint32_t payload_pages = 0;  // of the last write

@@ -480,6 +480,82 @@ TEST_CASE("a handle of another node is refused", "[channel]") {
     CHECK(volume->flushes == 0);
 }
 
+TEST_CASE("a copy that shares goes on without Python, while it may", "[channel]") {
+    const bool later = GENERATE(false, true);
+    Mount mount;
+    const auto source = attach(mount, later);
+    const auto target = std::make_shared<MemoryVolume>(*mount.ring, kNode + 1);
+    mount.table.add(kNode + 1, target);
+    mount.kernel.ask_write(kNode, 0, pattern(100 * kBlockBytes + 100, 1));
+    REQUIRE(mount.kernel.reply()->error == 0);
+    fuse_copy_file_range_in in{};
+    in.fh_in = kNode;
+    in.nodeid_out = in.fh_out = kNode + 1;
+    const auto ask = [&](std::uint64_t block, std::uint64_t size_bytes) {
+        in.off_in = in.off_out = block * kBlockBytes;
+        in.len = size_bytes;
+        return mount.kernel.ask(FUSE_COPY_FILE_RANGE, kNode, in);
+    };
+    const auto asks_python = [&](std::uint64_t unique) {
+        const auto order = mount.event_of(ChannelEventKind::copy).copy;
+        CHECK(order.unique == unique);
+        CHECK(order.size_bytes == in.len);
+        mount.channel.copied(unique, 1);
+        CHECK(mount.kernel.reply()->unique == unique);
+    };
+    const auto shares = [&](std::uint64_t unique, std::uint64_t size_bytes) {
+        const Reply reply = mount.kernel.reply().value();
+        CHECK(reply.unique == unique);
+        CHECK(reply.error == 0);
+        CHECK(reply.as<fuse_write_out>().size == size_bytes);
+        CHECK(target->sharing->end_bytes == in.off_out + size_bytes);
+    };
+    asks_python(ask(0, kBlockBytes));
+    target->sharing = {.source_id = kNode, .source_sequence = source->last_sequence(), .end_bytes = 4 * kBlockBytes};
+    shares(ask(4, 4 * kBlockBytes), 4 * kBlockBytes);
+    // What is passed over is a hole.
+    source->data_from = 10 * kBlockBytes;
+    shares(ask(10, 6 * kBlockBytes), 6 * kBlockBytes);
+    SECTION("up to the source's end") {
+        shares(ask(16, 1000 * kBlockBytes), 84 * kBlockBytes + 100);
+        asks_python(ask(101, kBlockBytes));
+    }
+    SECTION("not over data") {
+        source->data_from = 17 * kBlockBytes;
+        asks_python(ask(18, kBlockBytes));
+    }
+    SECTION("not back") {
+        asks_python(ask(15, 2 * kBlockBytes));
+    }
+    SECTION("not within a block") {
+        asks_python(ask(16, kBlockBytes + 1));
+        in.off_in = in.off_out = 16 * kBlockBytes + 1;
+        in.len = kBlockBytes - 1;
+        asks_python(mount.kernel.ask(FUSE_COPY_FILE_RANGE, kNode, in));
+    }
+    SECTION("not to another place") {
+        in.off_in = 17 * kBlockBytes;
+        in.off_out = 16 * kBlockBytes;
+        in.len = kBlockBytes;
+        asks_python(mount.kernel.ask(FUSE_COPY_FILE_RANGE, kNode, in));
+    }
+    SECTION("not of what has changed") {
+        mount.kernel.ask_write(kNode, 0, pattern(kBlockBytes, 2));
+        REQUIRE(mount.kernel.reply()->error == 0);
+        asks_python(ask(16, kBlockBytes));
+    }
+    SECTION("not of another one") {
+        target->sharing->source_id = kNode + 2;
+        asks_python(ask(16, kBlockBytes));
+    }
+    SECTION("not where the target cannot at once") {
+        target->may_share_on = false;
+        asks_python(ask(16, kBlockBytes));
+    }
+    CHECK(mount.channel.counters().copies_shared.load() >= 2);
+    CHECK(mount.slots_become_free());
+}
+
 TEST_CASE("copies are Python's to make, in both forms", "[channel]") {
     Mount mount;
     attach(mount);

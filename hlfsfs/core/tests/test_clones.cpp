@@ -259,6 +259,27 @@ TEST_CASE("of a snapshot that was adopted in part nothing shows behind the end")
         if (left)
             CHECK_FALSE(clone->adopt_more(5 * kMiB, 6 * kMiB));
     }
+    SECTION("more is shared at once, as far as it was told to be") {
+        auto so_far = clone->shared().value();
+        CHECK(so_far.source_id == 0);
+        CHECK(so_far.end_bytes == 2 * kMiB);
+        clone->adopted_from(77, parent->last_sequence());
+        so_far = clone->shared().value();
+        CHECK(so_far.source_id == 77);
+        CHECK(so_far.source_sequence == parent->last_sequence());
+        CHECK(clone->share_on(so_far, 3 * kMiB));
+        CHECK(clone->shared()->end_bytes == 3 * kMiB);
+        // Of two who ask at once one comes too late.
+        CHECK_FALSE(clone->share_on(so_far, 4 * kMiB));
+        model.assign(origin.snapshot.begin(), origin.snapshot.begin() + 3 * kMiB);
+        CHECK(holds(*clone, model));
+        REQUIRE(resize(*clone, kMiB) == 0);
+        CHECK_FALSE(clone->share_on(clone->shared().value(), 4 * kMiB));
+        model.resize(kMiB);
+        const std::uint64_t before = parent->last_sequence();
+        REQUIRE(resize(*parent, kMiB) == 0);
+        CHECK(parent->last_sequence() > before);
+    }
     SECTION("not once it was cut, whatever came then") {
         REQUIRE(resize(*clone, kMiB) == 0);
         model.resize(kMiB);

@@ -72,7 +72,7 @@ void Volume::adopt(const Volume& origin, std::uint64_t snapshot_id, std::uint64_
     mapped_blocks_ = static_cast<std::int64_t>(record.mapped_blocks);
     size_bytes_ = std::min(size_bytes, record.size_bytes);
     beyond_end_ = true;
-    shared_end_ = size_bytes_;
+    shared_ = {.source_id = 0, .source_sequence = 0, .end_bytes = size_bytes_};
     mtime_ns_ = ctime_ns_ = realtime_ns();
     // The next checkpoint counts what lives from there on, and all of this is others'.
     newest_.root = root_;
@@ -97,18 +97,55 @@ void Volume::wait_for_entry(Lock& lock, std::size_t side_bytes) {
     }
 }
 
-bool Volume::adopt_more(std::uint64_t size_bytes, std::uint64_t end_bytes) {
-    Lock lock(mutex_);
-    wait_for_entry(lock, sizeof end_bytes);
-    if (!beyond_end_ || shared_end_ != size_bytes || size_bytes_ != size_bytes) {
-        drop_unused();
-        return false;
+void Volume::adopted_from(std::uint64_t source_id, std::uint64_t source_sequence) {
+    const Lock lock(mutex_);
+    if (shared_) {
+        shared_->source_id = source_id;
+        shared_->source_sequence = source_sequence;
     }
+}
+
+std::optional<DataVolume::Shared> Volume::shared() const noexcept {
+    const Lock lock(mutex_);
+    return shared_;
+}
+
+std::uint64_t Volume::last_sequence() const noexcept {
+    const Lock lock(mutex_);
+    return next_sequence_ - 1;
+}
+
+bool Volume::shares_up_to(std::uint64_t size_bytes) const noexcept {
+    return beyond_end_ && shared_ && shared_->end_bytes == size_bytes && size_bytes_ == size_bytes;
+}
+
+// There is room for an entry.
+void Volume::show_shared(std::uint64_t end_bytes) {
     PublishItem item{};
     item.kind = EntryKind::resize;
     item.size_bytes = end_bytes;
     publish({&item, 1}, nullptr);
-    shared_end_ = end_bytes;
+    shared_->end_bytes = end_bytes;
+}
+
+bool Volume::share_on(const Shared& so_far, std::uint64_t end_bytes) noexcept {
+    const Lock lock(mutex_);
+    // Whoever waits for space goes first.
+    if (read_only_ || shut_down_ || !parked_.empty() || !shares_up_to(so_far.end_bytes) ||
+        admit(1, 0, sizeof end_bytes) != Admission::ok)
+        return false;
+    show_shared(end_bytes);
+    return true;
+}
+
+bool Volume::adopt_more(std::uint64_t size_bytes, std::uint64_t end_bytes) {
+    Lock lock(mutex_);
+    wait_for_entry(lock, sizeof end_bytes);
+    if (!shares_up_to(size_bytes)) {
+        drop_unused();
+        return false;
+    }
+    show_shared(end_bytes);
     return true;
 }
 

@@ -350,7 +350,7 @@ void Volume::rebase(const SnapEntry& entry) {
     size_bytes_ = record.size_bytes;
     // Of a snapshot it is not known.
     beyond_end_ = true;
-    shared_end_.reset();
+    shared_.reset();
     mtime_ns_ = std::max(mtime_ns_, entry.header.time_ns);
     ctime_ns_ = std::max(ctime_ns_, entry.header.time_ns);
     head_parent_id_ = record.id;

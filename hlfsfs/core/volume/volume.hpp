@@ -292,8 +292,12 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     // EEXIST (something was done to this one); FormatError: a log of the other one is not among them.
     using OriginLogs = std::vector<std::pair<std::uint16_t, Uuid>>;
     void adopt(const Volume& origin, std::uint64_t snapshot_id, std::uint64_t size_bytes, OriginLogs logs);
-    // What was adopted goes on, from `size_bytes`, which is all there is so far, to `end_bytes`. false, and nothing
-    // happened: that is not so any more. Waits for space. Throws std::system_error.
+    // Notes for shared() what the beginning is of.
+    void adopted_from(std::uint64_t source_id, std::uint64_t source_sequence);
+    [[nodiscard]] std::optional<Shared> shared() const noexcept override;
+    [[nodiscard]] bool share_on(const Shared& so_far, std::uint64_t end_bytes) noexcept override;
+    [[nodiscard]] std::uint64_t last_sequence() const noexcept override;
+    // As share_on(), from `size_bytes`, which is all there is so far. Waits for space. Throws std::system_error.
     [[nodiscard]] bool adopt_more(std::uint64_t size_bytes, std::uint64_t end_bytes);
     // Nothing is mapped behind the volume's end any more. Waits for space. Throws std::system_error.
     void forget_beyond_end();
@@ -516,6 +520,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     [[nodiscard]] const Uuid& log_of(std::uint16_t log_no) const;
     void wait_for_entry(Lock& lock, std::size_t side_bytes);
     void cut_beyond_end();
+    [[nodiscard]] bool shares_up_to(std::uint64_t size_bytes) const noexcept;
+    void show_shared(std::uint64_t end_bytes);
     [[nodiscard]] std::vector<bool> foreign_indexes() const;
 
     // checkpoint (checkpoint.cpp)
@@ -643,7 +649,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     // Behind the volume's end the map may lead to what the volume does not hold: whatever makes it longer cuts that
     // off.
     bool beyond_end_ = false;
-    std::optional<std::uint64_t> shared_end_;  // adopt_more() may go on from here, while this is the end
+    std::optional<Shared> shared_;  // may go on while this is the end
     // The base that the overlay lies on: the newest checkpoint's map, or a snapshot's that was rolled back to since.
     Pointer root_ = kHole;
     std::uint32_t levels_ = 0;
