@@ -15,6 +15,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <future>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -457,11 +458,20 @@ struct Mount {
         }
         return slots_in_use() == 0;
     }
+    // Where none comes the channel ends, so that what is expected of the event fails.
     ChannelEvent event_of(ChannelEventKind kind) {
+        std::promise<void> came;
+        std::thread watch([this, coming = came.get_future()] {
+            if (coming.wait_for(std::chrono::seconds(20)) == std::future_status::timeout) {
+                channel.stop();
+            }
+        });
         ChannelEvent event;
         do {
             channel.next_event(event);
         } while (event.kind != kind && event.kind != ChannelEventKind::ended);
+        came.set_value();
+        watch.join();
         return event;
     }
 

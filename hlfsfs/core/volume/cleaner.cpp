@@ -257,9 +257,10 @@ Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how,
         cleaned.removable = found.live == 0 && found.held == 0 &&
                             (found.footer || (segment.live_blocks_hint == 0 && !found.has_snapshots));
         if (base_generation_ == found.base_generation) {
-            segment.miscounted = false;
             if (found.footer)
                 segment.live_blocks_hint = found.in_newest;
+            // Where the count stays wrong, until what is dead has been punched.
+            segment.miscounted = segment.miscounted && !found.footer && how == CleanHow::look;
         }
         // Otherwise it may tell of a snapshot that is gone, and nobody would look again.
         if (snapshots_forgotten_ == found.snapshots_forgotten)

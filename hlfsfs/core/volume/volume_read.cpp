@@ -658,9 +658,8 @@ std::uint64_t Volume::mapped_estimate() const {
         most -= std::min(end << kNodeShift, size_blocks) - from;
     }
     most = std::min(most + overlay_.data_entries(), size_blocks);
-    // Too few rather than none: programs take a file without blocks for a hole.
-    const std::int64_t least =
-        root_ != kHole || estimate > 0 ? std::min<std::int64_t>(1, static_cast<std::int64_t>(most)) : 0;
+    // Never none where there may be some: programs take a file without blocks for a hole.
+    const auto least = static_cast<std::int64_t>(root_ == kHole ? 0 : std::min<std::uint64_t>(1, most));
     return static_cast<std::uint64_t>(std::clamp(estimate, least, static_cast<std::int64_t>(most)));
 }
 
