@@ -18,7 +18,7 @@ HUNT_ROUNDS := 20
 # Several people or jobs may build in one checkout: they take turns.
 LOCKED := flock build/.lock
 
-.PHONY: help setup build demo test check bench hunt clean packages native core-tests fuzz
+.PHONY: help setup build demo test check bench hunt clean packages native core-tests fuzzers fuzz
 
 help:  ## List the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,7 +33,7 @@ demo: setup  ## Show it: a virtual machine boots from a volume, writes to it, an
 test: setup core-tests fuzz  ## Run all tests: the core's own under sanitizers, then the rest
 	timeout --foreground --signal=INT 900 $(VENV_PYTHON) -m pytest --numprocesses=2 --dist=loadfile
 
-check: setup  ## Lint, formatting, types and layering
+check: setup fuzzers  ## Lint, formatting, types and layering; the core by a second compiler
 	.venv/bin/ruff check $(PYTHON_SOURCES)
 	.venv/bin/ruff format --check $(PYTHON_SOURCES)
 	.venv/bin/mypy $(PYTHON_SOURCES)
@@ -72,6 +72,9 @@ build/guest/stamp: contrib/setup/guest-kernel.sh | packages build/.lock
 
 core-tests: | packages build/.lock
 	@contrib/setup/core-tests.sh $(JOBS) address thread
+
+fuzzers: | packages build/.lock
+	@contrib/setup/fuzz.sh $(JOBS) 0
 
 fuzz: | packages build/.lock
 	@contrib/setup/fuzz.sh $(JOBS)

@@ -294,14 +294,12 @@ void Volume::give_up_removed() {
 
 // Those that are not reclaimed; or all that are gone.
 void Volume::forget_removed(bool all) {
-    const auto forgotten = std::ranges::stable_partition(removed_snapshots_, [this, all](const auto& removed) {
-        return !((all || !removed->reclaimed) && is_gone(removed));
-    });
-    if (forgotten.empty())
+    const auto stays = [this, all](const auto& removed) { return !((all || !removed->reclaimed) && is_gone(removed)); };
+    const auto forgotten = std::stable_partition(removed_snapshots_.begin(), removed_snapshots_.end(), stays);
+    if (forgotten == removed_snapshots_.end())
         return;
-    for (const auto& removed : forgotten)
-        leave_lineage(*removed);
-    removed_snapshots_.erase(forgotten.begin(), forgotten.end());
+    std::for_each(forgotten, removed_snapshots_.end(), [this](const auto& removed) { leave_lineage(*removed); });
+    removed_snapshots_.erase(forgotten, removed_snapshots_.end());
     forget_pins();
 }
 
