@@ -21,6 +21,7 @@ SHOWN = {
     "time_ns": "taken",
     "size_bytes": "size",
     "allocated_bytes": "allocated",
+    "shared_bytes": "shared with others",
     "log_allocated_bytes": "log",
     "live_bytes": "live at its checkpoint",
     "snapshots": "snapshots",
@@ -54,6 +55,8 @@ def stat(path: str, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
+        if not found.get("origin"):
+            found.pop("shared_bytes", None)
         print_fields(
             {label: format_value(key, found[key]) for key, label in SHOWN.items() if found.get(key, "") not in ("", [])}
         )

@@ -526,6 +526,7 @@ class Volume:
         the cleaner can give back or will two checkpoints later (`dead_bytes`), what is dead, prepared or too young
         to be judged in segments it may not touch yet (`pinned_bytes`), the slots of the checkpoints
         (`checkpoint_bytes`), and what only its `snapshots` and `retained_checkpoints` lead to (`snapshot_bytes`).
+        Of what the volume holds, `shared_bytes` stand in the logs of others, which it is a clone of.
         `appended_bytes` is what was written to the log since it was attached, with what its recovery replayed.
         """
         native = self.native.stats()
@@ -533,9 +534,10 @@ class Volume:
         log_bytes = self._store.log_allocated_bytes(self.log_uuid)
         checkpoint_bytes = self._store.checkpoint_allocated_bytes(self.log_uuid)
         pinned_bytes = max(self._allocated_bytes_from(first_pinned) - live_there, 0)
-        snapshot_bytes = 0
+        snapshot_bytes = shared_bytes = 0
         with suppress(LogDamaged, StoreFailed):
             snapshot_bytes = self.snapshot_space().snapshot_bytes
+            shared_bytes = self._walk(self.native.shared_bytes)
         kept_bytes = native["live_bytes"] + snapshot_bytes + pinned_bytes + checkpoint_bytes
         return {
             "uuid": str(self.uuid),
@@ -544,6 +546,7 @@ class Volume:
             "dead_bytes": max(log_bytes - kept_bytes, 0),
             "snapshots": self.snapshot_summary().count,
             "snapshot_bytes": snapshot_bytes,
+            "shared_bytes": min(shared_bytes, native["mapped_bytes"]),
             "pinned_bytes": pinned_bytes,
             "checkpoint_bytes": checkpoint_bytes,
             "damage": self.damage,

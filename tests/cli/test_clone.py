@@ -40,6 +40,8 @@ def test_clones(place: Place) -> None:
     assert str(stat(place, "/c")["origin"]).endswith("/v%one")
     assert str(stat(place, "/p/d")["origin"]).endswith("/c")
     assert "clone of" in quiet(place, "stat", "/c")
+    assert "shared with others" in quiet(place, "stat", "/c")
+    assert "shared" not in quiet(place, "stat", "/v")
     assert "clone local://" in place.done("list", "/v")
     assert place.names("/c") == []
     assert "exists already" in refused(place, "clone", "/v@one", "/c")

@@ -52,6 +52,8 @@ with open("made", "r+b", buffering=0) as file:
 with open("disk", "r+b", buffering=0) as file:
     file.write(b"of the disk")
 clone("made", "other")
+# The clone of the clone shares what that wrote, too.
+assert [stats(name)["shared_bytes"] for name in ("disk", "made", "other")] == [0, (5 << 20) - 4096, 5 << 20]
 os.unlink(".snapshots/disk/one")
 os.unlink("disk")
 assert sorted(os.listdir(".")) == ["made", "other"]
@@ -74,7 +76,7 @@ while (state := json.loads(os.getxattr("other", "user.hlfs.flatten")))["running"
     time.sleep(0.01)
 assert (state["error"], state["copied_bytes"]) == ("", 5 << 20), state
 assert read("other") == data
-assert stats("other")["origin"] == ""
+assert (stats("other")["origin"], stats("other")["shared_bytes"]) == ("", 0)
 """,
     )
 

@@ -417,6 +417,7 @@ void bind_snapshots(nb::class_<Volume>& volume, nb::module_& m) {
                 return found;
             },
             nb::arg("from_id"), nb::arg("to_id"), nb::arg("first_block"), nb::arg("most"))
+        .def("shared_bytes", &Volume::shared_bytes, nb::call_guard<nb::gil_scoped_release>())
         .def("snapshot_space",
              [](Volume& self) {
                  Volume::SnapshotSpace space;

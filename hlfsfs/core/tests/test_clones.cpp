@@ -82,6 +82,8 @@ TEST_CASE("a clone holds what the snapshot does, and each goes its own way from 
     // Of its own it has a table of segments and what that stands in.
     CHECK(clone->stats().segments == 1);
     CHECK(clone->stats().live_bytes == 0);
+    CHECK(clone->shared_bytes() == clone->stats().mapped_bytes);
+    CHECK(parent->shared_bytes() == 0);
     put(*host, log, *clone, model, kMiB / 2, kMiB, 200);
     put(*host, log, *clone, model, 3 * kMiB + 100, 50, 201);
     CHECK(fallocate_range(*clone, 3, 4 * kMiB, kMiB) == 0);
@@ -93,6 +95,8 @@ TEST_CASE("a clone holds what the snapshot does, and each goes its own way from 
     const Bytes of_clone = model;
     put(*host, log, *clone, model, 0, kMiB, 203);
     checkpoint_all(*host, log);
+    // It wrote the first 1.5 MiB and a block of what it shared, and punched another MiB.
+    CHECK(clone->shared_bytes() == 3 * kMiB + kMiB / 2);
     // What only the snapshots of a clone hold is told of its own log alone.
     CHECK(clone->snapshot_space().snapshot_bytes < 2 * kMiB);
     auto grandchild = host->clone(second, log, 6);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <memory>
 #include <system_error>
 #include <utility>
 
@@ -171,6 +172,46 @@ void Volume::forget_beyond_end() {
     } else {
         drop_unused();
     }
+}
+
+std::uint64_t Volume::own_nodes(Pointer node, std::uint32_t levels, const std::vector<bool>& foreign) {
+    const auto is_foreign = [&](Pointer pointer) {
+        const std::uint32_t segment = pointer_segment(pointer);
+        return segment < foreign.size() && foreign[segment];
+    };
+    if (node == kHole || is_foreign(node))
+        return 0;
+    if (levels == 1)
+        return 1;
+    const auto children = std::make_unique<Node>();
+    load_node_waiting(node, *children);
+    std::uint64_t nodes = 1;
+    for (const Pointer child : *children)
+        nodes += own_nodes(child, levels - 1, foreign);
+    return nodes;
+}
+
+std::uint64_t Volume::shared_bytes() {
+    std::vector<bool> foreign;
+    std::uint64_t own_blocks = 0;  // nodes and data
+    Pointer root = kHole;
+    std::uint32_t levels = 0;
+    std::uint64_t mapped_blocks = 0;
+    {
+        const Lock lock(mutex_);
+        foreign = foreign_indexes();
+        for (const auto& segment : table_) {
+            if (segment && segment->log_no == kOwnLog)
+                own_blocks += segment->live_blocks_hint;
+        }
+        root = newest_.root;
+        levels = newest_.levels;
+        mapped_blocks = newest_.mapped_blocks;
+    }
+    if (std::ranges::find(foreign, true) == foreign.end())
+        return 0;
+    const std::uint64_t own_data = own_blocks - std::min(own_blocks, own_nodes(root, levels, foreign));
+    return (mapped_blocks - std::min(mapped_blocks, own_data)) * kBlockBytes;
 }
 
 Volume::ForeignBlocks Volume::foreign_blocks(std::uint64_t first_block, std::size_t most) {

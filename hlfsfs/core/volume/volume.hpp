@@ -292,6 +292,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     // EEXIST (something was done to this one); FormatError: a log of the other one is not among them.
     using OriginLogs = std::vector<std::pair<std::uint16_t, Uuid>>;
     void adopt(const Volume& origin, std::uint64_t snapshot_id, std::uint64_t size_bytes, OriginLogs logs);
+    // How much of what it holds stands in logs of others, as the newest checkpoint counts it. Waits for I/O, for one
+    // node in 512 of those in its own log. Throws as snapshot_space().
+    [[nodiscard]] std::uint64_t shared_bytes();
     // Notes for shared() what the beginning is of.
     void adopted_from(std::uint64_t source_id, std::uint64_t source_sequence);
     [[nodiscard]] std::optional<Shared> shared() const noexcept override;
@@ -530,6 +533,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     void freeze(Lock& lock);
     Frozen& freeze_now();
     void load_node_waiting(Pointer pointer, Node& out);
+    // Of a map, those that do not stand in segments with these indexes.
+    std::uint64_t own_nodes(Pointer node, std::uint32_t levels, const std::vector<bool>& foreign);
     // Gives a chunk of nodes its sequences and its place, then lets `fill` complete the payload under the lock, and
     // queues it. Waits for space. Throws std::system_error.
     template <typename Fill>
