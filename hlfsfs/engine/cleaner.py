@@ -429,7 +429,8 @@ class Cleaner:
                 if self._find(volume.id) is not volume or (yielding and volume.id in self._demanded):
                     return
                 blocks = os.fstat(fd).st_blocks * 512 // BLOCK_BYTES
-                by_hint = self._how(hint, blocks, short or candidate.miscounted)
+                # Who asks for it gets the little there may be in a full one, too.
+                by_hint = self._how(hint, blocks, short or candidate.miscounted, worth=known is not None)
                 how = _core.CleanHow.LOOK if dry_run else how or by_hint
                 done = volume.native.clean_segment(candidate.index, fd, how, min_run)
                 saw(blocks - done.freed_blocks)
@@ -453,9 +454,10 @@ class Cleaner:
             os.close(fd)
 
     @staticmethod
-    def _how(hint: int, blocks: int, only_punch: bool) -> "_core.CleanHow":
+    def _how(hint: int, blocks: int, only_punch: bool, *, worth: bool) -> "_core.CleanHow":
+        """`worth`: only where there seems to be enough to be had."""
         if only_punch:
             return _core.CleanHow.PUNCH
-        if blocks - hint < blocks * DEAD_SHARE:
+        if worth and blocks - hint < blocks * DEAD_SHARE:
             return _core.CleanHow.LOOK
         return _core.CleanHow.MOVE if hint <= blocks * MOVE_SHARE else _core.CleanHow.PUNCH

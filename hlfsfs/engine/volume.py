@@ -470,12 +470,17 @@ class Volume:
             return self.native.bring_in(generation, offset // BLOCK_BYTES, data) * BLOCK_BYTES if data else 0
 
     def forget_origin(self) -> None:
-        """Lets go of the logs of others, to which no map of this volume leads. Raises VolumeBusy: a snapshot's may."""
+        """Lets go of the logs of others, to which no map of this volume leads.
+
+        Raises:
+            VolumeBusy: a snapshot's may, or the volume's own since it was rolled back.
+        """
         try:
             self.native.forget_origin()
         except OSError as exc:
             if exc.errno == errno.EBUSY:
-                raise VolumeBusy(self.what, "one of its snapshots may share with its origin") from exc
+                why = "it was given a snapshot, or rolled back, which may share with its origin; flatten it again"
+                raise VolumeBusy(self.what, why) from exc
             raise self.translated(exc) from exc
 
     def is_merged(self, snapshot_id: int) -> bool:

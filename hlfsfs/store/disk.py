@@ -82,6 +82,11 @@ class Disk:
         os.rename(old, new)
         return True
 
+    def empty(self, path: bytes) -> None:
+        """Takes a file's space away from it, whoever may have it open."""
+        with self.opened(path, os.O_WRONLY) as fd:
+            os.ftruncate(fd, 0)
+
     def unlink(self, path: bytes) -> None:
         os.unlink(path)
 

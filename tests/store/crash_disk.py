@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from hlfsfs.store.disk import Disk, Rename
-from tests.store.power_loss import Recording, Sync, Write, Zero
+from tests.store.power_loss import Recording, Resize, Sync, Write, Zero
 
 
 class RecordingDisk(Disk):
@@ -55,6 +55,10 @@ class RecordingDisk(Disk):
     def rename(self, old: bytes, new: bytes, how: Rename) -> None:
         super().rename(old, new, how)
         self.recording.rename(old, new, exchange=how is Rename.EXCHANGE)
+
+    def empty(self, path: bytes) -> None:
+        super().empty(path)
+        self.recording.events.append(Resize(self.recording.node(path), 0, ended=self._now))
 
     def unlink(self, path: bytes) -> None:
         super().unlink(path)

@@ -580,13 +580,20 @@ void Channel::completed_data(Request& request, const iovec* vectors, int count, 
 // A part of a copy, which is shared if its source has no data between that which is shared already and where it begins.
 class Channel::SharedPart final : public Completion {
   public:
-    SharedPart(Channel& channel, Request& request, const CopyOrder& order, std::shared_ptr<DataVolume> target,
-               const DataVolume::Shared& so_far)
-        : channel_(channel), request_(request), order_(order), target_(std::move(target)), so_far_(so_far) {}
+    SharedPart(Channel& channel, Request& request, const CopyOrder& order, std::shared_ptr<DataVolume> source,
+               std::shared_ptr<DataVolume> target, const DataVolume::Shared& so_far)
+        : channel_(channel),
+          request_(request),
+          order_(order),
+          source_(std::move(source)),
+          target_(std::move(target)),
+          so_far_(so_far) {}
 
     void complete(std::int64_t data) noexcept override {
         const bool nothing_between = data == -ENXIO || data >= static_cast<std::int64_t>(order_.to_offset);
-        if (nothing_between && target_->share_on(so_far_, order_.to_offset + order_.size_bytes)) {
+        // Where there is data was looked for before that.
+        const bool unchanged = source_->last_sequence() == so_far_.source_sequence;
+        if (nothing_between && unchanged && target_->share_on(so_far_, order_.to_offset + order_.size_bytes)) {
             channel_.counters_.copies_shared.fetch_add(1, std::memory_order_relaxed);
             channel_.completed(request_, static_cast<std::int64_t>(order_.size_bytes));
         } else {
@@ -600,6 +607,7 @@ class Channel::SharedPart final : public Completion {
     Channel& channel_;
     Request& request_;
     const CopyOrder order_;
+    const std::shared_ptr<DataVolume> source_;
     const std::shared_ptr<DataVolume> target_;
     const DataVolume::Shared so_far_;
 };
@@ -622,7 +630,7 @@ bool Channel::share_on(Request& request, const CopyOrder& order) noexcept {
     // Of a source that can change: its size was read before.
     if (!whole || part.size_bytes == 0 || source->last_sequence() != so_far->source_sequence)
         return false;
-    auto* shared = new SharedPart(*this, request, part, std::move(target), *so_far);
+    auto* shared = new SharedPart(*this, request, part, source, std::move(target), *so_far);
     if (so_far->end_bytes == part.to_offset) {
         shared->complete(static_cast<std::int64_t>(part.to_offset));
     } else {

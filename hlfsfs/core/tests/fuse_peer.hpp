@@ -289,6 +289,8 @@ class MemoryVolume final : public DataVolume {
         done.complete(0);
     }
     void seek(std::uint64_t offset, int whence, Completion& done) noexcept override {
+        if (on_seek)
+            on_seek();
         perform([this, offset, whence, &done] {
             std::int64_t end = 0;
             {
@@ -332,6 +334,12 @@ class MemoryVolume final : public DataVolume {
     std::optional<Shared> sharing;
     bool may_share_on = true;
     std::atomic<std::int64_t> data_from{0};
+    std::function<void()> on_seek;
+    // As if something was written.
+    void change() {
+        const std::lock_guard lock(mutex_);
+        ++sequence_;
+    }
     std::vector<std::uint64_t> fallocated;
     int durable_writes = 0;
     std::uint32_t payload_pages = 0;  // of the last write

@@ -398,7 +398,7 @@ std::shared_ptr<Volume> Host::clone(Log& log, Log& origin, std::uint64_t snapsho
     return volume;
 }
 
-void Host::flatten(Log& log) {
+void Host::flatten(Log& log, const std::function<void()>& in_between) {
     std::shared_ptr<Volume> volume;
     log_of(log.id, volume);
     volume->forget_beyond_end();
@@ -416,6 +416,8 @@ void Host::flatten(Log& log) {
             volume->bring_in(found.base_generation, first, data);
         }
     }
+    if (in_between)
+        in_between();
     checkpoint(log);
     repeat_checkpoint(log, true);
     volume->forget_origin();

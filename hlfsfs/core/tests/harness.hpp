@@ -160,8 +160,8 @@ class Host {
     // A clone of a snapshot that a checkpoint has merged; `log` is new, the origin's log is open. Durable.
     std::shared_ptr<Volume> clone(Log& log, Log& origin, std::uint64_t snapshot_id,
                                   std::uint64_t size_bytes = UINT64_MAX);
-    // Has all that the clone reads in its own log; durable.
-    void flatten(Log& log);
+    // Has all that the clone reads in its own log; durable. `in_between`: is done once no block is others' any more.
+    void flatten(Log& log, const std::function<void()>& in_between = {});
     // What removed snapshots held alone, in steps of so many blocks, `steps` at most. Returns how many were given back.
     std::uint64_t reclaim(Log& log, std::size_t most = 4096, int steps = INT_MAX);
     // That, then every segment that may be cleaned: removed if nothing leads into it, else `how`. Returns what it did,

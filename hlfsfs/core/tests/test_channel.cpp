@@ -544,6 +544,11 @@ TEST_CASE("a copy that shares goes on without Python, while it may", "[channel]"
         REQUIRE(mount.kernel.reply()->error == 0);
         asks_python(ask(16, kBlockBytes));
     }
+    SECTION("not of what changes while its data is looked for") {
+        source->data_from = 18 * kBlockBytes;
+        source->on_seek = [&source] { source->change(); };
+        asks_python(ask(18, kBlockBytes));
+    }
     SECTION("not of another one") {
         target->sharing->source_id = kNode + 2;
         asks_python(ask(16, kBlockBytes));

@@ -18,13 +18,12 @@
 #include <vector>
 
 #include "harness.hpp"
+#include "snapshot_tree.hpp"
 
 using namespace hlfs;
 using namespace hlfs::testing;
 
 namespace {
-
-constexpr std::size_t kMiB = std::size_t{1} << 20;
 
 void put(Host& host, Log& log, Volume& volume, Bytes& model, std::uint64_t offset, std::size_t size_bytes,
          std::uint64_t stamp) {
@@ -405,6 +404,15 @@ TEST_CASE("a clone that was flattened needs its origin no more") {
         clone->create_snapshot(9, "nine", 0, {});
         CHECK(error_of([&] { clone->forget_origin(); }) == EBUSY);
         clone->remove_snapshot(9);
+    }
+    SECTION("not after a rollback to where it was none yet") {
+        clone->create_snapshot(9, "nine", 0, {});
+        const auto in_between = [&] {
+            roll_back(*host, log, *clone, 9);
+            clone->remove_snapshot(9);
+        };
+        CHECK(error_of([&] { host->flatten(log, in_between); }) == EBUSY);
+        CHECK(holds(*clone, model));
     }
     SECTION("under a writer") {
         std::atomic<bool> stop{false};

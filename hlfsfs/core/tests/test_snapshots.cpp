@@ -619,6 +619,70 @@ TEST_CASE("a segment of which a snapshot holds a little is punched, where one of
     host.close(log);
 }
 
+TEST_CASE("nothing is moved from under a snapshot that no checkpoint has merged") {
+    FaultyDisk::instance().reset();
+    Log log(1);
+    Tree tree;
+    Host host;
+    const auto volume = host.open(log).volume;
+    fill(host, log, *volume, tree, 100);
+    for (std::uint64_t i = 0; i < 12; ++i) {
+        const Change change{.offset = i * kMiB + kMiB / 8, .size_bytes = kMiB - kMiB / 8, .stamp = 200 + i};
+        REQUIRE(change.run(host, log, *volume) == 0);
+        change.apply(tree.head);
+    }
+    put_behind_checkpoints(host, log, *volume, tree);
+    put_behind_checkpoints(host, log, *volume, tree);
+    const Change last{.offset = 0, .size_bytes = kBlockBytes, .stamp = 300};
+    REQUIRE(last.run(host, log, *volume) == 0);
+    last.apply(tree.head);
+    volume->create_snapshot(1, "one", 0, {});
+    tree.snapshots[1] = tree.head;
+    // It would be there twice, and the volume would count as changed since.
+    CHECK(host.clean(log, Volume::CleanHow::move).moved_blocks == 0);
+    while (host.checkpoint(log)) {
+    }
+    CHECK(volume->changed_extents(1, 0, 0, 100).empty());
+    tree.check(*volume);
+    volume->remove_snapshot(1);
+    tree.snapshots.clear();
+    put_behind_checkpoints(host, log, *volume, tree);
+    CHECK(host.clean(log, Volume::CleanHow::move).moved_blocks > 0);
+    tree.check(*volume);
+    host.close(log);
+}
+
+TEST_CASE("what is dead in the segment that a dead process was writing is given back, whatever snapshots there are") {
+    FaultyDisk::instance().reset();
+    const auto how = GENERATE(Volume::CleanHow::punch, Volume::CleanHow::move);
+    Log first_log(1);
+    Tree tree;
+    auto host = std::make_unique<Host>();
+    auto volume = host->open(first_log).volume;
+    for (std::uint64_t i = 0; i < 3; ++i) {
+        const Change change{.offset = i * kMiB, .size_bytes = kMiB, .stamp = 100 + i};
+        REQUIRE(change.run(*host, first_log, *volume) == 0);
+        change.apply(tree.head);
+    }
+    REQUIRE(flush(*volume) == 0);
+    const auto [log, ring] = host->after_death(first_log);
+    volume.reset();
+    host->drop(first_log);
+    host = std::make_unique<Host>();
+    volume = host->open(*log, ring->ring()).volume;
+    tree.check(*volume);
+    fill(*host, *log, *volume, tree, 200);
+    volume->create_snapshot(1, "one", 0, {});
+    tree.snapshots[1] = tree.head;
+    put_behind_checkpoints(*host, *log, *volume, tree);
+    put_behind_checkpoints(*host, *log, *volume, tree);
+    const std::uint64_t before_bytes = log->allocated_bytes();
+    host->clean(*log, how);
+    CHECK(log->allocated_bytes() + 3 * kMiB <= before_bytes);
+    tree.check(*volume);
+    host->close(*log);
+}
+
 namespace {
 
 // Overwrites a volume that has a snapshot, and has it changed by what the disk does not let be durable yet: the cleaner

@@ -93,6 +93,7 @@ struct Volume::Survey {
     std::uint64_t log_blocks = 0;
     bool footer = false;
     bool has_snapshots = false;
+    bool has_unmerged = false;  // of them, one that no checkpoint has merged
     std::uint64_t snapshots_forgotten = 0;
     std::uint32_t end_slot = 0;  // of what may be punched
 };
@@ -165,6 +166,7 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
         snapshots = snapshot_maps();
         held = held_maps();
         survey.has_snapshots = !snapshots.empty() || !held.empty();
+        survey.has_unmerged = has_unmerged();
         survey.snapshots_forgotten = snapshots_forgotten_;
     }
     const SegmentHeader header = read_segment_header(fd);
@@ -184,11 +186,11 @@ Volume::Survey Volume::survey(std::uint32_t index, int fd) {
                                     .crc = chunk.checks[at] ^ shift,
                                     .sequence = chunk.header.first_sequence};
                 if (entry.kind == EntryKind::node) {
-                    // Blocks of the chains: only a checkpoint leads to them, which has this segment behind it.
-                    if (entry.aux >= kMaxLevels)
-                        continue;
+                    // No map has a block of the chains. Only a checkpoint leads to it, which has this segment behind
+                    // it.
                     block.level = entry.aux;
-                    block.block = entry.block >> (kNodeShift * (entry.aux + 1U));
+                    if (entry.aux < kMaxLevels)
+                        block.block = entry.block >> (kNodeShift * (entry.aux + 1U));
                 }
                 survey.blocks.push_back(block);
             }
@@ -270,8 +272,8 @@ Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how,
         cleaned.dead_blocks = cleaned.removable ? allocated_blocks(fd) : count_dead(found, fd);
         return cleaned;
     }
-    // What a snapshot leads into stays where it is, and the segment with it.
-    if (found.pinned != 0)
+    // What a snapshot leads into stays where it is, and the segment with it; so does one of which that is not known.
+    if (found.pinned != 0 || found.has_unmerged || (!found.footer && found.has_snapshots))
         how = CleanHow::punch;
     if (how == CleanHow::punch) {
         cleaned.freed_blocks = punch_dead(found, fd, min_run);
@@ -282,7 +284,7 @@ Volume::Cleaned Volume::clean_segment(std::uint32_t index, int fd, CleanHow how,
     if (how == CleanHow::punch)
         table_[index]->state = SegmentState::punched;
     // Another checkpoint since: what it still maps here is seen by the next look.
-    table_[index]->moved = how == CleanHow::move && base_generation_ == found.base_generation;
+    table_[index]->moved = how == CleanHow::move && may_move(found.base_generation);
     cleaned_blocks_ += cleaned.freed_blocks;
     moved_blocks_ += cleaned.moved_blocks;
     return cleaned;
@@ -327,6 +329,10 @@ std::uint64_t Volume::punch_dead(const Survey& survey, int fd, std::uint32_t min
     return after < before ? before - after : 0;
 }
 
+bool Volume::may_move(std::uint64_t base_generation) const {
+    return base_generation_ == base_generation && !has_unmerged();
+}
+
 // Fills ring pages with blocks and publishes those that the base of `base_generation` still maps. Returns their number.
 std::uint64_t Volume::publish_moved(std::uint64_t base_generation, std::span<const std::uint64_t> blocks, bool for_room,
                                     const std::function<std::uint32_t(std::size_t, std::byte*)>& fill) {
@@ -336,7 +342,7 @@ std::uint64_t Volume::publish_moved(std::uint64_t base_generation, std::span<con
             throw std::system_error(ENOSPC, std::generic_category(), "no space to move blocks to");
     };
     const auto unchanged = [this, base_generation](std::uint64_t block) {
-        return base_generation_ == base_generation && version_of(block).kind == BlockVersion::Kind::base;
+        return may_move(base_generation) && version_of(block).kind == BlockVersion::Kind::base;
     };
     std::optional<PageRun> run;
     while (!(run = core_.take_pages(static_cast<std::uint32_t>(blocks.size())))) {
@@ -429,7 +435,7 @@ std::uint64_t Volume::move_live(const Survey& survey, int fd) {
             continue;
         if (block.level != kDataLevel) {
             const Lock lock(mutex_);
-            if (base_generation_ == survey.base_generation) {
+            if (may_move(survey.base_generation)) {
                 overlay_.touch(block.block << (kNodeShift * block.level));
                 ++publishes_;
                 ++moved;

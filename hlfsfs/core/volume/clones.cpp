@@ -218,8 +218,10 @@ Volume::ForeignBlocks Volume::foreign_blocks(std::uint64_t first_block, std::siz
     ForeignBlocks found;
     MapDiff::Subtree map;
     std::vector<bool> foreign;
+    std::uint64_t rebases = 0;
     {
         const Lock lock(mutex_);
+        rebases = rebases_;
         foreign = foreign_indexes();
         found.base_generation = base_generation_;
         map = {.pointer = root_, .levels = levels_};
@@ -239,6 +241,10 @@ Volume::ForeignBlocks Volume::foreign_blocks(std::uint64_t first_block, std::siz
         return true;
     });
     all.walk({}, map);
+    if (first_block == 0 && extents.empty()) {
+        const Lock lock(mutex_);
+        all_own_ = rebases;
+    }
     return found;
 }
 
@@ -263,6 +269,8 @@ void Volume::forget_origin() {
     give_up_removed();
     if (!snapshots_.empty() || !retained_.empty() || !removed_snapshots_.empty())
         throw std::system_error(EBUSY, std::generic_category(), "snapshots may need the logs of others");
+    if (all_own_ != rebases_)
+        throw std::system_error(EBUSY, std::generic_category(), "the volume was rolled back to what needs them");
     wait_for_readers(lock);
     for (std::uint32_t index = 0; index < table_.size(); ++index) {
         std::unique_ptr<Segment>& segment = table_[index];

@@ -39,6 +39,11 @@ void change(DirectoryEntry& snapshot, const SnapEntry& entry) {
     snapshot.record.ctime_ns = entry.header.time_ns;
 }
 
+// What the map has behind the end is not held.
+std::uint64_t allocated_bytes(const SnapshotRecord& record) {
+    return std::min(record.mapped_blocks, (record.size_bytes + kBlockBytes - 1) / kBlockBytes) * kBlockBytes;
+}
+
 }  // namespace
 
 // A snapshot as the channel sees it.
@@ -68,7 +73,7 @@ class SnapshotView final : public DataVolume {
         const SnapshotRecord& record = snapshot_->entry.record;
         attr.id = node_id_;
         attr.size_bytes = record.size_bytes;
-        attr.allocated_bytes = record.mapped_blocks * kBlockBytes;
+        attr.allocated_bytes = allocated_bytes(record);
         attr.mtime_ns = attr.atime_ns = record.mtime_ns;
         attr.ctime_ns = record.ctime_ns;
         attr.mode = S_IFREG | record.mode;
@@ -95,7 +100,7 @@ Volume::SnapshotInfo Volume::info_of(const DirectoryEntry& snapshot) {
             .mtime_ns = record.mtime_ns,
             .ctime_ns = record.ctime_ns,
             .size_bytes = record.size_bytes,
-            .allocated_bytes = record.mapped_blocks * kBlockBytes,
+            .allocated_bytes = allocated_bytes(record),
             .mode = record.mode,
             .uid = record.uid,
             .gid = record.gid};
@@ -291,6 +296,11 @@ void Volume::change_snapshot(const SnapEntry& entry) {
     wait_durable(lock, next_number());
 }
 
+// A snapshot that no checkpoint has merged holds what the base does, at the addresses that has now.
+bool Volume::has_unmerged() const {
+    return std::ranges::any_of(snapshots_, [](const auto& snapshot) { return snapshot->frozen != nullptr; });
+}
+
 // Whether both checkpoints hold all that was published, so that a replay from either comes to the next entry with
 // nothing in between.
 bool Volume::base_is_stored() const {
@@ -356,6 +366,7 @@ void Volume::rebase(const SnapEntry& entry) {
     head_parent_id_ = record.id;
     head_since_ = record.sequence;
     ++base_generation_;
+    ++rebases_;
 }
 
 // What a dead process's ring holds, in the order of its entries.

@@ -317,6 +317,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     // Forgets the segments of others, once no map leads there: the checkpoints that follow do not name them any more.
     // Both kept checkpoints must hold what foreign_blocks() found nothing in. Throws std::system_error: EBUSY
     // (snapshots, or who reads one that was removed, may need them).
+    // EBUSY: it has snapshots, or foreign_blocks() has not found none since it was last rolled back.
     void forget_origin();
 
     // --- for the core's threads
@@ -507,6 +508,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
     [[nodiscard]] std::uint64_t first_pinned_segno() const;
     [[nodiscard]] bool cleanable(const Segment& segment) const;
     Survey survey(std::uint32_t index, int fd);
+    [[nodiscard]] bool has_unmerged() const;
+    [[nodiscard]] bool may_move(std::uint64_t base_generation) const;
     template <typename Visit>
     static void each_dead_run(const Survey& survey, int fd, std::uint32_t min_run, bool with_held, Visit visit);
     std::uint64_t punch_dead(const Survey& survey, int fd, std::uint32_t min_run);
@@ -633,6 +636,9 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
 
     // The logs of others that the segment table names.
     OriginLogs origin_logs_;
+
+    std::uint64_t rebases_ = 0;
+    std::optional<std::uint64_t> all_own_;  // rebases_ when the base was last found to lead to no log of others
 
     // map
     Overlay overlay_;
