@@ -7,7 +7,7 @@ import click
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from hlfsfs.cli.output import format_size, print_json, progress_bar
-from hlfsfs.errors import printable
+from hlfsfs.errors import HlfsError, NoSuchName, printable
 from hlfsfs.store import Store, locate, open_store
 
 FOUND_DAMAGE = 1
@@ -25,6 +25,11 @@ def check(uri: str, as_json: bool) -> int:
     store = open_store(root, read_only=True)
     try:
         report = _check(store, path, printable(uri))
+    except NoSuchName as exc:
+        volume, separator, _ = printable(uri).rpartition("%")
+        if not separator:
+            raise
+        raise HlfsError(f"{exc}; a snapshot is verified with its volume: name {volume}") from exc
     finally:
         store.close()
     if as_json:

@@ -80,11 +80,11 @@ def _volumes(path: str, dry_run: bool) -> Iterator[Iterator[tuple[str, Clean]]]:
         yield _mounted(path, dry_run)
         return
     with offline(path, instead="hlfs clean PATH") as place:
-        found = place.names.getattr(place.names.resolve(place.path))
+        found = place.attributes()
         if found.kind == "pool":
             yield _in_pool(place.names, found.id, b"", dry_run)
         else:
-            yield iter([(printable(place.name), _by_id(place.names, found.id, dry_run))])
+            yield iter([(printable(place.name), _by_id(place.names, place.volume().id, dry_run))])
 
 
 # --- a store that is not mounted -------------------------------------------------------------------------------

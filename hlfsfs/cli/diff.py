@@ -1,6 +1,7 @@
 """`hlfs diff`: what changed in a volume between two snapshots, or since one; for people and backup tools."""
 
 import os
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -36,10 +37,11 @@ def _snapshot_of(volume: str, after: str) -> str | None:
     """The snapshot's name in it; None: what the volume is now."""
     if os.path.normpath(after) == os.path.normpath(volume):
         return None
-    other, separator, name = after.rpartition("@")
-    if not separator or os.path.normpath(other) != os.path.normpath(volume):
-        raise UsageError(f"{printable(after)}: not {printable(volume)} or a snapshot of it, as in VOLUME@SNAPSHOT")
-    return name
+    with suppress(UsageError):
+        other, name = split_snapshot(after)
+        if os.path.normpath(other) == os.path.normpath(volume):
+            return name
+    raise UsageError(f"{printable(after)}: not {printable(volume)} or a snapshot of it, as in VOLUME@SNAPSHOT")
 
 
 def _report(found: VolumeSnapshots, first: str, second: str | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import click
 
-from hlfsfs.errors import HlfsError, UsageError
+from hlfsfs.errors import HlfsError, NoSuchName, UsageError, printable
 from hlfsfs.fuse.options import MountOptions, parse_options
 
 EXIT_OK = 0
@@ -90,7 +90,13 @@ def serve_here(source: str, directory: str, options: MountOptions, ready: Callab
     # Not above: a plain `hlfs --help` need not load the native core.
     from hlfsfs.fuse.server import serve  # noqa: PLC0415
 
-    serve(source, directory, options, ready)
+    try:
+        serve(source, directory, options, ready)
+    except NoSuchName as exc:
+        if "%" not in os.path.basename(source):
+            raise
+        pool = printable(os.path.dirname(source))
+        raise HlfsError(f"{exc}; a snapshot is a file in .snapshots of a mount: name its pool, {pool}") from exc
 
 
 # --- in the background ------------------------------------------------------------------------------------------

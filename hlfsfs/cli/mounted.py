@@ -1,8 +1,10 @@
 """Work through a mount: what a system call on a path in it that failed means for a person."""
 
 import errno
+import os
+from collections.abc import Callable
 
-from hlfsfs.errors import AccessDenied, HlfsError, NoSuchName, ReadOnly, StoreFailed, VolumeBusy, printable
+from hlfsfs.errors import AccessDenied, HlfsError, NoSuchName, NotAVolume, ReadOnly, StoreFailed, VolumeBusy, printable
 
 
 class NotInAMount(HlfsError):
@@ -14,19 +16,30 @@ class NotInAMount(HlfsError):
         super().__init__(f"{printable(path)}: not in a mount of HLFS; for a store that is not mounted, give a URI")
 
 
+class IsASnapshot(HlfsError):
+    """A volume is needed and a snapshot is there, by path or by URI."""
+
+    errno = errno.EISDIR
+
+    def __init__(self, path: str) -> None:
+        volume, _, name = path.rpartition("%")
+        which = f", {volume}" if volume and "/" not in name else ""
+        super().__init__(f"{path}: is a snapshot; name its volume{which}")
+
+
 def path_error(path: str, exc: OSError) -> HlfsError:
     """The error that says why a call on an attribute of `path` failed."""
     what = printable(path)
-    match exc.errno:
-        case errno.ENOENT | errno.ENOTDIR:
-            return NoSuchName(what)
-        case errno.ENODATA | errno.EOPNOTSUPP:
-            return NotInAMount(path)
-        case errno.EACCES | errno.EPERM:
-            return AccessDenied(what)
-        case errno.EROFS:
-            return ReadOnly(what)
-        case errno.EBUSY:
-            return VolumeBusy(what, "a volume of this mount is being cleaned; wait until that is done")
-        case _:
-            return StoreFailed(what, exc)
+    busy = "a volume of this mount is being cleaned; wait until that is done"
+    meanings: dict[int | None, Callable[[], HlfsError]] = {
+        errno.ENOENT: lambda: NoSuchName(what),
+        errno.ENOTDIR: lambda: NoSuchName(what),
+        errno.ENODATA: lambda: NotInAMount(path),
+        errno.EOPNOTSUPP: lambda: NotInAMount(path),
+        errno.EACCES: lambda: AccessDenied(what),
+        errno.EPERM: lambda: AccessDenied(what),
+        errno.EISDIR: lambda: NotAVolume(what) if os.path.isdir(path) else IsASnapshot(what),
+        errno.EROFS: lambda: ReadOnly(what),
+        errno.EBUSY: lambda: VolumeBusy(what, busy),
+    }
+    return meanings.get(exc.errno, lambda: StoreFailed(what, exc))()

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hlfsfs.cli.mounted import IsASnapshot
 from hlfsfs.errors import HlfsError, NameExists, NotAPool, NotAVolume, StoreLocked, printable
 from hlfsfs.fuse.mountinfo import FSTYPE, mounts
 from hlfsfs.pool import ROOT_ID, Attributes
@@ -61,8 +62,10 @@ class Place:
         return found
 
     def volume(self) -> Attributes:
-        """Like `attributes`. Raises NotAVolume."""
+        """Like `attributes`. Raises NotAVolume, IsASnapshot."""
         found = self.attributes()
+        if found.kind == "snapshot":
+            raise IsASnapshot(self.uri)
         if found.kind != "volume":
             raise NotAVolume(self.uri)
         return found
@@ -115,6 +118,15 @@ def _mounted_at(uri: str, instead: str) -> StoreMounted | None:
             continue
         source = os.fsencode(mount.source.removeprefix("local://")).rstrip(b"/")
         if wanted == source or wanted.startswith(source + b"/"):
-            path = printable(mount.mountpoint + wanted[len(source) :])
+            path = printable(mount.mountpoint + _file_of(wanted)[len(source) :])
             return StoreMounted(printable(uri), printable(mount.mountpoint), instead.replace("PATH", path))
     return None
+
+
+def _file_of(path: bytes) -> bytes:
+    """A snapshot `VOLUME%SNAPSHOT`, which `path` names unless there is a volume of just that name, is a file too."""
+    directory, name = os.path.split(path)
+    volume, separator, snapshot = name.rpartition(b"%")
+    if not separator or os.path.lexists(path) or not os.path.lexists(os.path.join(directory, volume)):
+        return path
+    return os.path.join(directory, b".snapshots", volume, snapshot)

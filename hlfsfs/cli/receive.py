@@ -1,6 +1,7 @@
 """`hlfs receive`: makes a volume, or a snapshot of one, of a stream that `hlfs send` wrote."""
 
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 
@@ -32,6 +33,9 @@ def receive(volume: str, print_token: bool, abort: bool) -> None:
     if print_token and abort:
         raise UsageError("hlfs receive: --token or --abort, not both")
     option = " --token" if print_token else " --abort" if abort else ""
+    if not option:
+        # Whoever sends may have to ask for the token first, for which nobody may have the store.
+        _wait_for_input()
     with receive_place(volume, f"hlfs receive{option} PATH") as place:
         if abort:
             place.remove_partial()
@@ -70,12 +74,17 @@ def _read_spool(spool: PartialFile) -> tuple[Begin | None, Position]:
     return reader.begin, reader.position
 
 
+def _wait_for_input() -> None:
+    """Returns when there is some, or it has ended."""
+    if os.isatty(sys.stdin.fileno()):
+        raise UsageError("hlfs receive: standard input is a terminal; pipe a stream of hlfs send to it")
+    select.select([sys.stdin.fileno()], [], [])
+
+
 class _Input:
     """Standard input, with what was read of it since it was last asked for that."""
 
     def __init__(self) -> None:
-        if os.isatty(sys.stdin.fileno()):
-            raise UsageError("hlfs receive: standard input is a terminal; pipe a stream of hlfs send to it")
         widen_pipe(sys.stdin.fileno())
         self._taken: list[bytes] = []
 

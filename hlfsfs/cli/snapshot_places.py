@@ -433,9 +433,11 @@ class Offline(VolumeSnapshots):
 
 
 def split_snapshot(text: str) -> tuple[str, str]:
-    """The volume and the snapshot's name of `VOLUME@SNAPSHOT`. Raises UsageError."""
-    volume, separator, name = text.rpartition("@")
-    if not separator or not name:
+    """The volume and the snapshot's name of `VOLUME@SNAPSHOT`, in a URI also `VOLUME%SNAPSHOT`. Raises UsageError."""
+    # Neither sign is in a snapshot's name.
+    at = max(text.rfind("@"), text.rfind("%") if "://" in text else -1)
+    volume, name = text[: max(at, 0)], text[at + 1 :]
+    if not volume or not name or "/" in name:
         raise UsageError(f"{printable(text)}: name a snapshot, as in VOLUME@SNAPSHOT")
     return volume, name
 
@@ -462,6 +464,8 @@ def take_group(volumes: Sequence[str], name: str) -> None:
             raise UsageError("snapshots at one instant are of one store; name volumes of one")
         paths = [os.fsdecode(path) for _, path in places]
         with offline(volumes[0], instead=f"hlfs snapshot create PATH … {name}") as place:
+            for volume, (_, path) in zip(volumes, places, strict=True):
+                Place(place.names, printable(volume), path).volume()
             _order_offline(place, b"", {"name": name, "volumes": paths})
         return
     for volume in volumes:

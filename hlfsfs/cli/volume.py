@@ -1,6 +1,7 @@
 """`hlfs volume`: makes, deletes, lists and resizes volumes of a store that is not mounted."""
 
 import os
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -8,7 +9,7 @@ import click
 from hlfsfs.cli.offline import Place, offline
 from hlfsfs.cli.output import format_size, format_time, print_json, print_table
 from hlfsfs.cli.pool import umask
-from hlfsfs.errors import HlfsError, UsageError, printable
+from hlfsfs.errors import HlfsError, NoSuchName, UsageError, printable
 from hlfsfs.pool import AttributeChanges
 from hlfsfs.store import parse_size
 
@@ -51,7 +52,19 @@ def create(uri: str, size_bytes: int) -> None:
 def delete(uri: str) -> None:
     """Delete the volume URI with all its data; also one whose log is damaged."""
     with offline(uri, instead="rm PATH") as place:
-        place.names.unlink(place.child_parent_id(), place.name)
+        try:
+            place.names.unlink(place.child_parent_id(), place.name)
+        except NoSuchName as exc:
+            raise _no_volume(place) or exc from exc
+
+
+def _no_volume(place: Place) -> HlfsError | None:
+    """The error which says how to delete a snapshot, if that is what has the name."""
+    with suppress(NoSuchName):
+        if place.attributes().kind == "snapshot":
+            of, _, name = place.uri.rpartition("%")
+            return HlfsError(f"{place.uri}: is a snapshot; hlfs snapshot delete {of} {name} deletes it")
+    return None
 
 
 @volume.command("resize", short_help="Change the size of a volume.")

@@ -235,3 +235,54 @@ print(json.dumps(sorted(kinds.items())))
     assert json.loads(diff(uri, f"{uri}@b", "--json")) == found
     assert diff(uri, uri).splitlines() == lines
     assert "v%x: no such snapshot" in invoke("diff", f"{uri}@x", uri)[2]
+
+
+REMOVE = """
+import os, subprocess, sys
+path, name, *words = sys.argv[1:]
+os.environ["LC_ALL"] = "C"
+ended = subprocess.run(["rm", *words, f"{path}/{name}"], capture_output=True, text=True)
+print(ended.returncode, ended.stderr, end="")
+"""
+HINT = "; delete them first, with hlfs snapshot delete or with rm in .snapshots"
+
+
+def test_a_volume_with_snapshots_is_deleted_after_them(tmp_path: Path) -> None:
+    """By URI the line says so, and what it says does."""
+    store = tmp_path / "store"
+    store.mkdir()
+    place = Place(f"local://{store}/", invoke)
+    assert place.command("pool", "create", "/p")[0] == 0
+    assert place.command("volume", "create", "/p/v", "--size", "1M")[0] == 0
+    place.done("create", "/p/v", "one")
+    for count in ("a snapshot", "2 snapshots"):
+        said = f"hlfs: {place.base}p/v: not removed: it has {count}{HINT}\n"
+        assert place.command("volume", "delete", "/p/v") == (1, "", said)
+        if count == "a snapshot":
+            place.done("create", "/p/v", "two")
+    assert place.names("/p/v") == ["one", "two"]
+    place.done("delete", "/p/v", "one", "two")
+    assert place.command("volume", "delete", "/p/v") == (0, "", "")
+    assert place.command("volume", "list", "/p")[1].count("\n") == 1
+
+
+@needs_fuse
+def test_a_volume_with_snapshots_is_deleted_after_them_in_a_mount(tmp_path: Path) -> None:
+    """rm(1) can only say EBUSY; the mount's log says what to do."""
+    store = tmp_path / "store"
+    with mounted(store) as mount:
+        volume, where = mount.path / "v", mount.path / ".snapshots/v"
+        run("sh", "-c", f"echo content >{volume}; touch {where}/one")
+        # Whoever asks by URI is sent there.
+        status, output, said = spawn("volume", "delete", f"local://{store}/v")
+        assert (status, output) == (1, "")
+        assert said.endswith(f"its store is mounted at {mount.path}; there, rm {volume} does it\n")
+        assert mount.python(REMOVE, "v") == f"1 rm: cannot remove '{volume}': Device or resource busy\n"
+        assert f"local://{store}/v: not removed: it has a snapshot{HINT}" in mount.log_text()
+        assert run("ls", mount.path, where).split() == [f"{mount.path}:", "v", f"{where}:", "latest", "one"]
+        # Nor is it replaced, and its pool stays, too.
+        run("mkdir", mount.path / "p")
+        run("mv", volume, mount.path / "p/v")
+        assert "Directory not empty" in mount.python(REMOVE, "p", "-d")
+        run("rm", mount.path / "p/.snapshots/v/one", mount.path / "p/v")
+        run("rmdir", mount.path / "p")

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import pty
 import random
+import re
+import shlex
+import socket
 import subprocess
+import sys
+import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -351,3 +358,198 @@ def test_through_a_pipe(sites: tuple[Site, Site], tmp_path: Path) -> None:
     )
     assert said.strip() == "1000"
     assert (tmp_path / "said").read_text() == "hlfs: standard output: Broken pipe; the stream is not whole\nstatus 1\n"
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+def with_terminal(*words: str, data: bytes = b"", others: bool = False) -> tuple[int, bytes, str]:
+    """Status, output and what was shown of a command whose standard error is a terminal; its output too, if `others`.
+
+    Output that went to the terminal is in what was shown.
+    """
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    with tempfile.TemporaryFile() as given:
+        given.write(data)
+        given.seek(0)
+        process = subprocess.Popen(
+            [*HLFS, *words], stdin=given, stdout=theirs if others else subprocess.PIPE, stderr=theirs, env=env
+        )
+    os.close(theirs)
+    shown: list[bytes] = []
+    # The terminal takes no more than somebody looks at, as a pipe does.
+    looking = threading.Thread(target=look, args=(ours, shown))
+    looking.start()
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        looking.join()
+        os.close(ours)
+    return process.returncode, output or b"", b"".join(shown).decode()
+
+
+def look(terminal: int, shown: list[bytes]) -> None:
+    """Collects what is shown until nobody has the terminal any more, which is an error to its other end."""
+    with suppress(OSError):
+        while data := os.read(terminal, 65536):
+            shown.append(data)
+
+
+def bars(shown: str) -> str:
+    """The words of the bars, less colours and what takes one line's place by the next, which there must be."""
+    assert "\x1b[2K" in shown
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+
+
+def test_progress_is_shown_to_a_terminal(sites: tuple[Site, Site], tmp_path: Path) -> None:
+    """And nothing of it is in the stream, or anywhere where there is no terminal."""
+    here, there = sites
+    stream = b""
+    for name, base in (("one", []), ("two", ["--from", "one"])):
+        quiet = ran("send", here.name(f"v@{name}"), *base)
+        assert (quiet.returncode, quiet.stderr) == (0, b"")
+        status, stream, shown = with_terminal("send", here.name(f"v@{name}"), *base)
+        assert (status, stream) == (0, quiet.stdout)
+        # What there was to do is done at the end.
+        done_bytes = re.findall(r"([0-9.]+)/([0-9.]+) MiB", bars(shown))[-1]
+        assert f"v@{name} ━" in bars(shown)
+        assert done_bytes[0] == done_bytes[1] != "0.0"
+
+        status, output, shown = with_terminal("receive", there.name("w"), data=stream)
+        assert (status, output.decode()) == (0, f"{there.name('w')}@{name}: received\n")
+        assert f"w@{name} ━" in bars(shown)
+        assert re.findall(r"([0-9.]+)/([0-9.]+) MiB", bars(shown))[-1] == done_bytes
+        assert ("making it part of the volume" in shown) == bool(base)
+        assert "received" not in shown
+        there.holds("w", tmp_path / name)
+    # The one line is not lost among them.
+    status, output, shown = with_terminal("receive", there.name("x"), data=stream[: len(stream) // 2])
+    assert (status, output) == (1, b"")
+    assert "no such volume" in shown
+    status, output, shown = with_terminal(
+        "receive", there.name("x"), data=done("send", here.name("v@one")), others=True
+    )
+    assert status == 0
+    assert bars(shown).rstrip().endswith(f"{there.name('x')}@one: received")
+
+
+def test_a_stream_is_not_for_a_terminal(sites: tuple[Site, Site]) -> None:
+    here, _ = sites
+    status, _, shown = with_terminal("send", here.name("v@one"), others=True)
+    assert (status, shown) == (
+        2,
+        "hlfs: hlfs send: a stream is not for a terminal; redirect it, or pipe it to hlfs receive\r\n",
+    )
+
+
+# --- to another host ------------------------------------------------------------------------------------------------
+
+SSHD_CONFIG = """
+Port {port}
+ListenAddress 127.0.0.1
+HostKey {directory}/host_key
+AuthorizedKeysFile {directory}/key.pub
+PidFile none
+UsePAM no
+StrictModes no
+PasswordAuthentication no
+PermitRootLogin prohibit-password
+SetEnv PATH={directory}/bin:/usr/bin:/bin
+"""
+SSH_CONFIG = """
+Host backup
+    HostName 127.0.0.1
+    Port {port}
+    IdentityFile {directory}/key
+    IdentitiesOnly yes
+    UserKnownHostsFile {directory}/known_hosts
+    BatchMode yes
+"""
+
+
+@pytest.fixture
+def ssh_config(tmp_path: Path) -> Iterator[Path]:
+    """For ssh -F: this host as another one that is called `backup`, with an sshd of its own, where `hlfs` is found."""
+    directory = tmp_path / "ssh"
+    (directory / "bin").mkdir(parents=True)
+    wrapper = directory / "bin/hlfs"
+    wrapper.write_text(f'#!/bin/sh\ncd {shlex.quote(os.getcwd())} && exec {shlex.join(HLFS)} "$@"\n')
+    wrapper.chmod(0o755)
+    for key in ("host_key", "key"):
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / key)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (directory / "known_hosts").write_text(f"[127.0.0.1]:{port} {(directory / 'host_key.pub').read_text()}")
+    for name, config in (("sshd_config", SSHD_CONFIG), ("ssh_config", SSH_CONFIG)):
+        (directory / name).write_text(config.format(port=port, directory=directory))
+    # Where it locks away what talks to those who are not let in yet.
+    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+    with (directory / "log").open("wb") as log:
+        server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", directory / "sshd_config"], stderr=log)
+    try:
+        wait_for(lambda: "Server listening" in (directory / "log").read_text(), "sshd listens")
+        yield directory / "ssh_config"
+    except BaseException:
+        print((directory / "log").read_text(), file=sys.stderr)
+        raise
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def break_off(ssh_config: Path, volume: str, part: bytes, came: Path) -> None:
+    """Sends a part of a stream through a connection that ends without a word; returns once the receiver has, too.
+
+    Args:
+        came: a file for what has come to the other host, all of which is to be received.
+    """
+    ended = came.with_suffix(".ended")
+    command = f"tee {came} | hlfs receive {volume}; touch {ended}"
+    with subprocess.Popen(["ssh", "-F", ssh_config, "backup", command], stdin=subprocess.PIPE) as ssh:
+        assert ssh.stdin is not None
+        ssh.stdin.write(part)
+        ssh.stdin.flush()
+        wait_for(lambda: came.exists() and came.stat().st_size == len(part), "the part has come")
+        assert not ended.exists()
+        ssh.kill()
+    wait_for(ended.exists, "the receiver has ended")
+
+
+def test_through_ssh(sites: tuple[Site, Site], ssh_config: Path, tmp_path: Path) -> None:
+    here, there = sites
+    send = 'hlfs send "$1" $4 | ssh -F "$3" backup hlfs receive "$2"'
+    for name, base in (("one", ""), ("two", "--from one")):
+        said = pipe(send, here.name(f"v@{name}"), there.name("w"), ssh_config, base)
+        assert said == f"{there.name('w')}@{name}: received\n"
+        there.holds("w", tmp_path / name)
+        there.holds(f".snapshots/w/{name}", tmp_path / name)
+    assert snapshots(there, "w") == ["one", "two"]
+    # What the other host refuses is the sender's to see, and fails here.
+    with pytest.raises(AssertionError, match="w@two: was received before") as raised:
+        pipe(send, here.name("v@two"), there.name("w"), ssh_config, "--from one")
+    assert "Traceback" not in str(raised.value)
+
+
+def test_a_connection_that_breaks_is_gone_on_with(sites: tuple[Site, Site], ssh_config: Path, tmp_path: Path) -> None:
+    """By what README says to type."""
+    here, there = sites
+    for name, base in (("one", []), ("two", ["--from", "one"])):
+        whole = done("send", here.name(f"v@{name}"), *base)
+        break_off(ssh_config, there.name("w"), whole[: len(whole) * 3 // 4], tmp_path / f"came-{name}")
+        assert len(names(there)) == (1 if name == "one" else 2)
+        sent = tmp_path / f"rest-{name}"
+        pipe(
+            'hlfs send "$1" $4 --resume "$(ssh -F "$3" backup hlfs receive --token "$2")" | '
+            'tee "$5" | ssh -F "$3" backup hlfs receive "$2"',
+            here.name(f"v@{name}"),
+            there.name("w"),
+            ssh_config,
+            " ".join(base),
+            sent,
+        )
+        assert sent.stat().st_size < len(whole) * 3 // 4
+        there.holds("w", tmp_path / name)
+        assert names(there) == ["w"]
+    assert snapshots(there, "w") == ["one", "two"]

@@ -233,6 +233,68 @@ def test_it_is_taken_of_a_volume_that_is_written_to(tmp_path: Path) -> None:
         )
 
 
+def test_a_group_is_of_one_instant(mount: Mounted) -> None:
+    """A process writes the next number to `a` and, once that is acknowledged, to `b`; then comes the one after."""
+    inside(
+        mount,
+        """
+        import json
+        BLOCKS = 256
+        os.mkdir("p")
+        names = ("a", "b")
+        # The last number that was acknowledged by each, and whether to stop.
+        shared = mmap.mmap(-1, 24)
+
+        def acknowledged():
+            return [int.from_bytes(shared[at : at + 8], "little") for at in (0, 8)]
+
+        def write_numbers():
+            files = [os.open(f"p/{name}", os.O_RDWR | os.O_CREAT) for name in names]
+            number = 0
+            while not shared[16]:
+                number += 1
+                for at, fd in enumerate(files):
+                    os.pwrite(fd, number.to_bytes(8, "little") * 512, number % BLOCKS * 4096)
+                    shared[at * 8 : at * 8 + 8] = number.to_bytes(8, "little")
+
+        def newest(name):
+            numbers = [0] * BLOCKS
+            found = read(name)
+            for at in range(0, len(found), 4096):
+                numbers[at // 4096] = int.from_bytes(found[at : at + 8], "little")
+            last = max(numbers)
+            # It holds all that came before, too.
+            for number in range(max(last - BLOCKS + 1, 1), last + 1):
+                assert numbers[number % BLOCKS] == number, (name, number, last)
+            return last
+
+        writer = os.fork()
+        if writer == 0:
+            write_numbers()
+            os._exit(0)
+        try:
+            while acknowledged()[1] < BLOCKS:
+                time.sleep(0.01)
+            found = []
+            for turn in range(20):
+                # In both forms: of these, and of all in the pool.
+                where, of = ((".snapshots", {"volumes": ["p/a", "p/b"]}), ("p/.snapshots", {}))[turn % 2]
+                before = acknowledged()
+                os.setxattr(where, "user.hlfs.snapshot", json.dumps({"name": f"s{turn}", **of}).encode())
+                after = acknowledged()
+                a, b = (newest(f"p/.snapshots/{name}/s{turn}") for name in names)
+                assert a - b in (0, 1), (a, b)
+                assert before[0] <= a <= after[0] + 1 and before[1] <= b <= after[1] + 1, (before, a, b, after)
+                found.append(a)
+            # It was written to all the while.
+            assert found == sorted(set(found)), found
+        finally:
+            shared[16] = 1
+            assert os.waitpid(writer, 0)[1] == 0
+        """,
+    )
+
+
 def test_another_users_rights(tmp_path: Path) -> None:
     """Who may write to the volume may take snapshots, who may read the snapshot reads it; nobody gets more."""
     with mounted(tmp_path / "store", ["allow_other"]) as mount:
