@@ -23,11 +23,11 @@ def snapshot() -> None:
 
 @snapshot.command("create", short_help="Take a snapshot.")
 @click.argument("words", metavar="[VOLUME...] NAME", nargs=-1, required=True)
-@click.option("--all", "pool", metavar="POOL", help="Of every volume directly in this pool.")
+@click.option("--all", "pools", metavar="POOL", multiple=True, help="Of every volume directly in this pool.")
 @click.option(
     "--at", "moment", metavar="TIME", help="Of what the last checkpoint held that is retained from then or before."
 )
-def create(words: tuple[str, ...], pool: str | None, moment: str | None) -> None:
+def create(words: tuple[str, ...], pools: tuple[str, ...], moment: str | None) -> None:
     """Take a snapshot of VOLUME as NAME. It holds all that was written before, and is durable.
 
     Of several volumes, or of all in a pool, at one instant: all are taken or none.
@@ -38,13 +38,13 @@ def create(words: tuple[str, ...], pool: str | None, moment: str | None) -> None
     """
     *volumes, name = words
     if moment is not None:
-        if pool is not None or len(volumes) != 1:
+        if pools or len(volumes) != 1:
             raise UsageError("hlfs snapshot create: --at is for one volume; name it and the snapshot")
         _create_of(volumes[0], name, moment)
-    elif pool is not None:
-        if volumes:
-            raise UsageError("hlfs snapshot create: --all takes no volumes, only a name")
-        take_all(pool, name)
+    elif pools:
+        if volumes or len(pools) > 1:
+            raise UsageError("hlfs snapshot create: --all takes one pool, no volumes, and a name")
+        take_all(pools[0], name)
     elif not volumes:
         raise UsageError("hlfs snapshot create: name a volume and the snapshot, or a pool with --all")
     elif len(volumes) > 1:

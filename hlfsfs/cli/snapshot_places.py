@@ -6,7 +6,7 @@ import mmap
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -456,14 +456,24 @@ def snapshots_of(volume: str, command: str) -> Iterator[VolumeSnapshots]:
         yield Offline(place)
 
 
+class NoVolumes(HlfsError):
+    """A pool without any, where a snapshot of each was asked for."""
+
+    def __init__(self, pool: str) -> None:
+        super().__init__(f"{printable(pool)}: there is no volume in it; name volumes, or the pool that holds them")
+
+
 def take_group(volumes: Sequence[str], name: str) -> None:
     """Takes a snapshot of each of these volumes at one instant; of one mount, or one store that is not mounted."""
+    if len({"://" in volume for volume in volumes}) > 1:
+        raise UsageError("snapshots at one instant are of one store; name volumes all by PATH, or all by URI")
     if "://" in volumes[0]:
         places = [locate(volume) for volume in volumes]
         if len({root for root, _ in places}) > 1:
             raise UsageError("snapshots at one instant are of one store; name volumes of one")
         paths = [os.fsdecode(path) for _, path in places]
         with offline(volumes[0], instead=f"hlfs snapshot create PATH … {name}") as place:
+            _require_each_once(volumes, paths)
             for volume, (_, path) in zip(volumes, places, strict=True):
                 Place(place.names, printable(volume), path).volume()
             _order_offline(place, b"", {"name": name, "volumes": paths})
@@ -471,23 +481,38 @@ def take_group(volumes: Sequence[str], name: str) -> None:
     for volume in volumes:
         Mounted(volume).close()
     reals = [os.path.realpath(volume) for volume in volumes]
+    _require_each_once(volumes, reals)
     roots = {_mount_root(real) for real in reals}
     if len(roots) > 1:
         raise UsageError("snapshots at one instant are of one store; name volumes of one mount")
     root = roots.pop()
-    _order_mounted(volumes[0], root, {"name": name, "volumes": [os.path.relpath(real, root) for real in reals]})
+    order = {"name": name, "volumes": [os.path.relpath(real, root) for real in reals]}
+    _order_mounted(volumes[0], root, order, dict(zip(volumes, reals, strict=True)))
+
+
+def _require_each_once(volumes: Sequence[str], places: Sequence[str]) -> None:
+    for volume, place in zip(volumes, places, strict=True):
+        if places.count(place) > 1:
+            raise UsageError(f"hlfs snapshot create: {printable(volume)} is named twice")
 
 
 def take_all(pool: str, name: str) -> None:
     """Takes a snapshot of each volume directly in a pool, at one instant."""
     if "://" in pool:
         with offline(pool, instead=f"hlfs snapshot create --all PATH {name}") as place:
-            place.pool()
+            entries = place.names.readdir(place.pool().id)
+            if all(found.kind != "volume" for _, found in entries):
+                raise NoVolumes(pool)
             _order_offline(place, place.path, {"name": name})
         return
     if not os.path.isdir(pool):
         raise NotAPool(printable(pool))
-    _order_mounted(pool, os.path.realpath(pool), {"name": name})
+    real = os.path.realpath(pool)
+    with os.scandir(real) as entries:
+        volumes = {os.path.join(pool, entry.name): entry.path for entry in entries if entry.is_file()}
+    if not volumes and os.path.isdir(os.path.join(real, SNAPSHOTS)):
+        raise NoVolumes(pool)
+    _order_mounted(pool, real, {"name": name}, volumes)
 
 
 def _order_offline(place: Place, pool: bytes, order: dict[str, Any]) -> None:
@@ -495,7 +520,8 @@ def _order_offline(place: Place, pool: bytes, order: dict[str, Any]) -> None:
     place.names.setxattr(directory, GROUP_ATTRIBUTE.encode(), json.dumps(order).encode())
 
 
-def _order_mounted(path: str, pool: str, order: dict[str, Any]) -> None:
+def _order_mounted(path: str, pool: str, order: dict[str, Any], volumes: Mapping[str, str]) -> None:
+    """`volumes`: what each of those it is of is called, and where it really is."""
     directory = os.path.join(pool, SNAPSHOTS)
     if not os.path.isdir(directory):
         raise NotInAMount(path)
@@ -503,7 +529,14 @@ def _order_mounted(path: str, pool: str, order: dict[str, Any]) -> None:
         os.setxattr(directory, GROUP_ATTRIBUTE, json.dumps(order).encode())
     except OSError as exc:
         name = order["name"]
-        raise _snapshot_error(path, f"{printable(path)}, snapshot {printable(name)!r}", os.fsencode(name), exc) from exc
+        if exc.errno == errno.EEXIST:
+            path = next((volume for volume, real in volumes.items() if os.path.lexists(_file_of(real, name))), path)
+        raise _snapshot_error(path, f"{printable(path)}%{printable(name)}", os.fsencode(name), exc) from exc
+
+
+def _file_of(volume: str, snapshot: str) -> str:
+    directory, name = os.path.split(volume)
+    return os.path.join(directory, SNAPSHOTS, name, snapshot)
 
 
 def _mount_root(path: str) -> str:

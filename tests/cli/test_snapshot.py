@@ -56,10 +56,15 @@ def test_groups(place: Place) -> None:
     assert len(groups) == 1
     assert "" not in groups
     assert "exists already" in place.failed("create", "/p/w", "/v", "both")
-    assert "exists already" in place.failed("create", "--all", "/p", "pool")
+    assert "p/w%pool: exists already" in place.failed("create", "--all", "/p", "pool")
+    assert "p/w%pool: exists already" in place.failed("create", "/v", "/p/w", "pool")
+    assert "p/w is named twice" in place.failed("create", "/p/w", "/v", "/p/w", "x", status=2)
+    place.done("create", "/v", "alone")
+    place.done("delete", "/v", "alone")
     assert "none: no such" in place.failed("create", "/v", "/none", "x")
     assert (place.names("/v"), place.names("/p/w")) == (["both"], ["both", "pool"])
     place.failed("create", "--all", "/p", "/v", "x", status=2)
+    place.failed("create", "--all", "/p", "--all", "/", "x", status=2)
     place.failed("create", "x", status=2)
     place.failed("delete", "/v", status=2)
 
