@@ -500,8 +500,8 @@ def take_all(pool: str, name: str) -> None:
     """Takes a snapshot of each volume directly in a pool, at one instant."""
     if "://" in pool:
         with offline(pool, instead=f"hlfs snapshot create --all PATH {name}") as place:
-            entries = place.names.readdir(place.pool().id)
-            if all(found.kind != "volume" for _, found in entries):
+            found = place.names.readdir(place.pool().id)
+            if all(each.kind != "volume" for _, each in found):
                 raise NoVolumes(pool)
             _order_offline(place, place.path, {"name": name})
         return
