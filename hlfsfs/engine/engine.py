@@ -177,8 +177,9 @@ class Engine:
     def clone(self, origin: Volume, snapshot_id: int, record: VolumeRecord) -> Volume:
         """`create_log` for a volume that holds, and shares, what a snapshot of an attached one does; attached, durable.
 
-        After a crash in here it is not whole: the next mount sweeps it away with its record. On return both of its
-        checkpoints hold all of it. What it reads in other logs is the caller's to keep.
+        The snapshot was made shareable. After a crash in here the clone is not whole: the next mount sweeps it away
+        with its record. On return both of its checkpoints hold all of it. What it reads in other logs is the caller's
+        to keep.
 
         Raises:
             NoSuchSnapshot: there is none.
@@ -189,6 +190,19 @@ class Engine:
         self.adopt(clone, origin, snapshot_id, MAX_VOLUME_BYTES, record.origin_logs)
         return clone
 
+    def make_shareable(self, origin: Volume, snapshot_id: int) -> None:
+        """Has both checkpoints of an attached volume know a snapshot's map, so that others may lead there.
+
+        From one that does not, the volume would merge it once more after a crash, and keep other nodes then.
+
+        Raises:
+            NoSuchSnapshot: there is none.
+            HlfsError: as `checkpoint`.
+        """
+        if not origin.is_merged(snapshot_id):
+            self.checkpoint(origin)
+        self.repeat_checkpoint(origin, always=True)
+
     def adopt(self, volume: Volume, origin: Volume, snapshot_id: int, size_bytes: int, logs: list[LogRef]) -> None:
         """Has an attached volume that was just made hold, and share, the beginning of a snapshot of another; durable.
 
@@ -197,19 +211,15 @@ class Engine:
         Args:
             volume: nothing was done to it.
             origin: attached.
-            snapshot_id: of that one.
+            snapshot_id: of that one, made shareable.
             size_bytes: so much of it, whole blocks, or all there is.
             logs: all that the origin reads and writes, with the numbers that they have for the volume.
 
         Raises:
             NoSuchSnapshot: there is none.
             NotEmpty: something was done to the volume.
-            HlfsError: as `checkpoint`.
+            HlfsError: as `checkpoint`; the volume `is_new` where it did not come to hold anything.
         """
-        if not origin.is_merged(snapshot_id):
-            self.checkpoint(origin)
-        # From an older checkpoint the origin would merge the snapshot's map once more, and lead to other nodes then.
-        self.repeat_checkpoint(origin, always=True)
         volume.adopt(origin, snapshot_id, size_bytes, logs)
         self._checkpoint_both(volume)
 
@@ -227,7 +237,7 @@ class Engine:
             how many bytes were copied.
 
         Raises:
-            VolumeBusy: it was given a snapshot meanwhile.
+            VolumeBusy: it was given a snapshot meanwhile, or rolled back to one.
             NoSpace, StoreFailed, LogDamaged: what was copied stays.
         """
         copied_bytes = 0
@@ -300,6 +310,8 @@ class Engine:
             raise
         if record.receiving is None:
             self.retain_again(volume)
+        else:
+            self.stop_retaining(volume)
         self.core.publish_volume(native)
         return volume
 

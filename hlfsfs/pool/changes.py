@@ -37,7 +37,7 @@ from hlfsfs.errors import (
 from hlfsfs.pool.attributes import Defaults, Ownership
 from hlfsfs.pool.names import check_new_name
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
-from hlfsfs.store.records import MAX_ID, MIN_ID, LogRef, PoolRecord, VolumeRecord, with_changes
+from hlfsfs.store.records import MAX_ID, MIN_ID, LogRef, PoolRecord, VolumeRecord, VolumeState, with_changes
 
 if TYPE_CHECKING:
     from hlfsfs.pool.volumes import Volumes
@@ -230,25 +230,30 @@ class Changes:
         """
         if isinstance(node.damage, NameDamaged):
             return
+        state = node.require_record().state
         doomed = with_changes(node.require_record(), state="unlinked-open")
         try:
             self.replace_record(node, doomed)
         except NoSpace:
             self._publish(node, doomed)
         except NotDurable as exc:
-            self.revive(node)
+            # One that is hidden has no name, and would be damage if it were live.
+            self._put_back(node, state)
             raise exc.failure from exc
 
     def revive(self, node: VolumeNode) -> None:
         """Marks a volume that has a name as live again; if that fails, the next mount does it."""
+        self._put_back(node, "live")
+
+    def _put_back(self, node: VolumeNode, state: VolumeState) -> None:
         if node.record is None:
             return
-        live = with_changes(node.record, state="live")
+        record = with_changes(node.record, state=state)
         try:
-            self.replace_record(node, live)
+            self.replace_record(node, record)
         except HlfsError as exc:
             log.warning("volume %016x gets its state back at the next mount: %s", node.id, exc)
-            self._publish(node, live)
+            self._publish(node, record)
 
     def _publish(self, node: VolumeNode, record: VolumeRecord) -> None:
         with self._shared.lock:

@@ -28,7 +28,7 @@ from hlfsfs.errors import (
     VolumeBusy,
 )
 from hlfsfs.pool import xattrs
-from hlfsfs.pool.changes import Changes, new_id
+from hlfsfs.pool.changes import Changes, new_id, unseen
 from hlfsfs.pool.names import hidden_name
 from hlfsfs.pool.snapshots import SnapshotNode, Snapshots
 from hlfsfs.pool.tree import PoolNode, Shared, VolumeNode
@@ -108,7 +108,12 @@ class Clones:
                     )
 
     def share(
-        self, source: VolumeNode | SnapshotNode, target: VolumeNode, volume: "Volume", size_bytes: int
+        self,
+        source: VolumeNode | SnapshotNode,
+        target: VolumeNode,
+        volume: "Volume",
+        size_bytes: int,
+        check: Callable[[int], None],
     ) -> int | None:
         """Makes a new, empty volume a clone of the beginning of a snapshot, or of a volume just now.
 
@@ -119,6 +124,8 @@ class Clones:
             source: what is shared.
             target, volume: attached.
             size_bytes: how much; whole blocks, or all there is.
+            check: is told of the snapshot, by id, while it is kept and nothing else is done; raises what speaks against
+                sharing it.
 
         Returns:
             The last change of the source that the target holds, -1 where there were others at the same time. None:
@@ -139,22 +146,42 @@ class Clones:
                 sequence = origin.sequence
                 record = node.require_record()
                 logs = _logs_read_by_clones_of(record)
-                with self._held(source, origin, snapshot_id, target.id):
+                with self._held(source, origin, snapshot_id, target.id, check):
                     shared = {"logs": [*before.logs, *logs], "origin": Origin(volume=record.uuid, snapshot=snapshot_id)}
                     self._changes.update_record(target, shared)
                 # From here on the target may read it, whatever fails.
                 try:
                     self._shared.engine.adopt(volume, origin, snapshot_id, size_bytes, logs)
-                except NotEmpty:
-                    self._changes.update_record(target, {"logs": before.logs, "origin": None})
-                    self._let_go(SnapshotNode(node, snapshot_id), target.id)
-                    return None
+                except HlfsError as exc:
+                    not_empty = isinstance(exc, NotEmpty)
+                    if not_empty or volume.is_new:
+                        self._disown(target, before, SnapshotNode(node, snapshot_id))
+                    if not_empty:
+                        return None
+                    raise
                 sequence += isinstance(source, VolumeNode)
                 return sequence if origin.sequence == sequence else -1
 
+    def _disown(self, target: VolumeNode, before: VolumeRecord, snapshot: SnapshotNode) -> None:
+        """Takes back the record of a target that adopted nothing, then what is kept for it.
+
+        While the record may name the snapshot, after a crash too, that is kept: it goes with the target.
+        """
+        try:
+            self._changes.update_record(target, {"logs": before.logs, "origin": None})
+        except HlfsError as exc:
+            log.warning("%s: it stays a clone, which shares nothing: %s", self._shared.what(target), exc)
+            return
+        self._let_go(snapshot, target.id)
+
     @contextmanager
     def _held(
-        self, source: VolumeNode | SnapshotNode, volume: "Volume", snapshot_id: int, clone_id: int
+        self,
+        source: VolumeNode | SnapshotNode,
+        volume: "Volume",
+        snapshot_id: int,
+        clone_id: int,
+        check: Callable[[int], None] = lambda snapshot_id: None,
     ) -> Iterator[None]:
         """Keeps a snapshot for a clone that the block makes, and takes one first where a volume is to be cloned."""
         node = source if isinstance(source, VolumeNode) else source.volume
@@ -162,6 +189,13 @@ class Clones:
         try:
             if isinstance(source, VolumeNode):
                 volume.create_snapshot(hidden_name(snapshot_id), snapshot_id, 0o400, 0, 0)
+            check(snapshot_id)
+            self._shared.engine.make_shareable(volume, snapshot_id)
+        except HlfsError:
+            # Nobody reads it yet, so what stays all the same the next sweep takes away.
+            self._let_go(SnapshotNode(node, snapshot_id), clone_id)
+            raise
+        try:
             yield
         except (StoreFailed, NotDurable):
             raise  # what was done is unknown: the next sweep looks
@@ -170,10 +204,11 @@ class Clones:
             raise
 
     def _hold(self, node: VolumeNode, snapshot_id: int, clone_id: int) -> None:
-        if not node.require_record().had_snapshots:
-            self._changes.update_record(node, {"had_snapshots": True})
         notes = self._snapshots.notes(SnapshotNode(node, snapshot_id))
-        self._snapshots.write_notes(node, with_changes(notes, clones=[*notes.clones, clone_id]))
+        with unseen():
+            if not node.require_record().had_snapshots:
+                self._changes.update_record(node, {"had_snapshots": True})
+            self._snapshots.write_notes(node, with_changes(notes, clones=[*notes.clones, clone_id]))
 
     # --- finding ----------------------------------------------------------------------------------------------
 

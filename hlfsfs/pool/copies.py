@@ -12,7 +12,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hlfsfs.errors import HlfsError, ReadOnly, StoreFailed, TooManySnapshots
@@ -59,7 +59,21 @@ class _Source:
         except StoreFailed as exc:
             if exc.errno != errno.ENXIO:
                 raise
-            return self.size_bytes
+            # It may be another one by now.
+            return self.size_bytes if self.snapshot_id else self.volume.size_bytes
+
+    def taken(self, snapshot_id: int) -> "_Source":
+        """What a snapshot of it holds."""
+        return replace(self, snapshot_id=snapshot_id, size_bytes=self.volume.snapshot(snapshot_id).size_bytes)
+
+    def can_share(self, there: int, offset: int, end: int) -> bool:
+        """Whether to show its beginning up to `end` is to copy what is from `offset` on behind what is `there`."""
+        whole = offset % BLOCK_BYTES == 0 and (end % BLOCK_BYTES == 0 or end == self.size_bytes)
+        return whole and there <= offset and end <= self.size_bytes and self.next_data(there) >= offset
+
+
+class _Changed(HlfsError):
+    """The source, since it was looked at, so that it cannot be shared."""
 
 
 class Copies:
@@ -110,14 +124,19 @@ class Copies:
     ) -> bool:
         """Has the target show that part of the source too; False, and nothing happened: it cannot."""
         end, there = offset + size_bytes, volume.size_bytes
-        whole = offset % BLOCK_BYTES == 0 and (end % BLOCK_BYTES == 0 or end == found.size_bytes)
-        if not whole or there > offset or found.next_data(there) < offset:
+        if not found.can_share(there, offset, end):
             return False
         if not volume.is_new:
             return volume.shares_with(found.node_id, found.sequence) and volume.adopt_more(there, end)
+
+        def check(snapshot_id: int) -> None:
+            # A volume may have been written to before its snapshot was taken.
+            if not found.taken(snapshot_id).can_share(there, offset, end):
+                raise _Changed
+
         try:
-            sequence = self._clones.share(source, target, volume, end)
-        except (ReadOnly, TooManySnapshots):
+            sequence = self._clones.share(source, target, volume, end, check)
+        except (ReadOnly, TooManySnapshots, _Changed):
             # Of the source, of which no more is asked than to be read.
             return False
         if sequence is None:

@@ -298,6 +298,8 @@ class Namespace:
             raise only_read(self._properties.what(self._node(parent_id)))
         made = self.create(parent_id, name, mode, uid, gid)
         self.open(made.id, os.O_RDONLY if mark_of(made.id) else flags)
+        if mark_of(made.id):
+            self._snapshots.touched(made.id)
         return made
 
     def mkdir(self, parent_id: int, name: bytes, mode: int, uid: int, gid: int) -> Attributes:

@@ -170,7 +170,7 @@ class Properties:
         """See `Namespace.getxattr`."""
         text = xattrs.parse_name(name)
         if text == xattrs.STATS:
-            return json.dumps(self.stats(node)).encode()
+            return xattrs.as_json(self.stats(node))
         if text in (xattrs.CLEAN, xattrs.FLATTEN, xattrs.RECEIVE):
             return json.dumps(self._run_state(node, text)).encode()
         if text.startswith(xattrs.CHANGES):

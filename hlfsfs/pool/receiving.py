@@ -126,8 +126,13 @@ class Receiver:
     def mark_received(self, parent: VolumeSnapshots, name: bytes, received: str) -> None:
         """Takes a snapshot, where there is none of that name, and notes what streams call it; durable, in this order.
 
-        Raises as `Snapshots.create`.
+        Raises as `Snapshots.create`; UsageError: streams can call none so.
         """
+        from hlfsfs.stream import MAX_ID_BYTES, is_snapshot_id  # noqa: PLC0415 - as in `_parts`
+
+        if not is_snapshot_id(received):
+            limits = f"what streams call a snapshot is text of at most {MAX_ID_BYTES} bytes of JSON, on one line"
+            raise UsageError(f"{self._snapshots.what(parent, name)}: {limits}")
         node = parent.volume
         with self._shared.changing:
             try:
@@ -227,8 +232,6 @@ class Receiver:
             self._settle(node, volume, mark)
         finally:
             self._let_writers_in(node)
-            if node.require_record().receiving is None:
-                self._shared.engine.retain_again(volume)
             self._tell_readers(node)
 
     def _mark(self, node: VolumeNode, mark: Receiving) -> None:
@@ -288,19 +291,33 @@ class Receiver:
         with self._volumes.using(node) as volume:
             if not self._shared.store.read_only:
                 self._settle(node, volume, node.record.receiving)
-                self._shared.engine.retain_again(volume)
 
     def _settle(self, node: VolumeNode, volume: "Volume", mark: Receiving) -> None:
         try:
             volume.snapshot(mark.snapshot)
         except NoSuchSnapshot:
             self._shared.engine.roll_back(volume, mark.base)
+            self._retain_again(node, volume)
             self._changes.update_record(node, {"receiving": None})
             return
+        self._retain_again(node, volume)
         with self._shared.changing:
             notes = with_changes(self._snapshots.notes(SnapshotNode(node, mark.snapshot)), received=mark.received)
             others = [each for each in node.require_record().snapshots if each.id != mark.snapshot]
             self._changes.update_record(node, {"receiving": None, "snapshots": [*others, notes]})
+
+    def _retain_again(self, node: VolumeNode, volume: "Volume") -> None:
+        """The newest checkpoint, which is retained first, may be of the middle: one of what came of it is taken before.
+
+        So it is before the record says that nothing is received, since the next mount retains what it finds then.
+        """
+        try:
+            self._shared.engine.checkpoint(volume)
+        except HlfsError as exc:
+            what = self._shared.what(node)
+            log.warning("%s: none of its checkpoints is retained until the next mount: %s", what, exc)
+            return
+        self._shared.engine.retain_again(volume)
 
     def close(self) -> None:
         """Stops what is under way, which makes its volume what it was, and takes no more orders."""

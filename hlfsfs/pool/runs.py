@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hlfsfs.errors import HlfsError, UsageError, VolumeBusy, to_errno
+from hlfsfs.errors import HlfsError, NoSpace, UsageError, VolumeBusy, to_errno
 from hlfsfs.pool.tree import Shared, VolumeNode
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,9 @@ class Runs:
             ended = replace(ended, report=work(progress))
         except HlfsError as exc:
             log.warning("%s: not %s: %s", self._shared.what(node), self._done, exc)
-            ended = replace(ended, error=str(exc), errno=exc.errno)
+            # The engine calls a volume by its number.
+            told = NoSpace(self._shared.what(node)) if isinstance(exc, NoSpace) else exc
+            ended = replace(ended, error=str(told), errno=exc.errno)
         except Exception as exc:
             log.exception("%s: %s failed", self._shared.what(node), self._doing)
             ended = replace(ended, error=f"{type(exc).__name__}: {exc}", errno=to_errno(exc))

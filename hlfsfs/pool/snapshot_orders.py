@@ -22,7 +22,7 @@ from hlfsfs.errors import (
     printable,
 )
 from hlfsfs.pool import xattrs
-from hlfsfs.pool.changes import new_id
+from hlfsfs.pool.changes import new_id, unseen
 from hlfsfs.pool.names import check_new_snapshot_name, hidden_name
 from hlfsfs.pool.snapshots import Node, PoolSnapshots, SnapshotNode, Snapshots, VolumeSnapshots
 from hlfsfs.pool.time_travel import TimeTravel
@@ -159,7 +159,8 @@ class SnapshotOrders:
                 self._snapshots.require_free(node, volume, name)
                 wanted.append(self._snapshots.new_snapshot(node, volume, name))
             group = SnapshotGroup(id=new_id(), volumes=[node.id for node in nodes])
-            self._write_groups([*self._shared.store.info().unfinished_groups, group])
+            with unseen():
+                self._write_groups([*self._shared.store.info().unfinished_groups, group])
             try:
                 self._shared.engine.create_snapshots(wanted, group.id)
                 self._end_group(group)
@@ -171,12 +172,21 @@ class SnapshotOrders:
                 self._snapshots.learn(node, [new])
 
     def _take_back(self, group: SnapshotGroup, nodes: list[VolumeNode], wanted: "list[NewSnapshot]") -> None:
-        try:
-            for node, new in zip(nodes, wanted, strict=True):
+        # Whether it is there still or not, and for good or not: all are out of sight.
+        self._snapshots.hide_group(group.id)
+        left = False
+        for node, new in zip(nodes, wanted, strict=True):
+            try:
                 remove_group(node, new.volume, group.id)
+            except HlfsError as exc:
+                log.warning("what was taken of a group of snapshots goes at the next mount: %s", exc)
+                left = True
+        if left:
+            return
+        try:
             self._end_group(group)
         except HlfsError as exc:
-            log.warning("what was taken of a group of snapshots goes at the next mount: %s", exc)
+            log.warning("a group of snapshots of which nothing is left is forgotten at the next mount: %s", exc)
 
     def _end_group(self, group: SnapshotGroup) -> None:
         self._write_groups([each for each in self._shared.store.info().unfinished_groups if each.id != group.id])

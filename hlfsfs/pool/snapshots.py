@@ -8,7 +8,6 @@ Changes hold `Shared.changing` throughout, as those of other names do, so that n
 of it is being taken.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +29,7 @@ from hlfsfs.errors import (
 )
 from hlfsfs.pool import xattrs
 from hlfsfs.pool.attributes import AttributeChanges, Attributes, EntryAttributes, check_volume_mode
-from hlfsfs.pool.changes import Changes, new_id
+from hlfsfs.pool.changes import Changes, new_id, unseen
 from hlfsfs.pool.names import LATEST, check_new_snapshot_name, hidden_name
 from hlfsfs.pool.node_ids import LATEST_MARK, ROOT_ID, SNAPSHOT_MARK, SNAPSHOTS_MARK, mark_of, marked, stable_id
 from hlfsfs.pool.tree import PoolNode, Shared, VolumeNode
@@ -45,9 +44,13 @@ log = logging.getLogger(__name__)
 _READ_BITS = 0o444
 _WRITE_BITS = 0o222
 _SEARCH_BITS = 0o111
-# An attribute has 64 KiB at most, and one more snapshot may take half of it.
+# So much at least is on a page before the last one, unless the next snapshot does not fit on it.
 PAGE_BYTES = 32768
-CLONES_SHOWN_CHARACTERS = 4096
+# Of a page, what stands around the snapshots on it.
+_PAGE_ENDS_BYTES = 64
+# What is told of one snapshot fits, with as many holds as may be.
+CLONES_SHOWN_BYTES = 4096
+_NAME_SHOWN_CHARACTERS = 4096
 _NUMBER = re.compile(r"[0-9a-f]{1,8}")
 
 
@@ -127,7 +130,10 @@ class Snapshots:
         # Guarded by `Shared.lock`: whose a snapshot is, as far as anybody looked, and how many handles it has.
         self._owners: dict[int, VolumeNode] = {}
         self._handles: dict[int, int] = {}
-        # Groups that a crash cut short, which the sweep of a store that may be changed takes back.
+        # Those that are open since they were taken.
+        self._touched: set[int] = set()
+        # Groups that a crash cut short, which the sweep of a store that may be changed takes back, and those that
+        # failed and could not be taken back.
         unfinished = shared.store.info().unfinished_groups if shared.store.read_only else []
         self._unfinished = frozenset(group.id for group in unfinished)
 
@@ -377,10 +383,10 @@ class Snapshots:
         return self._newest(node).name
 
     def change(self, node: Node, changes: AttributeChanges) -> None:
-        """Gives a snapshot another mode or owner; durable. Its times stay: `touch`, which takes it, asks for others.
+        """Gives a snapshot another mode or owner; durable. Its times stay, also where `touch`, which takes it, asks.
 
         Raises:
-            ReadOnly: the size, or anything of a directory.
+            ReadOnly: the size, times but for those, or anything of a directory.
             NotPermitted: a mode no snapshot may have.
         """
         if not isinstance(node, SnapshotNode):
@@ -388,7 +394,8 @@ class Snapshots:
         if changes.mode is not None:
             check_volume_mode(changes.mode)
         with self._shared.changing, self._using(node) as (volume, snapshot):
-            if changes.size_bytes is not None:
+            times = changes.atime_ns is not None or changes.mtime_ns is not None
+            if changes.size_bytes is not None or (times and node.id not in self._touched):
                 raise only_read(self.what(node))
             if changes.ownership:
                 self._volumes.check_writable(node.volume, volume)
@@ -424,11 +431,18 @@ class Snapshots:
         self.pool_of(parent.volume)
         return parent.volume
 
+    def hide_group(self, group_id: int) -> None:
+        """Shows nothing that is left of a group, until the next mount removes it."""
+        self._unfinished |= {group_id}
+
     def require_free(self, node: VolumeNode, volume: "Volume", name: bytes) -> None:
-        """Raises NameExists."""
+        """Raises NameExists; and what keeps the rest of a group that failed from being removed."""
         try:
-            volume.snapshot_named(name)
+            found = volume.snapshot_named(name)
         except NoSuchSnapshot:
+            return
+        if found.group_id in self._unfinished:
+            volume.remove_snapshot(found.id)
             return
         raise NameExists(self.what(VolumeSnapshots(node), name))
 
@@ -438,7 +452,8 @@ class Snapshots:
 
         record = node.require_record()
         if not record.had_snapshots:
-            self._changes.update_record(node, {"had_snapshots": True})
+            with unseen():
+                self._changes.update_record(node, {"had_snapshots": True})
         return NewSnapshot(volume, new_id(), name, record.mode & 0o777 & ~_WRITE_BITS, record.uid, record.gid)
 
     def remove(self, parent: Node, name: bytes) -> None:
@@ -544,6 +559,11 @@ class Snapshots:
                     return SnapshotFile(volume, node.id, self.what(node))
         return self.open(node)
 
+    def touched(self, node_id: int) -> None:
+        """The handle there is was opened by who takes the snapshot."""
+        with self._shared.lock:
+            self._touched.add(stable_id(node_id))
+
     def release(self, node_id: int) -> None:
         """Gives a handle back; one from before a restart may be unknown here."""
         with self._shared.lock:
@@ -559,6 +579,7 @@ class Snapshots:
             if handles > 1:
                 self._handles[snapshot_id] = handles - 1
             elif handles == 1:
+                self._touched.discard(snapshot_id)
                 self._shared.engine.close_snapshot(marked(SNAPSHOT_MARK, snapshot_id))
             return handles > 0
 
@@ -611,7 +632,7 @@ class Snapshots:
             with self._shared.lock:
                 node = self._shared.tree.by_id.get(volume_id)
             names.append(self._shared.what(node) if node is not None else f"volume {volume_id:016x}")
-            if sum(map(len, names)) > CLONES_SHOWN_CHARACTERS:
+            if len(xattrs.as_json(names)) > CLONES_SHOWN_BYTES:
                 return names[:-1]
         return names
 
@@ -619,9 +640,9 @@ class Snapshots:
         notes = self.notes(SnapshotNode(node, snapshot.id))
         return {
             "kind": "snapshot",
-            "name": self.what(VolumeSnapshots(node), snapshot.name),
+            "name": _shown(self.what(VolumeSnapshots(node), snapshot.name)),
             "id": f"{marked(SNAPSHOT_MARK, snapshot.id):016x}",
-            "volume": self._shared.what(node),
+            "volume": _shown(self._shared.what(node)),
             "snapshot": printable(snapshot.name),
             "time_ns": snapshot.time_ns,
             "mtime_ns": snapshot.mtime_ns,
@@ -650,12 +671,22 @@ class Snapshots:
         with self._volumes.using(node.volume) as volume:
             space = self._shared.engine.snapshot_space(volume)
             snapshots = self._listed(volume)
-        listed, size_bytes, at = [], 0, int(start, 16)
+        listed: list[bytes] = []
+        size_bytes, at = _PAGE_ENDS_BYTES, int(start, 16)
         while at < len(snapshots) and size_bytes < PAGE_BYTES:
-            listed.append(json.dumps(self._stats_of(node.volume, snapshots[at], space)))
-            size_bytes, at = size_bytes + len(listed[-1]), at + 1
-        following = f'"{at:x}"' if at < len(snapshots) else "null"
-        return f'{{"snapshots": [{",".join(listed)}], "next": {following}}}'.encode()
+            told = xattrs.as_json(self._stats_of(node.volume, snapshots[at], space))
+            size_bytes += len(told) + 1
+            if listed and size_bytes > xattrs.LIMIT_BYTES:
+                break
+            listed.append(told)
+            at += 1
+        following = b'"%x"' % at if at < len(snapshots) else b"null"
+        return b'{"snapshots": [%s], "next": %s}' % (b",".join(listed), following)
+
+
+def _shown(name: str) -> str:
+    """A name for people; of one that is longer than any text the end."""
+    return name if len(name) <= _NAME_SHOWN_CHARACTERS else f"…{name[-_NAME_SHOWN_CHARACTERS:]}"
 
 
 def _directory_mode(volume_mode: int) -> int:

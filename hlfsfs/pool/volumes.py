@@ -188,13 +188,18 @@ class Volumes:
         return True
 
     def _hide(self, node: VolumeNode, record: VolumeRecord) -> None:
-        """Keeps a volume without a name for its clones; what they do not read of it is given back by and by."""
+        """Keeps a volume without a name for its clones; what they do not read of it is given back by and by.
+
+        Durable steps: the size, the record. After a crash in between it is unlinked-open, and the sweep hides it.
+        """
         hidden = with_changes(record, state="hidden")
         try:
+            volume = self._shared.engine.attach(record)
+            volume.resize(0)
+            volume.flush()
             self._shared.store.write_volume(hidden)
             with self._shared.lock:
                 node.record = hidden
-            self._shared.engine.attach(hidden).resize(0)
         except HlfsError as exc:
             log.warning("volume %016x, which clones read, is not hidden yet: %s", node.id, exc)
         finally:

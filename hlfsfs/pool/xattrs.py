@@ -6,6 +6,7 @@ can be set: `user.hlfs.clean` and `user.hlfs.flatten` of volumes, `user.hlfs.clo
 of snapshots.
 """
 
+import json
 import os
 
 from hlfsfs.errors import AttributeExists, NoAttribute, NoSpace, NotPermitted, NotSupported, RefusedName
@@ -33,7 +34,7 @@ RECEIVE = "user.hlfs.receive"
 ORDERS = (GROUP, HOLD, RELEASE, ROLLBACK, PROMOTE, FORGET)
 # File capabilities would have to be dropped at each write, as set-user-ID bits would.
 CAPABILITY = "security.capability"
-# Records are held in memory and written as a whole.
+# As much as the kernel passes on. Of those that are kept, all together: records are in memory and written as a whole.
 LIMIT_BYTES = 65536
 
 
@@ -81,6 +82,11 @@ def without_attribute(xattrs: dict[str, bytes], name: str, what: str) -> dict[st
     if name not in xattrs:
         raise NoAttribute(what, name)
     return {key: value for key, value in xattrs.items() if key != name}
+
+
+def as_json(value: object) -> bytes:
+    """What is computed, in UTF-8: of ASCII less fits into an attribute."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def listed(xattrs: dict[str, bytes], *, privileged: bool) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from hlfsfs.stream.format import (
     MAX_DATA_BYTES,
+    MAX_ID_BYTES,
     Begin,
     Data,
     End,
@@ -10,6 +11,7 @@ from hlfsfs.stream.format import (
     SnapshotRef,
     decode_token,
     encode_token,
+    is_snapshot_id,
 )
 from hlfsfs.stream.reader import Position, StreamReader
 from hlfsfs.stream.writer import DEFAULT_LEVEL, LEVELS, StreamWriter
@@ -18,6 +20,7 @@ __all__ = [
     "DEFAULT_LEVEL",
     "LEVELS",
     "MAX_DATA_BYTES",
+    "MAX_ID_BYTES",
     "Begin",
     "Data",
     "End",
@@ -29,4 +32,5 @@ __all__ = [
     "StreamWriter",
     "decode_token",
     "encode_token",
+    "is_snapshot_id",
 ]

@@ -32,6 +32,8 @@ BLOCK_BYTES = 4096
 MAX_JSON_BYTES = 64 << 10
 MAX_VOLUME_BYTES = 1 << 48
 MAX_TEXT_CHARACTERS = 4096
+# As JSON: what is told of a snapshot has to fit into an attribute.
+MAX_ID_BYTES = 4096
 MAX_NAME_BYTES = 255
 
 
@@ -166,16 +168,21 @@ def decode_begin(payload: bytes, what: str) -> Begin:
     begin = _decode(payload, Begin, what)
     refs = [begin.snapshot, *([begin.base] if begin.base else [])]
     sizes = [begin.start, begin.data_bytes, *(ref.size_bytes for ref in refs)]
-    texts = [begin.volume, *(ref.id for ref in refs)]
     if not all(0 <= size <= MAX_VOLUME_BYTES for size in sizes):
         raise StreamDamaged(what, "it is of a size that no volume has")
-    if not all(map(_is_text, texts)) or not all(_is_snapshot_name(ref.name) for ref in refs):
+    named = all(is_snapshot_id(ref.id) and _is_snapshot_name(ref.name) for ref in refs)
+    if not named or not _is_text(begin.volume):
         raise StreamDamaged(what, "it has names that no snapshot has")
     return begin
 
 
 def _is_text(text: str) -> bool:
     return 0 < len(text) <= MAX_TEXT_CHARACTERS and text.isprintable()
+
+
+def is_snapshot_id(text: str) -> bool:
+    """Whether streams may call a snapshot so."""
+    return _is_text(text) and len(msgspec.json.encode(text)) <= MAX_ID_BYTES
 
 
 def _is_snapshot_name(name: str) -> bool:

@@ -18,6 +18,10 @@ def test_touch_takes_one(mount: Mounted, plane: str) -> None:
     inside(mount, 'write("p/disk", b"a" * 100_000 + b"tail")')
     run("touch", where / "one")
     inside(mount, 'write("p/disk", b"b" * 5000)')
+    # It is not another one.
+    for name in ("one", "latest"):
+        with pytest.raises(AssertionError, match="Read-only file system"):
+            run("touch", where / name)
     run("touch", where / "two")
     assert run("ls", where).split() == ["latest", "one", "two"]
     assert run("ls", "-a", mount.path / "p").split() == [".", "..", "disk"]

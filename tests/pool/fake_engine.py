@@ -207,6 +207,9 @@ class FakeEngine:
             assert snapshot_id in self._media.logs[log_uuid].snapshots, f"snapshot {snapshot_id:x} is gone"
             self._store.list_segments(log_uuid)
 
+    def make_shareable(self, origin: FakeVolume, snapshot_id: int) -> None:
+        origin.snapshot(snapshot_id)
+
     def clone(self, origin: FakeVolume, snapshot_id: int, record: VolumeRecord) -> FakeVolume:
         self.create_log(record)
         snapshot, data = origin.stored.snapshots[snapshot_id]

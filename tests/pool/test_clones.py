@@ -1,5 +1,6 @@
 """Clones: volumes that share what snapshots hold, and what is kept for them."""
 
+import errno
 import json
 import os
 import random
@@ -82,6 +83,44 @@ def test_what_a_clone_needs_outlives_what_it_was_made_of(world: World) -> None:
         assert world.report.damage == []
     # What only the volume held is not kept.
     assert world.engine.attach(world.store.read_volume(volume.id)).attr().size_bytes == 0
+    world.names.unlink(ROOT_ID, b"c")
+    assert nothing_is_left(world)
+
+
+def hidden_with_a_clone(world: World) -> tuple[int, int]:
+    """Ids of a volume that is about to lose its name, with more than its clone reads, and of that."""
+    volume = world.volume(b"v", data=b"x" * MIB).id
+    made = world.names.clone(volume, ROOT_ID, b"c").id
+    world.write(volume, b"y" * 2 * MIB)
+    return volume, made
+
+
+def size_of(world: World, volume_id: int) -> int:
+    assert world.store.read_volume(volume_id).state == "hidden"
+    return int(world.engine.attach(world.store.read_volume(volume_id)).attr().size_bytes)
+
+
+def test_a_hidden_volume_is_empty_after_a_crash(world: World) -> None:
+    volume, made = hidden_with_a_clone(world)
+    world.names.unlink(ROOT_ID, b"v")
+    world.reopen(crash=True, read_only=True)
+    assert size_of(world, volume) == 0
+    assert world.read(made) == b"x" * MIB
+
+
+def refuse(*_: object) -> None:
+    raise errors.StoreFailed("disk", OSError(errno.EIO, "broken"))
+
+
+def test_a_volume_that_could_not_be_hidden_is_at_the_next_mount(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, made = hidden_with_a_clone(world)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(world.names.volume(volume)), "resize", refuse)
+        world.names.unlink(ROOT_ID, b"v")
+    world.reopen(crash=True)
+    assert world.report.damage == []
+    assert size_of(world, volume) == 0
+    assert world.read(made) == b"x" * MIB
     world.names.unlink(ROOT_ID, b"c")
     assert nothing_is_left(world)
 
@@ -178,7 +217,8 @@ def test_flattening_by_order(world: World) -> None:
 
 def test_a_snapshot_with_many_clones_is_told_of(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is told fits into an attribute, however many there are."""
-    monkeypatch.setattr(snapshots, "CLONES_SHOWN_CHARACTERS", 3 * len(f"{world.store.uri}/c1"))
+    three = json.dumps([f"{world.store.uri}/c{number}" for number in range(3)])
+    monkeypatch.setattr(snapshots, "CLONES_SHOWN_BYTES", len(three))
     world.volume(b"v", data=b"x")
     source = take(world, b"v", b"s")
     for number in range(8):

@@ -1,16 +1,20 @@
 """copy_file_range(2) between volumes and snapshots: shared where it can be and copied elsewhere, the same bytes."""
 
+import errno
 import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hlfsfs import errors
+from hlfsfs.engine import Engine, Volume
 from hlfsfs.engine.volume import ChangedExtent
 from hlfsfs.pool import AttributeChanges, copies
+from hlfsfs.pool.clones import Clones
 from hlfsfs.pool.node_ids import ROOT_ID, stable_id
 from hlfsfs.store.local import open_local
 from hlfsfs.store.records import VolumeRecord
@@ -148,6 +152,70 @@ def test_a_source_that_is_being_written(world: RealWorld) -> None:
     assert world.names.volume(target).read(0, 2 * MIB) == volume.read(0, 2 * MIB)
 
 
+@pytest.mark.parametrize(
+    ("start", "change"),
+    [
+        (0, lambda source: source.write(3 * MIB + 1000, b"grown")),
+        (0, lambda source: source.resize(2 * MIB)),
+        (0, lambda source: source.resize(2 * MIB + 5)),
+        (2 * MIB, lambda source: source.write(MIB, b"new")),
+    ],
+    ids=["grows in its last block", "is cut", "is cut within a block", "has data where it had none"],
+)
+def test_a_source_that_changes_right_before_it_is_shared(
+    world: RealWorld, monkeypatch: pytest.MonkeyPatch, start: int, change: Callable[[Volume], object]
+) -> None:
+    """After it was found that it can be shared: no more is told than was copied, and no more shows, then or later."""
+    source = world.names.volume(world.volume(b"v").id)
+    source.write(2 * MIB, random.Random(12).randbytes(MIB + 1000))
+    target = world.names.volume(world.volume(b"t").id)
+    share = Clones.share
+
+    def changed(self: Clones, *args: Any) -> int | None:
+        change(source)
+        return share(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Clones, "share", changed)
+        done = world.names.copy(source.id, start, target.id, start, 1 << 60)
+    assert target.size_bytes == start + done
+    expected = bytes(start) + source.read(start, done)
+    assert target.read(0, 4 * MIB) == expected
+    target.resize(4 * MIB)
+    assert target.read(0, 4 * MIB) == expected.ljust(4 * MIB, b"\0")
+    for crash in (False, True):
+        assert record(world, target.id).origin is None
+        assert record(world, source.id).snapshots == []
+        assert world.names.volume(source.id).snapshots() == []
+        world.reopen(crash=crash)
+    assert world.names.volume(target.id).read(0, 4 * MIB) == expected.ljust(4 * MIB, b"\0")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda source: source.write(5 * MIB, b"more"), lambda source: source.write(0, b"n")],
+    ids=["behind it", "in it"],
+)
+def test_a_source_that_changes_elsewhere_right_before_it_is_shared(
+    world: RealWorld, monkeypatch: pytest.MonkeyPatch, change: Callable[[Volume], object]
+) -> None:
+    """What was asked for can be shared all the same."""
+    source = world.names.volume(world.volume(b"v").id)
+    source.write(0, random.Random(13).randbytes(4 * MIB))
+    target = world.volume(b"t").id
+    share = Clones.share
+
+    def changed(self: Clones, *args: Any) -> int | None:
+        change(source)
+        return share(self, *args)
+
+    monkeypatch.setattr(Clones, "share", changed)
+    assert world.names.copy(source.id, 0, target, 0, 1 << 60) == 4 * MIB
+    assert world.names.volume(target).read(0, 5 * MIB) == source.read(0, 4 * MIB)
+    assert own_bytes(world, target) == 0
+    check_kept(world)
+
+
 def test_what_is_copied_and_not_shared(world: RealWorld) -> None:
     data = random.Random(3).randbytes(MIB)
     volume = world.volume(b"v", data=data).id
@@ -223,6 +291,127 @@ def test_a_source_that_can_only_be_read(world: RealWorld) -> None:
     assert copy(world, volume, target) == MIB
     assert world.names.volume(target).read(0, 2 * MIB) == data
     assert record(world, target).origin is None
+
+
+@pytest.mark.parametrize("of_snapshot", [True, False], ids=["of a snapshot", "of a volume"])
+@pytest.mark.parametrize(
+    ("owner", "method"), [(Engine, "checkpoint"), (Engine, "repeat_checkpoint"), (Volume, "adopt")]
+)
+@pytest.mark.parametrize(
+    "error",
+    [errors.NoSpace("disk"), errors.StoreFailed("disk", OSError(errno.EIO, "broken"))],
+    ids=["no space", "a failing disk"],
+)
+def test_what_cannot_be_shared_leaves_nothing(
+    world: RealWorld,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    error: errors.HlfsError,
+    owner: type[Engine | Volume],
+    method: str,
+    of_snapshot: bool,
+) -> None:
+    """Say, no checkpoint of the origin could be written: the target is as new as it was."""
+    data = random.Random(14).randbytes(MIB)
+    volume = world.volume(b"v", data=data).id
+    source = take(world, b"v") if of_snapshot else volume
+    target = world.volume(b"t").id
+    before = record(world, target)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, refuse)
+        with pytest.raises(type(error)):
+            copy(world, source, target)
+    for _ in range(2):
+        assert record(world, target) == before
+        assert record(world, volume).snapshots == []
+        assert [each.name for each in world.names.volume(volume).snapshots()] == ([b"s"] if of_snapshot else [])
+        assert world.names.volume(target).is_new
+        world.reopen(crash=True)
+    assert copy(world, source, target) == MIB
+    assert own_bytes(world, target) == 0
+    assert world.names.volume(target).read(0, 2 * MIB) == data
+    check_kept(world)
+
+
+def test_what_cannot_be_let_go_of_goes_at_the_next_mount(world: RealWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fails while it is being taken back, too."""
+    volume = world.volume(b"v", data=b"x" * MIB).id
+    target = world.volume(b"t").id
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise errors.StoreFailed("disk", OSError(errno.EIO, "broken"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "repeat_checkpoint", refuse)
+        patch.setattr(Engine, "remove_snapshot", refuse)
+        with pytest.raises(errors.StoreFailed):
+            copy(world, volume, target)
+    assert record(world, target).origin is None
+    assert record(world, volume).snapshots != []
+    world.reopen(crash=True)
+    assert record(world, volume).snapshots == []
+    assert world.names.volume(volume).snapshots() == []
+    check_kept(world)
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_record_that_cannot_be_taken_back_keeps_what_it_names(
+    world: RealWorld, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    """It may be there after a crash, whatever the record in memory says."""
+    data = random.Random(16).randbytes(MIB)
+    volume, target = world.volume(b"v", data=data).id, world.volume(b"t").id
+    write, failure = world.store.write_volume, OSError(errno.EIO, "broken")
+
+    def refuse(*_: Any) -> None:
+        monkeypatch.setattr(world.store, "write_volume", fail)
+        raise errors.NoSpace("disk")
+
+    def fail(written: VolumeRecord) -> None:
+        if durable:
+            raise errors.StoreFailed("disk", failure)
+        write(written)
+        raise errors.NotDurable("disk", failure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Volume, "adopt", refuse)
+        with pytest.raises(errors.NoSpace):
+            copy(world, volume, target)
+    monkeypatch.setattr(world.store, "write_volume", write)
+    assert record(world, volume).snapshots != []
+    world.reopen(crash=True)
+    check_kept(world)
+    assert copy(world, volume, target) == MIB
+    assert world.names.volume(target).read(0, 2 * MIB) == data
+    for name in (b"t", b"v"):
+        world.names.unlink(ROOT_ID, name)
+    assert world.store.list_volumes() == []
+
+
+def test_what_was_adopted_is_kept(world: RealWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the target's checkpoints find no room: it shows it already, and one of them may come later."""
+    data = random.Random(15).randbytes(MIB)
+    volume, target = world.volume(b"v", data=data).id, world.volume(b"t").id
+    checkpoint_both = Engine._checkpoint_both
+
+    def refuse(self: Engine, volume: Volume) -> None:
+        raise errors.NoSpace("disk")
+
+    monkeypatch.setattr(Engine, "_checkpoint_both", refuse)
+    with pytest.raises(errors.NoSpace):
+        copy(world, volume, target)
+    monkeypatch.setattr(Engine, "_checkpoint_both", checkpoint_both)
+    assert world.names.volume(target).read(0, 2 * MIB) == data
+    check_kept(world)
+    world.write(volume, b"other" * 1000)
+    world.engine.clean(world.names.volume(volume))
+    world.reopen()
+    assert world.names.volume(target).read(0, 2 * MIB) == data
+    check_kept(world)
 
 
 def test_refusals(world: RealWorld) -> None:

@@ -3,6 +3,7 @@
 Failures print the seed; `HLFS_CRASH_SEED=N` runs it again.
 """
 
+import copy
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ from hlfsfs.store.disk import Disk
 from hlfsfs.store.local import open_local
 from tests.pool.conftest import World
 from tests.pool.fake_engine import Media
+from tests.pool.test_failing_disk import FAMILY, family_view
 from tests.pool.views import View, check_whole, view
 from tests.store.crash_disk import LazyDisk, RecordingDisk
 from tests.store.power_loss import Snapshot, materialise
@@ -28,10 +30,27 @@ CHANCES = (0.0, 1.0, 0.2, 0.5, 0.5, 0.8)
 
 @dataclass
 class Step:
-    """One operation: the changes of the disk it made end at `events`, and then names look like `after`."""
+    """One operation: the changes of the disk it made end at `events`, and then names look like `after`.
+
+    What volumes hold then is in `media`.
+    """
 
     events: int
     after: View
+    media: Media
+
+
+class Events(list[Any]):
+    """Those of a disk, with what volumes held when each was about to happen."""
+
+    def __init__(self, events: list[Any], media: Media) -> None:
+        super().__init__(events)
+        self._media = media
+        self.held = [copy.deepcopy(media) for _ in events]
+
+    def append(self, event: Any) -> None:
+        self.held.append(copy.deepcopy(self._media))
+        super().append(event)
 
 
 class Trial:
@@ -40,63 +59,70 @@ class Trial:
     def __init__(self, world: World, disk: RecordingDisk) -> None:
         self.world = world
         self.disk = disk
-        self.steps = [Step(len(disk.recording.events), view(world))]
+        self.events = disk.recording.events = Events(disk.recording.events, world.media)
+        self.steps = [self._step()]
+
+    def _step(self) -> Step:
+        return Step(len(self.events), family_view(self.world), copy.deepcopy(self.world.media))
 
     def do(self, operation: Callable[[World], object]) -> None:
         """Runs an operation; one that is refused changes nothing, which is checked as well."""
         try:
             operation(self.world)
         except errors.HlfsError:
-            assert view(self.world) == self.steps[-1].after
-        self.steps.append(Step(len(self.disk.recording.events), view(self.world)))
+            assert family_view(self.world) == self.steps[-1].after
+        self.steps.append(self._step())
 
-    def crashes(self, rng: random.Random) -> Iterator[tuple[Snapshot, list[View]]]:
-        """Everything the disk may hold at any moment, with what names may look like then."""
+    def crashes(self, rng: random.Random) -> Iterator[tuple[Snapshot, Media, list[View]]]:
+        """Everything the disk and volumes may hold at any moment, with what names may look like then."""
         for before, after in zip(self.steps, self.steps[1:], strict=False):
             allowed = [before.after, after.after]
             seen: list[Snapshot] = []
             for count in range(before.events, after.events + 1):
+                # What volumes hold changes by itself, after an event or before the next one.
+                held = [before.media if count == before.events else self.events.held[count - 1]]
                 expected = allowed[1:] if count == after.events else allowed
+                held = [after.media] if count == after.events else [*held, self.events.held[count]]
                 for chance in CHANCES:
                     snapshot = self.disk.recording.after_crash(count, rng, chance)
                     if count == after.events or snapshot not in seen:
                         seen.append(snapshot)
-                        yield snapshot, expected
+                        yield snapshot, rng.choice(held), expected
 
 
 def check(world: World, expected: list[View]) -> None:
     """The store is whole and looks as it may."""
-    found = view(world)
-    assert found in expected
-    check_whole(world, found)
+    assert family_view(world) in expected
+    check_whole(world, view(world))
 
 
 class Cutter:
     """Builds what crashes left in a fresh directory, opens it as a mount would, and checks it."""
 
-    def __init__(self, directory: Path, media: Media) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.media = media
         self.checked = 0
 
-    def check(self, snapshot: Snapshot, expected: list[View], rng: random.Random) -> None:
+    def check(self, snapshot: Snapshot, media: Media, expected: list[View], rng: random.Random) -> None:
         """Checks one outcome; now and then also with a second power cut during the sweep that follows."""
         if self.checked % 25 == 0:
-            self._check_second_cut(snapshot, expected, rng)
-        world = World(self._build(snapshot), disk=LazyDisk(), media=self.media)
-        check(world, expected)
-        world.crash()
+            self._check_second_cut(snapshot, media, expected, rng)
+        self._check_once(snapshot, media, expected)
         self.checked += 1
 
-    def _check_second_cut(self, snapshot: Snapshot, expected: list[View], rng: random.Random) -> None:
+    def _check_once(self, snapshot: Snapshot, media: Media, expected: list[View]) -> None:
+        world = World(self._build(snapshot), disk=LazyDisk(), media=copy.deepcopy(media))
+        check(world, expected)
+        world.crash()
+
+    def _check_second_cut(self, snapshot: Snapshot, media: Media, expected: list[View], rng: random.Random) -> None:
         root = self._build(snapshot)
-        disk = RecordingDisk(root)
-        World(root, disk=disk, media=self.media).crash()
-        for count in range(len(disk.recording.events) + 1):
+        disk, swept = RecordingDisk(root), copy.deepcopy(media)
+        events = disk.recording.events = Events(disk.recording.events, swept)
+        World(root, disk=disk, media=swept).crash()
+        for count in range(len(events) + 1):
             again = disk.recording.after_crash(count, rng, 0.5)
-            world = World(self._build(again), disk=LazyDisk(), media=self.media)
-            check(world, expected)
-            world.crash()
+            self._check_once(again, [*events.held, swept][count], expected)
 
     def _build(self, snapshot: Snapshot) -> Path:
         root = self.directory / "after"
@@ -123,9 +149,9 @@ def begin(tmp_path: Path, disk_class: type[RecordingDisk] = RecordingDisk) -> Tr
 
 def cut(trial: Trial, tmp_path: Path, rng: random.Random) -> int:
     trial.world.crash()
-    cutter = Cutter(tmp_path, trial.world.media)
-    for snapshot, expected in trial.crashes(rng):
-        cutter.check(snapshot, expected, rng)
+    cutter = Cutter(tmp_path)
+    for snapshot, media, expected in trial.crashes(rng):
+        cutter.check(snapshot, media, expected, rng)
     return cutter.checked
 
 
@@ -168,6 +194,14 @@ def visible_steps(trial: Trial) -> list[tuple[Step, Step]]:
     """The steps but for those that change no name or mode: root's mode, an attribute, an open."""
     pairs = list(zip(trial.steps, trial.steps[1:], strict=False))
     return [pair for index, pair in enumerate(pairs) if index not in {6, 7, 15}]
+
+
+def test_snapshots_and_clones_survive_a_cut_at_every_moment(tmp_path: Path, rng: random.Random) -> None:
+    trial = begin(tmp_path)
+    for operation in FAMILY:
+        trial.do(operation)
+    assert trial.steps[-1].after == {}
+    assert cut(trial, tmp_path, rng) > 300
 
 
 def random_operation(rng: random.Random) -> Callable[[World], object]:
@@ -224,12 +258,12 @@ def test_making_a_store_survives_a_cut_at_every_moment(tmp_path: Path, rng: rand
     root.mkdir()
     disk = RecordingDisk(root)
     made = open_local(os.fsencode(root), create=True, read_only=False, disk=disk)
-    cutter = Cutter(tmp_path, Media())
+    cutter = Cutter(tmp_path)
     finished = 0
     for count in range(len(disk.recording.events) + 1):
         for chance in CHANCES:
             snapshot = disk.recording.after_crash(count, rng, chance)
-            cutter.check(snapshot, [{}], rng)
+            cutter.check(snapshot, Media(), [{}], rng)
             found = open_local(os.fsencode(tmp_path / "after"), create=False, read_only=False)
             if b".hlfs/store.json" in snapshot:
                 finished += 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import itertools
+import json
 import os
 import random
 import shutil
@@ -11,20 +13,61 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hlfsfs.errors import Damaged, HlfsError, NotDurable, StoreFailed
-from hlfsfs.pool import AttributeChanges
+from hlfsfs.errors import Damaged, HlfsError, NoSpace, NotDurable, StoreFailed
+from hlfsfs.pool import (
+    GROUP_ATTRIBUTE,
+    HOLD_ATTRIBUTE,
+    RECEIVE_ATTRIBUTE,
+    RELEASE_ATTRIBUTE,
+    AttributeChanges,
+)
 from hlfsfs.pool.check import check_names
-from hlfsfs.store.records import with_changes
-from tests.pool.conftest import World
+from hlfsfs.store.local import LocalStore
+from hlfsfs.store.records import StoreInfo, with_changes
+from tests.pool.conftest import RealWorld, World
+from tests.pool.fake_engine import FakeVolume, Media
 from tests.pool.views import View, check_whole, view
 from tests.store.crash_disk import LazyDisk, RecordingDisk
 from tests.store.failing_disk import FailingDisk
 from tests.store.power_loss import materialise
 
-SHARE = 80
+SHARE = 160
+
+
+def directory(world: World, name: bytes) -> int:
+    """Of a volume's snapshots; without a name that of all these."""
+    return world.names.resolve(b".snapshots/" + name)
+
+
+def take(world: World, name: bytes, snapshot: bytes) -> None:
+    world.names.create(directory(world, name), snapshot, 0o600, 0, 0)
+
+
+def untake(world: World, name: bytes, snapshot: bytes) -> None:
+    world.names.unlink(directory(world, name), snapshot)
+
+
+def order(world: World, name: bytes, attribute: str, /, **asked: object) -> None:
+    world.names.setxattr(directory(world, name), attribute.encode(), json.dumps(asked).encode())
+
+
+def family_view(world: World) -> View:
+    """`view` with the snapshots of volumes in the root, and as their kind what is noted on them.
+
+    But for clones: what names one that was not made stays until the next mount, where `check_whole` looks.
+    """
+    found = view(world)
+    for path in [path for path, (kind, _, _) in found.items() if kind == "volume" and b"/" not in path]:
+        for name, entry in world.names.readdir(directory(world, path)):
+            if entry.kind == "snapshot":
+                stats = world.names.stats(entry.id)
+                noted = f"snapshot {stats['holds']} {stats['stream_id'] == 'from afar'}"
+                found[path + b"%" + name] = (noted, entry.id, entry.mode)
+    return found
 
 
 def _unlink_opened(world: World) -> None:
@@ -33,6 +76,31 @@ def _unlink_opened(world: World) -> None:
     world.names.unlink(1, b"e")
     world.names.release(node_id)
 
+
+# Snapshots, what is noted on them, and clones, which keep what they read.
+FAMILY: list[Callable[[World], object]] = [
+    lambda w: w.volume(b"a", data=b"one"),
+    lambda w: take(w, b"a", b"one"),
+    lambda w: order(w, b"a", HOLD_ATTRIBUTE, snapshot="one", tag="somebody"),
+    lambda w: order(w, b"a", RELEASE_ATTRIBUTE, snapshot="one", tag="somebody"),
+    lambda w: w.volume(b"b", data=b"two"),
+    lambda w: order(w, b"", GROUP_ATTRIBUTE, name="both", volumes=["a", "b"]),
+    lambda w: w.names.clone(w.names.resolve(b"a%one"), 1, b"c"),
+    lambda w: w.names.clone(w.names.resolve(b"c"), 1, b"d"),
+    lambda w: take(w, b"d", b"three"),
+    lambda w: order(w, b"d", RECEIVE_ATTRIBUTE, snapshot="three", received="from afar"),
+    lambda w: untake(w, b"d", b"three"),
+    lambda w: untake(w, b"a", b"one"),
+    lambda w: untake(w, b"a", b"both"),
+    lambda w: w.names.unlink(1, b"a"),
+    lambda w: w.names.unlink(1, b"c"),
+    lambda w: w.names.flatten(w.names.resolve(b"d")),
+    lambda w: w.names.clone(w.names.resolve(b"b"), 1, b"e"),
+    lambda w: w.names.rename(1, b"d", 1, b"e"),
+    lambda w: untake(w, b"b", b"both"),
+    lambda w: w.names.unlink(1, b"b"),
+    lambda w: w.names.unlink(1, b"e"),
+]
 
 OPERATIONS: list[Callable[[World], object]] = [
     lambda w: w.volume(b"a"),
@@ -54,6 +122,7 @@ OPERATIONS: list[Callable[[World], object]] = [
     lambda w: w.names.rmdir(1, b"p"),
     lambda w: w.names.unlink(w.names.resolve(b"x"), b"c"),
     lambda w: w.names.rmdir(1, b"x"),
+    *FAMILY,
 ]
 
 
@@ -80,23 +149,29 @@ class Sweep:
         root.mkdir()
         disk = FailingDisk()
         world = World(root, disk=disk)
-        self.media = world.media
-        self.views = [view(world)]
+        self.medias = [copy.deepcopy(world.media)]
+        self.views = [family_view(world)]
         for number, operation in enumerate(OPERATIONS):
             world.close()
             shutil.copytree(root, directory / str(number + 1))
             root = directory / str(number + 1)
-            world = World(root, disk=disk, media=self.media)
+            world = World(root, disk=disk, media=world.media)
+            assert family_view(world) == self.views[-1]
             disk.arm(-1)
             operation(world)
             self.positions.extend(Position(number, call) for call in range(len(disk.calls)))
-            self.views.append(view(world))
+            self.views.append(family_view(world))
+            self.medias.append(copy.deepcopy(world.media))
         world.close()
 
     def opened(self, number: int) -> tuple[World, FailingDisk]:
         """The store as it is before an operation."""
         disk = FailingDisk()
-        return World(self.build(number), disk=disk, media=self.media), disk
+        return World(self.build(number), disk=disk, media=self.media(number)), disk
+
+    def media(self, number: int) -> Media:
+        """What volumes hold then."""
+        return copy.deepcopy(self.medias[number])
 
     def build(self, number: int) -> Path:
         """A copy of it."""
@@ -108,7 +183,7 @@ class Sweep:
     def check(self, at: Position, error: int, *, for_good: bool, crash: bool) -> None:
         world, disk = self.opened(at.operation)
         before, after = shown(self.views[at.operation]), shown(self.views[at.operation + 1])
-        assert shown(view(world)) == before
+        assert shown(family_view(world)) == before
         disk.arm(at.call, error, for_good=for_good)
         failure: HlfsError | None = None
         try:
@@ -118,7 +193,7 @@ class Sweep:
         assert disk.failed, disk.calls
         what, read_only = disk.calls[at.call], disk.only_reads
         disk.disarm()
-        found = view(world)
+        found = family_view(world)
         if failure is None or (isinstance(failure, NotDurable) and not for_good):
             assert shown(found) == after, f"{what}: {failure}"
         elif not for_good:
@@ -129,7 +204,7 @@ class Sweep:
         world.reopen(crash=crash)
         assert world.read(more.id) == b"data"
         world.names.unlink(1, b"more")
-        again = view(world)
+        again = family_view(world)
         assert again == found or (for_good and shown(again) == after), what
         world.reopen(crash=crash)
         check_whole(world, again)
@@ -192,11 +267,11 @@ def test_a_cut_after_a_failed_sync(sweep: Sweep, tmp_path: Path) -> None:
         for syncs in itertools.count(1):
             root = sweep.build(number)
             disk = ForgetfulDisk(root)
-            world = World(root, disk=disk, media=sweep.media)
-            before, disk.syncs_left = view(world), syncs - 1
+            world = World(root, disk=disk, media=sweep.media(number))
+            before, disk.syncs_left = family_view(world), syncs - 1
             with suppress(HlfsError):
                 operation(world)
-            allowed = [before, view(world)]
+            allowed = [before, family_view(world)]
             world.crash()
             if disk.syncs_left >= 0:
                 break
@@ -207,8 +282,8 @@ def test_a_cut_after_a_failed_sync(sweep: Sweep, tmp_path: Path) -> None:
                 shutil.rmtree(after, ignore_errors=True)
                 after.mkdir()
                 materialise(snapshot, after)
-                found = World(after, disk=LazyDisk(), media=sweep.media)
-                assert view(found) in allowed, f"operation {number}, sync {syncs}, chance {chance}"
+                found = World(after, disk=LazyDisk(), media=copy.deepcopy(world.media))
+                assert family_view(found) in allowed, f"operation {number}, sync {syncs}, chance {chance}"
                 check_whole(found, view(found))
                 found.crash()
     assert failed > 60
@@ -317,4 +392,75 @@ def test_what_was_half_deleted_is_no_damage(tmp_path: Path) -> None:
     assert (found.volumes, found.damage) == ([], [])
     world.reopen()
     check_whole(world, {})
+    world.close()
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2, 3])
+def test_a_copy_whose_checkpoints_find_no_room_leaves_nothing_that_may_be_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """The copy is what was copied, or empty, whatever becomes of what it shares with."""
+    (tmp_path / "store").mkdir()
+    world = RealWorld(tmp_path / "store")
+    data, target = random.Random(1).randbytes(1 << 20), world.volume(b"t").id
+    source = world.volume(b"v", data=data).id
+    write, calls = world.store.write_checkpoint_slot, itertools.count()
+
+    def refuse(*arguments: Any) -> None:
+        if next(calls) >= failing:
+            raise NoSpace("disk")
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.store, "write_checkpoint_slot", refuse)
+        with pytest.raises(HlfsError) as raised:
+            world.names.copy(source, 0, target, 0, len(data))
+        assert raised.value.errno == errno.ENOSPC
+    volume = world.names.volume(source)
+    volume.write(0, random.Random(2).randbytes(len(data)))
+    world.engine.clean(volume)
+    for _ in range(2):
+        assert world.names.volume(target).read(0, len(data)) in (b"", data)
+        world.reopen()
+        check_whole(world, view(world))
+        assert check_names(world.store, b"").damage == []
+    world.names.unlink(1, b"t")
+    world.names.unlink(1, b"v")
+    assert world.store.list_logs() == []
+    world.close()
+
+
+@pytest.mark.parametrize("stays", [b"ab", b"a", b"b"])
+def test_a_group_that_cannot_be_taken_back_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stays: bytes
+) -> None:
+    """Nothing of it, and its name can be given again; what stays goes with that, or at the next mount."""
+    world = World(tmp_path)
+    ids = {world.volume(name).id for name in (b"a", b"b")}
+    staying = {world.names.resolve(bytes([name])) for name in stays}
+    before = family_view(world)
+    failed, remove = StoreFailed("disk", OSError(errno.EIO, os.strerror(errno.EIO))), FakeVolume.remove_snapshot
+
+    def write_info(info: StoreInfo) -> None:
+        if not info.unfinished_groups:
+            raise failed
+        LocalStore.write_info(world.store, info)
+
+    def remove_some(volume: FakeVolume, snapshot_id: int) -> None:
+        if volume.id in staying:
+            raise failed
+        remove(volume, snapshot_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.store, "write_info", write_info)
+        patch.setattr(FakeVolume, "remove_snapshot", remove_some)
+        with pytest.raises(StoreFailed):
+            order(world, b"", GROUP_ATTRIBUTE, name="both", volumes=["a", "b"])
+    assert family_view(world) == before
+    assert sum(len(world.names.volume(each).snapshots()) for each in ids) == len(stays)
+    take(world, b"a", b"both")
+    world.reopen()
+    assert [path for path in family_view(world) if path not in before] == [b"a%both"]
+    check_whole(world, view(world))
+    assert sum(len(world.names.volume(each).snapshots()) for each in ids) == 1
     world.close()

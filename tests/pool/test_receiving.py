@@ -6,6 +6,7 @@ import json
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,11 @@ def test_orders(world: StreamWorld) -> None:
     for order in (b"", b"{}", b"[]", b'{"stream": 1}', b'{"snapshot": "x"}', b'{"stream": "s", "more": 1}'):
         with pytest.raises(UsageError):
             world.names.setxattr(directory, RECEIVE, order)
+    for received in ("x" * 5000, "\N{GRINNING FACE}" * 1024, "a\nb"):
+        order = json.dumps({"snapshot": "new", "received": received}).encode()
+        with pytest.raises(UsageError, match="what streams call a snapshot is text of at most 4096 bytes"):
+            world.names.setxattr(directory, RECEIVE, order)
+    assert world.snapshots() == [b"one"]
     with pytest.raises(NoAttribute):
         world.names.getxattr(world.names.resolve(b"v"), RECEIVE)
     state = json.loads(world.names.getxattr(directory, RECEIVE))
@@ -377,6 +383,96 @@ def test_the_next_mount_settles_what_a_crash_left(
     else:
         assert world.receive() == "two"
     assert world.content() == AFTER
+
+
+def checkpointed_half_way(world: StreamWorld) -> Callable[[int, int], None]:
+    """Progress that takes a checkpoint with a part of the stream applied, as the core does by itself."""
+    volume = world.names.volume(world.names.resolve(b"v"))
+    taken: list[int] = []
+
+    def checkpoint(done: int, total: int) -> None:
+        if done > total * 3 // 4 and not taken:
+            taken.append(done)
+            world.engine.checkpoint(volume)
+
+    return checkpoint
+
+
+def last_retained(world: StreamWorld) -> bytes:
+    """What `hlfs snapshot create --at` makes a snapshot of just now."""
+    order = json.dumps({"name": "at", "at_ns": time.time_ns()}).encode()
+    world.names.setxattr(world.directory(), b"user.hlfs.promote", order)
+    content = world.content(b".snapshots/v/at")
+    world.names.unlink(world.directory(), b"at")
+    return content
+
+
+def retaining(world: StreamWorld) -> None:
+    world.close()
+    world.retain_s = 3600.0
+    world.open()
+    world.put_stream()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_half_received_is_not_retained(
+    world: StreamWorld, monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    retaining(world)
+    if fails:
+        failing_at(monkeypatch, "create_snapshot", 1, NoSpace("disk"))
+    try:
+        world.receive(progress=checkpointed_half_way(world))
+    except NoSpace:
+        assert fails
+    monkeypatch.undo()
+    assert last_retained(world) == (BEFORE if fails else AFTER)
+
+
+@pytest.mark.parametrize("settled", [False, True], ids=["before it was settled", "after that"])
+def test_what_was_half_received_before_a_crash_is_not_retained(
+    world: StreamWorld, monkeypatch: pytest.MonkeyPatch, *, settled: bool
+) -> None:
+    retaining(world)
+    progress = checkpointed_half_way(world)
+    with monkeypatch.context() as patch:
+        if not settled:
+            patch.setattr("hlfsfs.pool.receiving.Receiver._settle", lambda *_: None)
+        world.receive(progress=progress)
+        # Killed before another one.
+        patch.setattr(Engine, "checkpoint", lambda *_: None)
+        world.close()
+    world.open()
+    assert last_retained(world) == world.content() == AFTER
+
+
+def test_nothing_is_retained_that_no_checkpoint_holds(
+    world: StreamWorld, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    retaining(world)
+    progress = checkpointed_half_way(world)
+
+    def refuse(self: Engine, volume: Volume) -> None:
+        raise NoSpace("disk")
+
+    real = Volume.create_snapshot
+
+    def take(self: Volume, *args: Any) -> None:
+        real(self, *args)
+        # From here on there is no room for a checkpoint.
+        monkeypatch.setattr(Engine, "checkpoint", refuse)
+
+    monkeypatch.setattr(Volume, "create_snapshot", take)
+    assert world.receive(progress=progress) == "two"
+    assert "retained until the next mount" in caplog.text
+    monkeypatch.undo()
+    assert last_retained(world) == BEFORE
+    node_id = world.names.resolve(b"v")
+    world.write(node_id, b"X")
+    world.engine.checkpoint(world.names.volume(node_id))
+    assert last_retained(world) == BEFORE
+    world.reopen()
+    assert last_retained(world) == world.content() == b"X" + AFTER[1:]
 
 
 def test_into_two_volumes_at_once(world: StreamWorld) -> None:

@@ -135,15 +135,19 @@ def test_it_can_only_be_read(world: World) -> None:
     made = world.names.create_open(where, b"two", 0o666, 0, 0, os.O_WRONLY | os.O_CREAT)
     with pytest.raises(errors.ReadOnly):
         world.names.file(made.id).write(0, b"x")
+    before = world.names.getattr(made.id)
+    times = AttributeChanges(atime_ns=7, mtime_ns=7)
+    assert world.names.setattr(made.id, times) == before
     world.names.release(made.id)
     for flag in (os.O_EXCL, os.O_TRUNC):
         with pytest.raises(errors.ReadOnly):
             world.names.create_open(where, b"three", 0o666, 0, 0, os.O_WRONLY | os.O_CREAT | flag)
     with pytest.raises(errors.ReadOnly):
         world.names.setattr(taken, AttributeChanges(size_bytes=1))
-    # The rest of `touch`.
-    before = world.names.getattr(taken)
-    assert world.names.setattr(taken, AttributeChanges(atime_ns=7, mtime_ns=7)) == before
+    # So that nobody takes a `touch` of one that was there for a new one.
+    for there in (taken, made.id):
+        with pytest.raises(errors.ReadOnly):
+            world.names.setattr(there, times)
     for make in (world.names.create, world.names.mkdir):
         with pytest.raises(errors.ReadOnly):
             make(world.names.lookup(ROOT_ID, b".snapshots").id, b"x", 0o755, 0, 0)
@@ -408,6 +412,49 @@ def test_many_are_listed_page_by_page(world: World) -> None:
         with pytest.raises(errors.NoAttribute):
             world.names.getxattr(where, question)
     assert json.loads(world.names.getxattr(where, b"user.hlfs.snapshots.fff"))["snapshots"] == []
+
+
+def test_a_page_fits_into_an_attribute(world: World) -> None:
+    """Wherever it begins, and however much is told of one snapshot."""
+    world.volume(b"v")
+    where = directory(world)
+    for number in range(64):
+        take(world, b"s%02d" % number)
+    take(world, b"held")
+    for number in range(64):
+        order(world, where, b"user.hlfs.hold", snapshot="held", tag=f"{number:02}" + '"' * 253)
+    take(world, b"last")
+    for start in range(66):
+        at: str | None = f"{start:x}"
+        names: list[str] = []
+        while at is not None:
+            raw = world.names.getxattr(where, f"user.hlfs.snapshots.{at}".encode())
+            assert len(raw) <= 65536
+            names += [each["snapshot"] for each in json.loads(raw)["snapshots"]]
+            at = json.loads(raw)["next"]
+        assert names == [*(f"s{number:02}" for number in range(start, 64)), "held", "last"][-(66 - start) :]
+
+
+def test_all_that_is_told_of_a_snapshot_fits_into_an_attribute(world: World) -> None:
+    """Names that are no text, far down; as many holds as may be, many clones, and a long name in streams."""
+    faces, parent = "\N{GRINNING FACE}" * 63, ROOT_ID
+    for _ in range(12):
+        parent = world.pool(b"\xff" * 250, parent).id
+    world.volume(b"\xff" * 250, parent)
+    where = directory(world, b"\xff" * 250, parent)
+    order(world, where, b"user.hlfs.receive", snapshot=faces, received="\N{GRINNING FACE}" * 1000)
+    taken = world.names.lookup(where, faces.encode()).id
+    for number in range(64):
+        order(world, where, b"user.hlfs.hold", snapshot=faces, tag=f"{number:02}{faces}")
+        world.names.clone(taken, ROOT_ID, f"{number:02}{faces}".encode())
+    page = world.names.getxattr(where, b"user.hlfs.snapshots.0")
+    for told in (page, world.names.getxattr(taken, b"user.hlfs.stats")):
+        assert len(told) <= 65536
+    (shown,) = json.loads(page)["snapshots"]
+    assert shown["name"].endswith(f"%{faces}")
+    assert (len(shown["holds"]), shown["clone_count"]) == (64, 64)
+    clones = shown["clones"]
+    assert clones == [f"{world.store.uri}/{number:02}{faces}" for number in range(len(clones))] != []
 
 
 def test_what_is_held_is_not_removed(world: World) -> None:

@@ -240,6 +240,17 @@ def test_hostile_streams_are_errors(frames: list[Frame]) -> None:
         read(forged(*frames))
 
 
+@pytest.mark.parametrize(("character", "most"), [("x", 4094), ('"', 2047), ("\N{GRINNING FACE}", 1023)])
+def test_ids_are_of_so_many_bytes_of_json(character: str, most: int) -> None:
+    for snapshot_id, base_id in ((character * most, "x"), ("x", character * most)):
+        begin = Begin(volume="v", snapshot=SnapshotRef(snapshot_id, "n", 0), base=SnapshotRef(base_id, "m", 0))
+        assert read(stream(begin, []))[0][0] == begin
+        longer = SnapshotRef(character * (most + 1), "n", 0)
+        changed = {"snapshot": longer} if base_id == "x" else {"base": longer}
+        with pytest.raises(StreamDamaged, match="it has names that no snapshot has"):
+            read(stream(msgspec.structs.replace(begin, **changed), []))
+
+
 def test_of_a_later_version() -> None:
     with pytest.raises(StreamVersion, match="version 2"):
         read(forged(begin_frame(), version=2))

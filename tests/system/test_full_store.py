@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import json
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.fuse.mounts import Mounted, hlfs, mounted, needs_fuse, run
-from tests.system.tools import MIB, sh, wait_for
+from tests.fuse.mounts import HLFS, Mounted, hlfs, mounted, needs_fuse, pipe, run
+from tests.system.tools import MIB, sh, stats, wait_for
 
 pytestmark = needs_fuse
 
@@ -53,6 +56,45 @@ for turn in range(times):
     for number in numbers:
         os.pwrite(fd, random.Random(number * 1000 + seed + turn).randbytes(65536), number * 65536)
 os.fsync(fd)
+"""
+# Prints all names, those of snapshots too, with a digest of what each holds.
+DIGESTS = """
+import hashlib, json, os, sys
+os.chdir(sys.argv[1])
+digests, paths = {}, {name: name for name in os.listdir(".")}
+for name in list(paths):
+    paths |= {f"{name}@{each}": f".snapshots/{name}/{each}" for each in os.listdir(f".snapshots/{name}")}
+    paths.pop(f"{name}@latest", None)
+for shown, path in paths.items():
+    with open(path, "rb") as file:
+        digests[shown] = hashlib.file_digest(file, "sha256").hexdigest()
+print(json.dumps(digests))
+"""
+# Copies a file into a new one as cp does, by copy_file_range(2).
+COPY = """
+import os, sys
+os.chdir(sys.argv[1])
+try:
+    source, target = os.open(sys.argv[2], os.O_RDONLY), os.open(sys.argv[3], os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    while os.copy_file_range(source, target, 1 << 20):
+        pass
+    os.fsync(target)
+except OSError as exc:
+    print(f"{sys.argv[3]}: {exc.strerror}")
+"""
+# Makes clones of a snapshot until one is refused.
+CLONES = """
+import errno, json, os, sys
+os.chdir(sys.argv[1])
+source = "%016x" % os.stat(f".snapshots/{sys.argv[2]}/{sys.argv[3]}").st_ino
+for number in range(10000):
+    try:
+        os.setxattr(".", "user.hlfs.clone", json.dumps({"source": source, "name": f"small{number}"}).encode())
+    except OSError as exc:
+        assert number > 10 and exc.errno == errno.ENOSPC, (number, exc)
+        break
+else:
+    raise AssertionError("it is not full")
 """
 
 
@@ -144,3 +186,144 @@ def test_overwriting_goes_on_for_ever_on_a_nearly_full_store(tmp_path: Path, mor
         mount.unmount()
         done = hlfs("check", mount.source)
         assert done.returncode == 0, done.stdout
+
+
+# --- snapshots, clones and streams --------------------------------------------------------------------------------
+
+
+@dataclass
+class Family:
+    """A mount of a full store with volumes that have snapshots, a clone, and streams to receive beside the store.
+
+    `base` has the snapshots `one` and `two`, `clone` is one of base@one, `copy` was received of that. `pinned` was
+    overwritten after each of its snapshots `s0`, `s1` and so on, until there was no room.
+    """
+
+    mount: Mounted
+    streams: Path
+
+    def path(self, name: str) -> str:
+        return f"{self.mount.path}/{name}"
+
+    def digests(self) -> dict[str, str]:
+        found: dict[str, str] = json.loads(self.mount.python(DIGESTS))
+        return found
+
+    def order(self, *words: str) -> str:
+        """What a command is refused with for lack of space; empty where it succeeds."""
+        done = hlfs(*words)
+        return refusal(done.stderr) if done.returncode else ""
+
+    def done(self, *words: str) -> None:
+        assert self.order(*words) == ""
+
+    def receive(self, stream: str, name: str) -> str:
+        said = self.streams / "said"
+        run("bash", "-c", '"${@:3}" < "$1" > "$2" 2>&1 || true', "bash", self.streams / stream, said,
+            *HLFS, "receive", self.path(name))  # fmt: skip
+        return "" if said.read_text().endswith(": received\n") else refusal(said.read_text())
+
+    def copy(self, source: str, name: str) -> str:
+        """As cp does, what it leaves where it fails is removed."""
+        refused = refusal(self.mount.python(COPY, source, name))
+        if refused:
+            self.mount.run("rm", "-f", self.path(name))
+        return refused
+
+
+def refusal(said: str) -> str:
+    """One line that says it all."""
+    assert not said or (said.count("\n"), "no space left" in said.lower()) == (1, True), said
+    return said
+
+
+def pin_all(mount: Mounted) -> None:
+    """What is overwritten is kept by a snapshot each time, until a write is refused."""
+    pieces = 12 * MIB // PIECE
+    for turn in range(HOST_BYTES // (12 * MIB)):
+        written, number = write(mount, "pinned", 100 + turn, 0, pieces)
+        if written < pieces:
+            assert number == errno.ENOSPC
+            return
+        mount.run("touch", mount.path / f".snapshots/pinned/s{turn}")
+    pytest.fail("it is not full")
+
+
+@pytest.fixture(params=["no room for data", "no room at all"])
+def family(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Family]:
+    """Data leaves some space free, which in the second store new volumes have taken."""
+    with small_host(tmp_path) as store:
+        # All of it is the store, so that what the server says is beside the full disk.
+        (store / "lost+found").rmdir()
+        with mounted(store, [*OPTIONS, "retain=1h"], path=make(tmp_path / "mnt")) as mount:
+            made = Family(mount, tmp_path)
+            assert write(mount, "base", 1, 0, 128) == (128, 0)
+            made.done("snapshot", "create", made.path("base"), "one")
+            pipe('hlfs send "$1" > "$2"', made.path("base@one"), tmp_path / "whole")
+            pipe('hlfs receive "$1" < "$2"', made.path("copy"), tmp_path / "whole")
+            assert write(mount, "base", 2, 0, 64) == (64, 0)
+            made.done("snapshot", "create", made.path("base"), "two")
+            pipe('hlfs send "$1" --from one > "$2"', made.path("base@two"), tmp_path / "changes")
+            made.done("clone", made.path("base@one"), made.path("clone"))
+            pin_all(mount)
+            if request.param == "no room at all":
+                mount.python(CLONES, "pinned", "s0")
+            yield made
+            assert "Traceback" not in mount.log_text()
+            left = made.digests()
+            mount.unmount()
+            done = hlfs("check", mount.source)
+            assert done.returncode == 0, done.stdout
+        with mounted(store, OPTIONS, path=tmp_path / "mnt") as again:
+            assert Family(again, tmp_path).digests() == left
+
+
+def test_what_is_ordered_on_a_full_store_is_done_or_refused(family: Family) -> None:
+    """For one clear reason, and then nothing of it was done; neither takes long."""
+    path, before = family.path, family.digests()
+    one, two, clone = (before[name] for name in ("base@one", "base@two", "clone"))
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    orders: list[tuple[str, Callable[[], str], dict[str, str]]] = [
+        ("base", lambda: family.order("snapshot", "create", path("base"), "three"), {"base@three": two}),
+        ("base", lambda: family.order("snapshot", "create", path("base"), path("clone"), "all"),
+            {"base@all": two, "clone@all": clone}),
+        ("base", lambda: family.order("snapshot", "create", path("base"), "past", "--at", now), {"base@past": two}),
+        ("made", lambda: family.order("clone", path("base@one"), path("made")), {"made": one}),
+        ("just", lambda: family.order("clone", path("base"), path("just")), {"just": two}),
+        ("copied", lambda: family.copy("base", "copied"), {"copied": two}),
+        ("part", lambda: family.copy(".snapshots/base/one", "part"), {"part": one}),
+        ("copy", lambda: family.receive("changes", "copy"), {"copy": two, "copy@two": two}),
+        ("whole", lambda: family.receive("whole", "whole"), {"whole": one, "whole@one": one}),
+        ("base", lambda: family.order("snapshot", "hold", path("base"), "one", "somebody"), {}),
+    ]  # fmt: skip
+    for name, order, done in orders:
+        refused = order()
+        if "what came is kept" in refused:
+            family.done("receive", "--abort", path(name))
+        assert name in refused or not refused
+        before = before if refused else before | done
+        assert family.digests() == before, refused
+
+
+def test_flattening_on_a_full_store(family: Family) -> None:
+    before = family.digests()
+    refused = family.order("flatten", family.path("clone"))
+    assert "clone: no space left" in refused
+    assert family.digests() == before
+    assert stats(Path(family.path("clone")))["origin"].endswith("base%one")
+
+
+def test_the_ways_out_of_a_full_store(family: Family) -> None:
+    """A rollback, which needs no space to speak of, and deleting: what only snapshots held can be written again."""
+    before = family.digests()
+    family.done("rollback", family.path("base"), "one")
+    family.done("rollback", family.path("pinned"), "s1")
+    family.done("snapshot", "delete", family.path("pinned"), "s2")
+    after = {name: digest for name, digest in before.items() if name != "pinned@s2"}
+    after |= {"base": before["base@one"], "pinned": before["pinned@s1"]}
+    assert family.digests() == after
+    family.done("snapshot", "delete", family.path("pinned"), "s3", "s4", "s5", "s6")
+    wait_for(lambda: written_after(family.mount, "third", 256), "16 of 60 MiB that snapshots held are written")
+    read(family.mount, "third", 3, 0, 256)
+    wait_for(lambda: not family.order("flatten", family.path("clone")), "8 MiB more are copied")
+    assert family.digests()["clone"] == before["clone"]

@@ -1,11 +1,12 @@
-"""One history of a store, done with one system call that fails or is the last of its process, and what must be true.
+"""Histories of a store, done with one system call that fails or is the last of its process, and what must be true.
 
-The history is the same each time, so a call is told by its number; threads may change places, so what a number stands
+A history is the same each time, so a call is told by its number; threads may change places, so what a number stands
 for may differ a little from run to run.
 """
 
 from __future__ import annotations
 
+import enum
 import errno
 import json
 import os
@@ -18,13 +19,24 @@ from unittest.mock import patch
 
 from hlfsfs.engine import EngineOptions, rings
 from hlfsfs.engine.check import check_volume
-from hlfsfs.errors import Damaged, HlfsError, StoreFailed
+from hlfsfs.errors import Damaged, HlfsError, NoSuchName, StoreFailed, VolumeBusy
 from hlfsfs.pool import AttributeChanges
 from hlfsfs.pool.check import check_names
+from hlfsfs.pool.node_ids import stable_id
 from hlfsfs.store import open_store
 from hlfsfs.store.ring_file import list_rings, remove_ring
+from hlfsfs.stream.format import MAGIC
 from tests.crash.failing_calls.control import SHORT, Control, Kinds
-from tests.crash.powercut.operations import OPTIONS, CutWorld, make_world
+from tests.crash.failing_calls.snapshot_states import (
+    HELD_BY,
+    IS_CLONE,
+    IS_RECEIVED,
+    SNAPSHOT_OPERATIONS,
+    STREAM,
+    State,
+)
+from tests.crash.powercut.operations import OPTIONS, CutWorld, Player, make_world
+from tests.crash.powercut.shim import Shim
 from tests.engine.contents import BLOCK, content, written, zeroed
 from tests.pool.views import check_whole, view
 
@@ -36,11 +48,9 @@ _RING_BYTES = 4 << 20
 # Small caches, so that what is seen comes from the disk.
 _OPTIONS: EngineOptions = replace(OPTIONS, ring_bytes=_RING_BYTES, read_cache_bytes=64 << 10, map_cache_bytes=64 << 10)
 
-# A volume's content by its path; None for a pool.
-State = dict[str, bytes | None]
 Operation = list[Any]
 
-HISTORY: list[Operation] = [
+VOLUMES: list[Operation] = [
     ["create", "a"],
     ["write", "a", 0, 5 * BLOCK, 1, False],
     ["write", "a", 3000, 6000, 2, False],
@@ -82,6 +92,71 @@ HISTORY: list[Operation] = [
     ["flush", "c"],
 ]
 
+SNAPSHOTS: list[Operation] = [
+    ["create", "a"],
+    ["write", "a", 0, 90 * BLOCK, 1, False],
+    ["snapshot", "a", "one"],
+    ["write", "a", 20 * BLOCK, 60 * BLOCK, 2, False],
+    ["snapshot", "a", "two"],
+    ["rename_snapshot", "a", "two", "2"],
+    ["write", "a", 0, 3 * BLOCK, 3, False],
+    ["hold", "a", "2", "backup"],
+    ["release_hold", "a", "2", "backup"],
+    ["create", "b"],
+    ["write", "b", 0, 5 * BLOCK, 4, False],
+    ["group", "a", "b", "both"],
+    ["write", "b", 2 * BLOCK, 5 * BLOCK, 6, False],
+    ["rollback", "a", "one"],
+    ["write", "a", 40 * BLOCK, 9 * BLOCK, 8, False],
+    ["takeover"],
+    ["clone", "a", "one", "k"],
+    ["write", "k", 3 * BLOCK, 40 * BLOCK, 9, False],
+    ["clone", "k", "", "h"],
+    ["unsnapshot", "a", "one"],
+    ["rollback", "b", "both"],
+    ["unsnapshot", "b", "both"],
+    ["unlink", "b"],
+    ["clean", "a"],
+    ["unlink", "k"],
+    ["flatten", "h"],
+    ["create", "m"],
+    ["copy", "a", "both", "m", 0, 50 * BLOCK],
+    ["copy", "a", "both", "m", 50 * BLOCK, 80 * BLOCK],
+    ["flush", "m"],
+    ["takeover"],
+    ["create", "n"],
+    ["copy", "m", "", "n", 0, 40 * BLOCK],
+    ["write", "m", 10 * BLOCK, 9 * BLOCK, 11, False],
+    ["copy", "m", "", "n", 40 * BLOCK, 70 * BLOCK],
+    ["unlink", "n"],
+    ["unlink", "m"],
+    ["clone", "a", "2", "r"],
+    ["mark_received", "r", "2", "a"],
+    ["stream", "a", "2", "both", "s"],
+    ["receive", "r", "s", "a", "both"],
+    ["unlink", "s"],
+    ["reopen"],
+    ["see"],
+    ["unsnapshot", "r", "both"],
+    ["unsnapshot", "r", "2"],
+    ["unlink", "r"],
+    ["unsnapshot", "a", "both"],
+    ["write", "a", 2 * BLOCK, 60 * BLOCK, 12, False],
+    ["clean", "a"],
+]
+
+
+class Histories(enum.IntEnum):
+    """Which of them is done."""
+
+    VOLUMES = 0
+    SNAPSHOTS = 1
+
+    @property
+    def operations(self) -> list[Operation]:
+        """In order; each is the same as for power cuts."""
+        return (VOLUMES, SNAPSHOTS)[self]
+
 
 def states(before: State, operation: Operation) -> list[State]:
     """What a store goes through in an operation, from before it to after it, each step of it atomic."""
@@ -94,6 +169,7 @@ def states(before: State, operation: Operation) -> list[State]:
             after[arguments[0]] = None
         case "unlink" | "rmdir":
             del after[arguments[0]]
+            after.pop(arguments[0] + IS_CLONE, None)
         case "write" | "punch" | "resize":
             now = before[arguments[0]]
             assert now is not None
@@ -103,6 +179,8 @@ def states(before: State, operation: Operation) -> list[State]:
             after[new] = after.pop(old)
             if flags == 2:
                 after[old] = before[new]
+        case _ if name in SNAPSHOT_OPERATIONS:
+            return [before, *SNAPSHOT_OPERATIONS[name](before, *arguments)]
     return [before, after] if after != before else [before]
 
 
@@ -115,10 +193,10 @@ def _changed(now: bytes, name: str, offset: int, *rest: Any) -> bytes:
     return now[:offset].ljust(offset, b"\0")
 
 
-def state_before(count: int) -> State:
+def state_before(history: Histories, count: int) -> State:
     """What the store holds after so many operations."""
     state: State = {}
-    for operation in HISTORY[:count]:
+    for operation in history.operations[:count]:
         state = states(state, operation)[-1]
     return state
 
@@ -130,6 +208,7 @@ class Trial:
         self.root = root
         self.control = control
         self.world: CutWorld | None = None
+        self._player: Player | None = None
         self._seen: State | None = None  # by the last operation
         self._dead: list[Any] = []  # engines whose rings must not be tidied up
 
@@ -138,6 +217,7 @@ class Trial:
         if self.world is None:
             with patch.object(rings, "MIN_RING_BYTES", _RING_BYTES):
                 self.world = make_world(self.root, SEGMENT_SHIFT, _OPTIONS)
+            self._player = Player(self.world, Shim())
         return self.world
 
     def observed(self) -> State:
@@ -147,9 +227,9 @@ class Trial:
         for path in view(world):
             # By name, as the kernel does: of one that could not be read before, a listing does not know the id.
             shown = world.names.lookup(*_place(world, path.decode()))
-            volume = world.names.volume(shown.id) if shown.kind == "volume" else None
-            assert volume is None or not volume.damage, volume.damage
-            found[path.decode()] = None if volume is None else volume.read(0, volume.size_bytes)
+            found[path.decode()] = None
+            if shown.kind == "volume":
+                found |= _observed_volume(world, path.decode(), shown.id)
         return found
 
     # --- operations -------------------------------------------------------------------------------------------
@@ -160,10 +240,14 @@ class Trial:
         match name:
             case "takeover" | "reopen":
                 self._again(clean=name == "reopen")
-                return
             case "see":
                 self._seen = self.observed()
-                return
+            case _ if name in SNAPSHOT_OPERATIONS:
+                self._do_snapshots(name, *arguments)
+            case _:
+                self._do_names(name, *arguments)
+
+    def _do_names(self, name: str, *arguments: Any) -> None:
         world = self.open()
         names = world.names
         places = [_place(world, path) for path in arguments if isinstance(path, str)]
@@ -184,6 +268,15 @@ class Trial:
                 names.forget([names.resolve(arguments[0].encode())])
             case _:
                 self._do_data(world, name, *arguments)
+
+    def _do_snapshots(self, name: str, *arguments: Any) -> None:
+        self.open()
+        assert self._player is not None
+        if name == "stream":
+            # What an earlier try has left of it.
+            with suppress(NoSuchName):
+                self._player.unlink(arguments[-1])
+        getattr(self._player, name)(*arguments)
 
     @staticmethod
     def _do_data(world: CutWorld, name: str, path: str, *arguments: Any) -> None:
@@ -220,12 +313,12 @@ class Trial:
 
     # --- with a call that fails -------------------------------------------------------------------------------
 
-    def with_error(self, at: int, error: int, count: int, kinds: int = Kinds.CHANGES) -> None:
+    def with_error(self, history: int, at: int, error: int, count: int, kinds: int = Kinds.CHANGES) -> None:
         """Does all operations, each until it succeeds, while so many calls fail; raises AssertionError."""
         self.control.watch(self.root, Kinds(kinds))
         self.control.fail(at, error, count)
         state: State = {}
-        for operation in HISTORY:
+        for operation in Histories(history).operations:
             state = self._until_done(operation, state)
         self.control.disarm()
         assert self.observed() == state, "what is seen in the end"
@@ -249,8 +342,14 @@ class Trial:
     def _observed_at_last(self, end_s: float) -> State:
         """What is seen once the disk gives it: before that nobody knows what to do next."""
         while True:
-            with suppress(StoreFailed):
+            try:
                 return self.observed()
+            except VolumeBusy:
+                # What was received in part, and could not be taken back, nobody sees before the next mount.
+                with suppress(HlfsError):
+                    self._again(clean=True)
+            except StoreFailed:
+                pass
             assert time.monotonic() < end_s, "what is there is still not seen"
             time.sleep(0.02)
 
@@ -266,8 +365,9 @@ class Trial:
         """The store takes more, ends cleanly, holds the same for a next user, and is sound."""
         world = self.open()
         for path, data in state.items():
-            if data is None:
+            if data in (None, STREAM) or "%" in path:
                 continue
+            assert data is not None
             volume = world.names.volume(world.names.resolve(path.encode()))
             more = content(len(path) + 101, 3 * BLOCK)
             volume.write(BLOCK // 2, more)
@@ -286,12 +386,12 @@ class Trial:
 
     # --- with a call that is the last one ---------------------------------------------------------------------
 
-    def until_killed(self, at: int, journal: Path) -> None:
+    def until_killed(self, history: int, at: int, journal: Path) -> None:
         """Does all operations; `journal` tells how far it came."""
         self.control.watch(self.root)
         self.control.fail(at, 0)
         with journal.open("a") as file:
-            for number, operation in enumerate(HISTORY):
+            for number, operation in enumerate(Histories(history).operations):
                 print(json.dumps({"do": number}), file=file, flush=True)
                 self.do(operation)
                 print(json.dumps({"done": number}), file=file, flush=True)
@@ -305,21 +405,50 @@ class Trial:
             # It never got so far.
             self.control.disarm()
 
-    def verify(self, journal: Path) -> None:
+    def verify(self, history: int, journal: Path) -> None:
         """The next use finds all that was acknowledged; raises AssertionError."""
         self.control.watch(self.root)
         lines = [json.loads(line) for line in journal.read_text().splitlines()]
         done = sum("done" in line for line in lines)
         begun = sum("do" in line for line in lines)
-        allowed = states(state_before(done), HISTORY[done]) if begun > done else [state_before(done)]
+        operations, before = Histories(history).operations, state_before(Histories(history), done)
+        allowed = states(before, operations[done]) if begun > done else [before]
         found = self.observed()
-        assert found in allowed, f"killed in {HISTORY[min(done, len(HISTORY) - 1)]}: {_difference(found, allowed[-1])}"
+        what = operations[min(done, len(operations) - 1)]
+        assert found in allowed, f"killed in {what}: {_difference(found, allowed[-1])}"
         self._goes_on(found)
 
 
 def _place(world: CutWorld, path: str) -> tuple[int, bytes]:
     above, name = os.path.split(path.encode())
     return world.names.resolve(above), name
+
+
+def _observed_volume(world: CutWorld, path: str, volume_id: int) -> State:
+    """Opened as readers do, since of one that holds a part of a stream there is nothing to be seen."""
+    world.names.open(volume_id, os.O_RDONLY)
+    try:
+        volume = world.names.volume(volume_id)
+        assert not volume.damage, volume.damage
+        data = volume.read(0, volume.size_bytes)
+        found: State = {path: STREAM if data.startswith(MAGIC) else data}
+        record = world.store.read_volume(volume_id)
+        if record.origin is not None:
+            found[path + IS_CLONE] = None
+        notes = {each.id: each for each in record.snapshots}
+        above, name = os.path.split(path)
+        for snapshot_name, entry in world.names.readdir(world.names.resolve(f"{above}/.snapshots/{name}".encode())):
+            if entry.kind != "snapshot":
+                continue
+            snapshot = volume.snapshot(stable_id(entry.id))
+            shown = f"{path}%{snapshot_name.decode()}"
+            found[shown] = volume.read_snapshot(snapshot.id, 0, snapshot.size_bytes)
+            if snapshot.id in notes:
+                found |= {f"{shown}{HELD_BY}{tag}": None for tag in notes[snapshot.id].holds}
+                found |= {f"{shown}{IS_RECEIVED}": None} if notes[snapshot.id].received else {}
+    finally:
+        world.names.release(volume_id)
+    return found
 
 
 def _difference(found: State, expected: State) -> str:
