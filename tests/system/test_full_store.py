@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -282,12 +282,17 @@ def test_what_is_ordered_on_a_full_store_is_done_or_refused(family: Family) -> N
     """For one clear reason, and then nothing of it was done; neither takes long."""
     path, before = family.path, family.digests()
     one, two, clone = (before[name] for name in ("base@one", "base@two", "clone"))
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+    def promote() -> str:
+        # What was retained may have been given up for what was ordered before.
+        done = hlfs("snapshot", "create", path("base"), "past", "--at", datetime.now(UTC).isoformat())
+        return "" if done.returncode == 0 else done.stderr if "is retained" in done.stderr else refusal(done.stderr)
+
     orders: list[tuple[str, Callable[[], str], dict[str, str]]] = [
         ("base", lambda: family.order("snapshot", "create", path("base"), "three"), {"base@three": two}),
         ("base", lambda: family.order("snapshot", "create", path("base"), path("clone"), "all"),
             {"base@all": two, "clone@all": clone}),
-        ("base", lambda: family.order("snapshot", "create", path("base"), "past", "--at", now), {"base@past": two}),
+        ("base", promote, {"base@past": two}),
         ("made", lambda: family.order("clone", path("base@one"), path("made")), {"made": one}),
         ("just", lambda: family.order("clone", path("base"), path("just")), {"just": two}),
         ("copied", lambda: family.copy("base", "copied"), {"copied": two}),

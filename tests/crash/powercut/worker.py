@@ -26,7 +26,7 @@ from tests.pool.views import View, check_whole, view
 ANSWER_TIMEOUT_S = 60.0
 SMALL_RING_BYTES = 4 << 20
 # One recovery of so many is cleaned, which takes longer than the rest of it.
-CLEANED_EVERY = 20
+CLEANED_EVERY = 40
 Digests = dict[int, str]  # volume id -> content
 
 
