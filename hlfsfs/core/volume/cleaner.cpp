@@ -93,7 +93,7 @@ struct Volume::Survey {
     std::uint64_t log_blocks = 0;
     bool footer = false;
     bool has_snapshots = false;
-    bool has_unmerged = false;  // of them, one that no checkpoint has merged
+    bool has_unmerged = false;  // besides, a snapshot that no checkpoint has merged
     std::uint64_t snapshots_forgotten = 0;
     std::uint32_t end_slot = 0;  // of what may be punched
 };
