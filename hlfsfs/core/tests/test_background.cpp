@@ -143,7 +143,8 @@ TEST_CASE("an open chunk is let grow where nobody flushes") {
         }));
         const std::uint64_t written = grown == kTogether ? 1 : 2;
         REQUIRE(wait_until([&] { return chunks_written() == chunks + written; }));
-        if (in_time) {
+        // A worker may have begun to wait before the flush, and writes what the first round finds open by then.
+        if (in_time && i != 0) {
             ++counted;
             REQUIRE(grown == kTogether);
         }
