@@ -4,6 +4,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import click
 
@@ -42,7 +43,8 @@ def receive(volume: str, print_token: bool, abort: bool) -> None:
         elif print_token:
             _print_token(place)
         else:
-            _Receiving(place, volume).run()
+            snapshot = Receiving(place, volume, sys.stdin.buffer).run()
+            print(f"{printable(volume)}@{printable(snapshot)}: received")
 
 
 def _print_token(place: ReceivePlace) -> None:
@@ -78,18 +80,19 @@ def _wait_for_input() -> None:
     """Returns when there is some, or it has ended."""
     if os.isatty(sys.stdin.fileno()):
         raise UsageError("hlfs receive: standard input is a terminal; pipe a stream of hlfs send to it")
+    widen_pipe(sys.stdin.fileno())
     select.select([sys.stdin.fileno()], [], [])
 
 
 class _Input:
-    """Standard input, with what was read of it since it was last asked for that."""
+    """A stream, with what was read of it since it was last asked for that."""
 
-    def __init__(self) -> None:
-        widen_pipe(sys.stdin.fileno())
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
         self._taken: list[bytes] = []
 
     def read(self, size_bytes: int) -> bytes:
-        data = sys.stdin.buffer.read(size_bytes)
+        data = self._stream.read(size_bytes)
         self._taken.append(data)
         return data
 
@@ -99,16 +102,21 @@ class _Input:
         return raw
 
 
-class _Receiving:
-    """One stream."""
+class Receiving:
+    """One stream, which is made what `volume` names at `place`.
 
-    def __init__(self, place: ReceivePlace, volume: str) -> None:
+    When power is lost or the process dies, the volume or snapshot is there whole or not at all; in the latter case
+    what had come may be there as the partial volume, as far as its marker says, or as frames that are whole.
+    """
+
+    def __init__(self, place: ReceivePlace, volume: str, stream: BinaryIO) -> None:
         self._place = place
         self._volume = volume
-        self._input = _Input()
+        self._input = _Input(stream)
         self._reader = StreamReader(self._input.read, "standard input")
 
-    def run(self) -> None:
+    def run(self) -> str:
+        """Returns the snapshot's name. Raises HlfsError, with a line that says what of it is kept."""
         parts = self._reader.parts()
         begin = next(parts)
         assert isinstance(begin, Begin)
@@ -123,7 +131,7 @@ class _Receiving:
                 self._finish(begin)
             except HlfsError as exc:
                 raise self._told(exc) from exc
-        print(f"{printable(self._volume)}@{printable(begin.snapshot.name)}: received")
+        return begin.snapshot.name
 
     def _finish(self, begin: Begin) -> None:
         if begin.base is None:

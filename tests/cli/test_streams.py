@@ -272,23 +272,6 @@ def test_hostile_names_stay_within_the_pool(sites: tuple[Site, Site]) -> None:
         assert names(there) == []
 
 
-class FakeInput:
-    """Standard input that is given."""
-
-    def __init__(self, raw: bytes) -> None:
-        self._stream = io.BytesIO(raw)
-        self._taken: list[bytes] = []
-
-    def read(self, size_bytes: int) -> bytes:
-        self._taken.append(self._stream.read(size_bytes))
-        return self._taken[-1]
-
-    def taken(self) -> bytes:
-        raw = b"".join(self._taken)
-        self._taken.clear()
-        return raw
-
-
 @pytest.mark.parametrize("failing", [0, 1, 3])
 def test_what_could_not_be_written_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     """The reader is a part ahead of the one that failed."""
@@ -307,9 +290,8 @@ def test_what_could_not_be_written_is_sent_again(tmp_path: Path, monkeypatch: py
 
     def receive_from(start: int) -> None:
         raw = written(replace(begin, start=start), [(start, len(content) - start, True)], content)
-        monkeypatch.setattr(receive, "_Input", lambda: FakeInput(raw))
         with receive_places.receive_place(uri, "hlfs receive PATH") as place:
-            receive._Receiving(place, uri).run()
+            receive.Receiving(place, uri, io.BytesIO(raw)).run()
 
     with monkeypatch.context() as patch:
         patch.setattr(receive_places._OfflineFile, "write", failing_write)

@@ -26,7 +26,7 @@ from tests.store.power_loss import RandomFate
 # How many shorter histories are tried once one has failed.
 SHRINKING = int(os.environ.get("HLFS_CRASH_SHRINK", "12"))
 THOROUGH = Plan(chances=(0.0, 0.5), again_every=30)
-PARTLY = Plan(cuts=250, chances=(0.0, 0.5), again_every=30)
+EACH = Plan(each=5, chances=(0.0, 0.5), in_turn=True, again_every=15)
 SAMPLE = Plan(cuts=70, chances=(0.2, 0.8), again_every=40)
 
 
@@ -87,15 +87,16 @@ def test_everything_is_done_once() -> None:
 
 def test_every_operation(worker: Worker, directory: Path, once: Run, seed: int) -> None:
     assert any("00000001.seg" in text for text in once.trace.texts), "no rollover"
-    sweep(worker, directory, once, THOROUGH, seed)
+    sweep(worker, directory, once, EACH, seed)
 
 
 def test_what_is_retained_and_received(worker: Worker, memory: Path, seed: int) -> None:
-    run_and_sweep(worker, memory, RETAINED_AND_RECEIVED, PARTLY, seed)
+    run_and_sweep(worker, memory, RETAINED_AND_RECEIVED, EACH, seed)
 
 
 @pytest.mark.hunt
-def test_hunt_what_is_retained_and_received(worker: Worker, memory: Path, seed: int) -> None:
+def test_hunt_at_each_cut(worker: Worker, memory: Path, seed: int) -> None:
+    run_and_sweep(worker, memory, EVERYTHING_ONCE, THOROUGH, seed)
     run_and_sweep(worker, memory, RETAINED_AND_RECEIVED, THOROUGH, seed)
 
 

@@ -168,6 +168,14 @@ RETAINED_AND_RECEIVED: History = [
     ["unsnapshot", "r", "three"],
     ["unsnapshot", "r", "four"],
     ["unlink", "r"],
+    ["receive_by_command", "r", "", "a", "three"],
+    ["write", "r", 0, 9 * BLOCK, 44, False],
+    ["rollback", "r", "three"],
+    ["receive_by_command", "r", "three", "a", "four"],
+    ["receive_by_command", "r", "", "a", "four"],
+    ["unsnapshot", "r", "three"],
+    ["unsnapshot", "r", "four"],
+    ["unlink", "r"],
     ["unsnapshot", "a", "four"],
     ["write", "a", 2 * BLOCK, 100 * BLOCK, 28, False],
     ["idle", "a"],
@@ -200,9 +208,20 @@ def _snapshot(rng: random.Random, path: str, *, known: bool) -> Operation:
             rng.choice([["retain", path, rng.choice("12")], ["forget_retained", path]]) if known else ["flush", path],
             ["promote", path, rng.choice("12"), name] if known else ["flush", path],
             [rng.choice(["hold", "release_hold"]), path, name, "tag"],
+            _copy(rng, path, rng.choice([name, ""])) if known else ["flush", path],
+            ["receive_by_command", rng.choice(_PATHS), rng.choice([other, ""]), path, name]
+            if known
+            else ["flush", path],
         ],
-        weights=[4, 4, 1, 2, 2, 4, 1, 4, 4, 1],
+        weights=[4, 4, 1, 2, 2, 4, 1, 4, 4, 1, 4, 3],
     )[0]
+
+
+def _copy(rng: random.Random, path: str, name: str) -> Operation:
+    first = rng.randrange(MAX_BLOCKS)
+    # What is copied where it cannot be shared is one request only up to 1 MiB.
+    end = min(first + rng.randrange(1, 256), MAX_BLOCKS)
+    return ["copy", path, name, rng.choice(_PATHS), first * BLOCK, end * BLOCK]
 
 
 def _operation(rng: random.Random, *, known: bool = True) -> Operation:

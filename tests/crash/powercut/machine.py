@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from hlfsfs.store.ring_file import boot_id
@@ -31,6 +32,10 @@ def nothing_else(snapshot: Snapshot) -> Snapshot:
     return snapshot
 
 
+def _some(rng: random.Random, cuts: list[int], count: int) -> list[int]:
+    return rng.sample(cuts, min(count, len(cuts)))
+
+
 def _spoils(spoil: Spoil, snapshot: Snapshot) -> bool:
     return spoil(snapshot) != snapshot
 
@@ -43,12 +48,16 @@ class Plan:
         cuts: how many of the events that change something are cut off, chosen at random; None: each.
         chances: of what was not synced to be there nevertheless; one image for each at every cut. 0 and 1 are the
             extremes; images that were checked already cost nothing.
+        each: so many of the events of each operation at most, chosen at random; None: all.
+        in_turn: one of the chances at each cut, the next one at the next.
         spoil: what the disk does on top of losing what was not synced; cuts where it would do nothing are left out.
         again_every: one recovery of so many is itself cut, at `again_cuts` places; 0 for none.
     """
 
     cuts: int | None = None
     chances: tuple[float, ...] = (0.0, 1.0, 0.5)
+    each: int | None = None
+    in_turn: bool = False
     spoil: Spoil = nothing_else
     again_every: int = 0
     again_cuts: int = 3
@@ -158,10 +167,17 @@ class Machine:
         cuts.append(run.events)
         if plan.spoil is not nothing_else:
             cuts = [cut for cut in cuts if _spoils(plan.spoil, run.after_loss(cut, Fate()))]
-        if plan.cuts is not None and plan.cuts < len(cuts):
-            cuts = sorted(random.Random(self._seed).sample(cuts, plan.cuts))
-        for cut in cuts:
-            for number, chance in enumerate(plan.chances):
+        rng = random.Random(self._seed)
+        if plan.each is not None:
+            operations = groupby(cuts, run.oracle.operation_at)
+            cuts = [cut for _, of in operations for cut in sorted(_some(rng, list(of), plan.each))]
+        if plan.cuts is not None:
+            cuts = sorted(_some(rng, cuts, plan.cuts))
+        for turn, cut in enumerate(cuts):
+            chances = list(enumerate(plan.chances))
+            if plan.in_turn:
+                chances = [chances[(self._seed + turn) % len(chances)]]
+            for number, chance in chances:
                 self._cut(run, cut, RandomFate(random.Random(f"{self._seed} {cut} {number}"), chance), plan)
 
     def check(self, run: Run, cut: int, fate: Fate, spoil: Spoil = nothing_else) -> Snapshot:

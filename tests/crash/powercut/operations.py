@@ -5,6 +5,7 @@ A new kind is one more entry in `KINDS`.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
@@ -15,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hlfsfs.cli.offline import Place
+from hlfsfs.cli.receive import Receiving
+from hlfsfs.cli.receive_places import OfflinePlace
 from hlfsfs.engine import Engine, EngineOptions, Volume
 from hlfsfs.errors import StoreFailed
 from hlfsfs.pool import (
@@ -235,20 +239,25 @@ class Player:
 
     def stream(self, path: str, base: str, name: str, new: str) -> None:
         """What changed between two snapshots as a stream, which is a new volume's content."""
-        volume, begin = (
-            self.volume(path),
-            Begin(volume=path, snapshot=self._reference(path, name), base=self._reference(path, base)),
-        )
-        ids = [volume.snapshot_named(each.encode()).id for each in (base, name)]
-        size_bytes = begin.snapshot.size_bytes
-        extents = [
-            (each.offset, min(each.offset + each.size_bytes, size_bytes) - each.offset, each.data)
-            for each in self.world.engine.changed_extents(volume, *ids, 0, 1 << 20)
-            if each.offset < size_bytes
-        ]
+        sent = self._sent(path, base, name)
         self.create(new)
-        content = volume.read_snapshot(ids[1], 0, size_bytes)
-        self.volume(new).write(0, stream_of(begin, extents, content))
+        self.volume(new).write(0, sent)
+
+    def _sent(self, path: str, base: str, name: str) -> bytes:
+        """A stream of a snapshot, or of what changed since the one before."""
+        volume, snapshot = self.volume(path), self._reference(path, name)
+        begin = Begin(volume=path, snapshot=snapshot, base=self._reference(path, base) if base else None)
+        new = volume.snapshot_named(name.encode()).id
+        content = volume.read_snapshot(new, 0, snapshot.size_bytes)
+        extents = [(0, snapshot.size_bytes, True)] if snapshot.size_bytes else []
+        if base:
+            old = volume.snapshot_named(base.encode()).id
+            extents = [
+                (each.offset, min(each.offset + each.size_bytes, snapshot.size_bytes) - each.offset, each.data)
+                for each in self.world.engine.changed_extents(volume, old, new, 0, 1 << 20)
+                if each.offset < snapshot.size_bytes
+            ]
+        return stream_of(begin, extents, content)
 
     def mark_received(self, path: str, name: str, origin: str) -> None:
         """Takes a snapshot that counts as the one of that name of another volume."""
@@ -258,16 +267,22 @@ class Player:
     def receive(self, path: str, stream: str, _origin: str, _name: str) -> None:
         self.world.names.receive(self._snapshots(path), stream.encode())
 
+    def receive_by_command(self, path: str, base: str, origin: str, name: str) -> None:
+        """A snapshot, or what changed since the one before, as `hlfs receive` makes it of a stream."""
+        place = Place(self.world.names, path, path.encode())
+        Receiving(OfflinePlace(place), path, io.BytesIO(self._sent(origin, base, name))).run()
+
     def clone(self, path: str, name: str, new: str) -> None:
         """Of a snapshot, or of the volume just now."""
         source = os.path.join(self._snapshot_path(path), name) if name else path
         self.world.names.clone(self.world.names.resolve(source.encode()), *self.place(new))
 
     def copy(self, path: str, name: str, new: str, first: int, end: int) -> None:
-        """Some bytes of a snapshot, or of the volume just now, to where they are in it."""
+        """Some bytes of a snapshot, or of the volume just now, to where they are in it; fewer at its end."""
         source = self.world.names.resolve((os.path.join(self._snapshot_path(path), name) if name else path).encode())
         target = self.world.names.resolve(new.encode())
-        assert self.world.names.copy(source, first, target, first, end - first) == end - first
+        size_bytes = max(0, min(end, self.world.names.getattr(source).size_bytes) - first)
+        assert self.world.names.copy(source, first, target, first, end - first) == size_bytes
 
     def flatten(self, path: str) -> None:
         self.world.names.flatten(self.world.names.resolve(path.encode()))
@@ -370,6 +385,8 @@ class Kind:
             that moment is given.
         opaque: what its last argument names comes to be, with whatever content.
         receives: the content becomes that of the snapshot which the last two arguments name, and is nothing in between.
+        spooled: while it runs, and after it was refused, a volume may be there that holds what came. What is at its
+            path may be new, and then has the snapshot from the moment on that it is there.
         rolls_back: the content becomes that of the snapshot which is named last.
         durable: what it makes durable of what was acknowledged before it, itself included: the volume at its path, or
             all of them. A write does if its last argument says so.
@@ -385,6 +402,7 @@ class Kind:
     retains: bool = False
     opaque: bool = False
     receives: bool = False
+    spooled: bool = False
     rolls_back: bool = False
     durable: str = ""
     alone: bool = False
@@ -414,6 +432,9 @@ KINDS = {
     "stream": Kind(Player.stream, opaque=True, durable="path", alone=True),
     "mark_received": Kind(Player.mark_received, snapshots=_mark_received, durable="path", alone=True),
     "receive": Kind(Player.receive, receives=True, snapshots=_receive, durable="path", alone=True),
+    "receive_by_command": Kind(
+        Player.receive_by_command, receives=True, spooled=True, snapshots=_receive, durable="path", alone=True
+    ),
     "retain": Kind(Player.retain, retains=True, durable="path", alone=True),
     "promote": Kind(Player.promote, snapshots=_promote, durable="path", alone=True),
     "forget_retained": Kind(Player.forget_retained, durable="path", alone=True),

@@ -28,6 +28,8 @@ SMALL_RING_BYTES = 4 << 20
 # One recovery of so many is cleaned, which takes longer than the rest of it.
 CLEANED_EVERY = 40
 Digests = dict[int, str]  # volume id -> content
+# What streams call a volume's snapshots that came by one, by their names; and, as "", the snapshot it is a clone of.
+Lineage = dict[str, str]
 
 
 def digest(data: bytes) -> str:
@@ -42,6 +44,7 @@ class Found:
         names: what it shows.
         digests: contents, right after the recovery.
         snapshots: those of each volume, by name; the same once something more was written.
+        lineages: what each volume and its snapshots come from.
         probed: contents once something more was written to each volume, and flushed.
         trouble: what must not be: damage, leftovers, or an error.
     """
@@ -50,6 +53,7 @@ class Found:
         self.names: View = {}
         self.digests: Digests = {}
         self.snapshots: dict[int, Snapshots] = {}
+        self.lineages: dict[int, Lineage] = {}
         self.probed: Digests = {}
         self.trouble = ""
 
@@ -73,7 +77,7 @@ class Host:
         player = Player(world, self._shim)
         digests = {volume.id: digest(volume.read(0, volume.size_bytes)) for volume in volumes_of(world)}
         snapshots = {volume.id: snapshots_of(world, volume) for volume in volumes_of(world)}
-        self._shim.note(made=digests, snapshots=snapshots, names=_names(world))
+        self._shim.note(made=digests, snapshots=snapshots, names=_names(world), lineages=lineages_of(world))
         for number, (name, *arguments) in enumerate(history):
             kind = KINDS[name]
             if kind.alone:
@@ -84,12 +88,12 @@ class Host:
                 kind.run(player, *arguments)
             except HlfsError as exc:
                 refused = f"{type(exc).__name__}: {exc}"
-            self._shim.note(done=number, refused=refused, names=_names(world))
+            self._shim.note(done=number, refused=refused, names=_names(world), lineages=lineages_of(world))
         player.settle()
         self._shim.note(do=len(history))
-        names = _names(world)
+        names, lineages = _names(world), lineages_of(world)
         world.close()
-        self._shim.note(done=len(history), refused="", names=names)
+        self._shim.note(done=len(history), refused="", names=names, lineages=lineages)
 
     def recover(self, root: Path, seed: int, trace: Path | None = None) -> Found:
         """Opens a store as the first mount after a power cut does, looks at everything, and writes to each volume."""
@@ -125,6 +129,7 @@ class Host:
             contents[volume.id] = volume.read(0, volume.size_bytes)
             found.digests[volume.id] = digest(contents[volume.id])
             found.snapshots[volume.id] = snapshots_of(world, volume)
+        found.lineages = lineages_of(world)
         if traced:
             self._shim.note(recovered=True)
         for volume in volumes:
@@ -166,6 +171,22 @@ def snapshots_of(world: CutWorld, volume: Volume) -> Snapshots:
         for snapshot in volume.snapshots()
         if not snapshot.hidden
     }
+
+
+def lineages_of(world: CutWorld) -> dict[int, Lineage]:
+    """Of all volumes that have a name."""
+    found = {}
+    for volume in volumes_of(world):
+        record = world.store.read_volume(volume.id)
+        received = {notes.id: notes.received for notes in record.snapshots}
+        found[volume.id] = {
+            snapshot.name.decode(): name
+            for snapshot in volume.snapshots()
+            if not snapshot.hidden and (name := received.get(snapshot.id))
+        }
+        if record.origin is not None:
+            found[volume.id][""] = f"{record.origin.volume}/{record.origin.snapshot:016x}"
+    return found
 
 
 def _names(world: CutWorld) -> dict[str, tuple[str, int, int]]:
