@@ -98,7 +98,7 @@ def _checkpoint_row(listed: dict[str, Any]) -> tuple[str, str, str, str]:
 def rename(volume: str, name: str, new_name: str) -> None:
     """Give the snapshot NAME of VOLUME the name NEW_NAME."""
     with snapshots_of(volume, f"hlfs snapshot rename PATH {name} {new_name}") as found:
-        found.rename(name, new_name)
+        found.rename(found.named(name), new_name)
 
 
 @snapshot.command("delete", short_help="Delete snapshots.")
@@ -120,7 +120,7 @@ def delete(volume: str, names: tuple[str, ...], all_of_them: bool, checkpoints: 
             found.forget_checkpoints()
             return
         for name in names or found.names():
-            found.remove(name)
+            found.remove(found.named(name))
 
 
 @snapshot.command("hold", short_help="Have a snapshot kept.")
@@ -130,7 +130,7 @@ def delete(volume: str, names: tuple[str, ...], all_of_them: bool, checkpoints: 
 def hold(volume: str, name: str, tag: str) -> None:
     """Have the snapshot NAME of VOLUME kept until `hlfs snapshot release` with the same TAG: who wants it."""
     with snapshots_of(volume, f"hlfs snapshot hold PATH {name} {tag}") as found:
-        found.hold(name, tag)
+        found.hold(found.named(name), tag)
 
 
 @snapshot.command("release", short_help="End a hold.")
@@ -140,4 +140,4 @@ def hold(volume: str, name: str, tag: str) -> None:
 def release(volume: str, name: str, tag: str) -> None:
     """End the hold TAG on the snapshot NAME of VOLUME."""
     with snapshots_of(volume, f"hlfs snapshot release PATH {name} {tag}") as found:
-        found.release(name, tag)
+        found.release(found.named(name), tag)

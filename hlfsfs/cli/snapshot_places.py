@@ -63,6 +63,14 @@ class VolumeSnapshots(ABC):
     def names(self) -> list[str]:
         """As the system calls them, without `latest`."""
 
+    def named(self, name: str) -> str:
+        """The snapshot of that name; the newest one for `latest`. Raises NoSuchSnapshot where there is none at all."""
+        return self._newest() if name == LATEST else name
+
+    @abstractmethod
+    def _newest(self) -> str:
+        """What `latest` points to."""
+
     @abstractmethod
     def list_page(self, attribute: str) -> bytes:
         """An attribute of the directory of them all."""
@@ -264,6 +272,10 @@ class Mounted(VolumeSnapshots):
         with self._errors(""):
             return sorted(name for name in os.listdir(self._directory) if name != LATEST)
 
+    def _newest(self) -> str:
+        with self._errors(LATEST):
+            return os.readlink(self._at(LATEST))
+
     def list_page(self, attribute: str) -> bytes:
         with self._errors(""):
             return os.getxattr(self._directory, attribute)
@@ -389,6 +401,9 @@ class Offline(VolumeSnapshots):
     def names(self) -> list[str]:
         found = (os.fsdecode(name) for name, _ in self._names.readdir(self._directory))
         return [name for name in found if name != LATEST]
+
+    def _newest(self) -> str:
+        return os.fsdecode(self._names.readlink(self._names.lookup(self._directory, os.fsencode(LATEST)).id))
 
     def list_page(self, attribute: str) -> bytes:
         return self._names.getxattr(self._directory, attribute.encode())

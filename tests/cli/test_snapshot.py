@@ -48,6 +48,22 @@ def test_holds(place: Place) -> None:
     assert place.names("/v") == []
 
 
+def test_the_newest_one_by_its_other_name(place: Place) -> None:
+    assert "v%latest: no such snapshot" in place.failed("delete", "/v", "latest")
+    for name in ("one", "two", "three"):
+        place.done("create", "/v", name)
+    place.done("hold", "/v", "latest", "backup")
+    assert "v%three: held by backup" in place.failed("delete", "/v", "three")
+    place.done("release", "/v", "latest", "backup")
+    place.done("rename", "/v", "latest", "last")
+    assert place.names("/v") == ["one", "two", "last"]
+    place.done("delete", "/v", "latest", "latest")
+    assert place.names("/v") == ["one"]
+    assert place.command("rollback", "/v", "latest") == (0, "", "")
+    assert place.command("diff", "/v@latest", "/v") == (0, "", "")
+    assert "choose another name" in place.failed("rename", "/v", "one", "latest")
+
+
 def test_groups(place: Place) -> None:
     place.done("create", "/v", "/p/w", "both")
     place.done("create", "--all", "/p", "pool")
