@@ -1,21 +1,14 @@
 """The `hlfs` command: a group whose commands are loaded when they are called.
 
-Whatever fails is said in one line on standard error, and the exit status tells how: 0 done, 1 failed, 2 wrong usage,
-32 not mounted.
+The exit status tells what became of it: 0 done, 1 failed, 2 wrong usage, 32 not mounted.
 """
 
 import logging
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable
 
 import click
 
-from hlfsfs.errors import HlfsError
-
-log = logging.getLogger(__name__)
-
-USAGE = 2
+from hlfsfs.cli.program import Program
 
 
 def _check() -> click.Command:
@@ -120,7 +113,7 @@ COMMANDS: dict[str, Callable[[], click.Command]] = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Program):
     """Loads a command's module when the command is called, so that none pays for another's imports."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -130,48 +123,8 @@ class LazyGroup(click.Group):
         load = COMMANDS.get(cmd_name)
         return load() if load else None
 
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """Runs the program; what goes wrong becomes one line and an exit status."""
-        if not standalone_mode:
-            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
-        try:
-            status = super().main(args, "hlfs", complete_var, standalone_mode=False, **extra)
-        except HlfsError as exc:
-            _fail(str(exc), exc.exit_code)
-        except click.UsageError as exc:
-            _fail_usage(exc)
-        except click.ClickException as exc:
-            _fail(exc.format_message(), 1)
-        except (click.Abort, KeyboardInterrupt):
-            _fail("interrupted", 1)
-        except Exception as exc:
-            log.debug("unexpected", exc_info=exc)
-            _fail(f"unexpected {type(exc).__name__}: {exc}; run hlfs --debug … and report what it says", 1)
-        sys.exit(status if isinstance(status, int) else 0)
 
-
-def _fail(line: str, status: int) -> NoReturn:
-    print(f"hlfs: {line}", file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
-def _fail_usage(exc: click.UsageError) -> NoReturn:
-    message = exc.format_message()
-    if "\n" in message:  # a command that needs a subcommand shows its help
-        print(message, file=sys.stderr)
-        sys.exit(USAGE)
-    command = exc.ctx.command_path if exc.ctx else "hlfs"
-    _fail(f"{message.rstrip('.')}; see {command} --help", USAGE)
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, program="hlfs", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hlfsfs", prog_name="hlfs", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Log more, and show where an unexpected error comes from.")
 def main(debug: bool) -> None:

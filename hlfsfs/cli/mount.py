@@ -57,8 +57,11 @@ Exit status: 0 mounted, 2 usage, 32 not mounted.
 @click.argument("directory", metavar="DIR")
 @click.option("-o", "words", metavar="OPT,…", multiple=True, help="Mount options, see above.")
 @click.option("--foreground", is_flag=True, help="Stay, and log to standard error.")
-def mount(source: str, directory: str, words: tuple[str, ...], foreground: bool) -> None:
+@click.option("--tell", type=int, hidden=True, help="With --foreground: where to say whether the mount answers.")
+def mount(source: str, directory: str, words: tuple[str, ...], foreground: bool, tell: int | None) -> None:
     """The command; see HELP."""
+    if tell is not None:
+        sys.exit(serve_and_tell(source, directory, words, tell))
     sys.exit(run_mount(source, directory, words, foreground=foreground))
 
 
@@ -77,6 +80,23 @@ def run_mount(source: str, directory: str, words: Sequence[str], *, foreground: 
         return start_server(source, directory, options)
     except HlfsError as exc:
         return failed(exc)
+
+
+def serve_and_tell(source: str, directory: str, words: Sequence[str], fd: int) -> int:
+    """Serves in this process for whoever began it, and logs to standard error.
+
+    He reads at the other end of `fd`: READY once the mount answers, or the exit status and the line that says why not.
+    """
+    os.set_inheritable(fd, False)
+    teller = _Teller(fd)
+    directory = os.path.abspath(directory)
+    log_to(logging.StreamHandler(), directory)
+    try:
+        options = parse_options(list(words))
+    except HlfsError as exc:
+        teller.say(f"{EXIT_USAGE} {exc}".encode())
+        return EXIT_USAGE
+    return _serve_and_tell(source, directory, options, teller)
 
 
 def failed(exc: HlfsError) -> int:
@@ -165,7 +185,7 @@ def _serve_and_tell(source: str, directory: str, options: MountOptions, teller: 
     except BaseException:
         log.exception("the server failed")
         status = EXIT_FAILED
-        teller.say(f"{EXIT_MOUNT} {directory}: the server failed; see {log_path()}".encode())
+        teller.say(f"{EXIT_MOUNT} {directory}: the server failed; see its log".encode())
     return status
 
 

@@ -1,0 +1,116 @@
+"""The daemon itself: its one instance, its log, its signals."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import trio
+
+from hlfsfs.errors import HlfsError, VolumeBusy
+from mountd.control import SOCKET, Control
+from mountd.notify import notify, notify_reloading
+from mountd.servers import Notes
+from mountd.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+# What journald takes a line to be that begins so (sd-daemon(3)).
+_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+
+
+class _JournalFormatter(logging.Formatter):
+    """Lines that journald gives their priority; it has time and process by itself."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = _PRIORITIES.get(record.levelno, 5)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+def log_to_stderr() -> None:
+    """For journald where it listens, for a person otherwise."""
+    handler = logging.StreamHandler()
+    if "JOURNAL_STREAM" in os.environ:
+        handler.setFormatter(_JournalFormatter("%(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s hlfs-mountd[%(process)d] %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+@contextlib.contextmanager
+def _only_one(directory: Path) -> Iterator[None]:
+    """Holds the lock of the one daemon at that directory. Raises VolumeBusy."""
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise VolumeBusy(str(directory), "an hlfs-mountd runs there already") from exc
+        yield
+    finally:
+        os.close(fd)
+
+
+def run(config: Path, directory: Path) -> None:
+    """Keeps what `config` defines mounted until SIGTERM or SIGINT, then unmounts all; SIGHUP has it read again.
+
+    Killed, it leaves the mounts to their servers, and the next one goes on with them.
+
+    Raises:
+        VolumeBusy: another one runs at `directory`, where the control socket is.
+        HlfsError: it cannot be used.
+    """
+    try:
+        with _only_one(directory):
+            trio.run(_run, config, directory)
+    except OSError as exc:
+        raise HlfsError(f"{exc.filename or directory}: {os.strerror(exc.errno or 0)}") from exc
+
+
+async def _run(config: Path, directory: Path) -> None:
+    supervisor = Supervisor(config, Notes(directory))
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            ended = trio.Event()
+            nursery.start_soon(_obey, signals, supervisor, ended)
+            # Before mounts are tried, which may take long.
+            await nursery.start(Control(supervisor).serve, directory / SOCKET)
+            async with trio.open_nursery() as mounting:
+                mounting.start_soon(_mount, nursery, supervisor, mounting)
+                mounting.start_soon(_leave, ended, mounting)
+            await ended.wait()
+            notify("STOPPING=1", "STATUS=unmounting")
+            log.info("unmounting everything")
+            await supervisor.stop_all()
+        nursery.cancel_scope.cancel()
+
+
+async def _mount(nursery: trio.Nursery, supervisor: Supervisor, mounting: trio.Nursery) -> None:
+    await nursery.start(supervisor.run)
+    mounted = sum(each["state"] == "mounted" for each in supervisor.status())
+    log.info("ready: %d of %d mounted", mounted, len(supervisor.status()))
+    notify("READY=1", f"STATUS={mounted} mounted")
+    mounting.cancel_scope.cancel()
+
+
+async def _leave(ended: trio.Event, mounting: trio.Nursery) -> None:
+    """Who is asked to end does not wait for what cannot be mounted."""
+    await ended.wait()
+    mounting.cancel_scope.cancel()
+
+
+async def _obey(signals: AsyncIterator[int], supervisor: Supervisor, ended: trio.Event) -> None:
+    async for number in signals:
+        if number != signal.SIGHUP:
+            ended.set()
+            continue
+        notify_reloading()
+        try:
+            supervisor.reload()
+        except HlfsError as exc:
+            log.error("%s; nothing was changed", exc)
+        notify("READY=1")

@@ -1,0 +1,342 @@
+"""Definitions of mounts: what is to be mounted where, and in which order. Reads and writes their files.
+
+A file holds one definition, as XML that `schema/definition.rng` describes. Errors name the file and the line.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+from lxml import etree
+
+from hlfsfs.errors import HlfsError, NameExists, NoSuchName, UsageError, printable
+from hlfsfs.fuse.options import parse_options
+from hlfsfs.store import parse_uri
+
+SUFFIX = ".xml"
+# A definition takes a few hundred bytes.
+MAX_FILE_BYTES = 64 << 10
+MAX_NAME_BYTES = 255
+# Where what says no directory is mounted: what SELinux and AppArmor let virtual machines use.
+DEFAULT_PARENT = "/mnt/hlfs"
+_SCHEMA = Path(__file__).with_name("schema") / "definition.rng"
+_NOTES = "{http://relaxng.org/ns/compatibility/annotations/1.0}documentation"
+_RULES = "{http://relaxng.org/ns/structure/1.0}"
+
+
+class BadDefinition(UsageError):
+    """A definition that cannot be understood, or does not fit the others."""
+
+    def __init__(self, file: str, line: int, why: str) -> None:
+        super().__init__(f"{printable(file)}:{line}: {why}")
+        self.file = file
+        self.line = line
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One mount.
+
+    Attributes:
+        name: what commands call it.
+        source: URI of a store or pool.
+        directory: where it is mounted, absolute.
+        options: as after `-o` of `hlfs mount`, perhaps empty.
+        after: names of those that are to be mounted before.
+        autostart: mounted when the daemon starts.
+        file: it was read from.
+    """
+
+    name: str
+    source: str
+    directory: str
+    options: str = ""
+    after: tuple[str, ...] = ()
+    autostart: bool = True
+    file: str = field(default="", compare=False)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def parse(content: bytes, file: str) -> Definition:
+    """Reads one definition; `file` is what errors call it.
+
+    Nothing outside of it is looked at: it has no document type, so no entities, and no network is used.
+
+    Raises:
+        BadDefinition: with the line, and what was expected there.
+    """
+    root = _root(content, file)
+    _validate(root, file)
+    definition = _of_pool(root, file) if root.tag == "pool" else _of_mount(root, file)
+    _check(definition, root, file)
+    return definition
+
+
+def _root(content: bytes, file: str) -> etree._Element:
+    if len(content) > MAX_FILE_BYTES:
+        raise BadDefinition(file, 1, f"{len(content)} bytes are too many for a definition; write at most 64 KiB")
+    parser = etree.XMLParser(
+        resolve_entities=False, no_network=True, load_dtd=False, remove_comments=True, remove_pis=True
+    )
+    try:
+        root = etree.fromstring(content, parser)
+    except etree.XMLSyntaxError as exc:
+        raise BadDefinition(file, exc.lineno or 1, f"no XML: {_sentence(exc.msg)}") from exc
+    if root.getroottree().docinfo.internalDTD is not None:
+        raise BadDefinition(file, 1, "a definition has no document type; leave <!DOCTYPE …> out")
+    return root
+
+
+def _sentence(message: str | None) -> str:
+    return printable(re.sub(r", line \d+, column \d+.*", "", message or "").strip())
+
+
+@cache
+def _schema() -> tuple[etree.RelaxNG, dict[str, str]]:
+    """The schema, and what it says of each path of elements, such as `mount/name`."""
+    tree = etree.parse(_SCHEMA)
+    rules = tree.getroot()
+    named = {rule.get("name"): rule for rule in rules.iterfind(f"{_RULES}define")}
+    notes: dict[str, str] = {}
+
+    def collect(rule: etree._Element, path: str) -> None:
+        for child in rule:
+            if child.tag == f"{_RULES}ref" and (target := named.get(child.get("name"))) is not None:
+                collect(target, path)
+            elif child.tag == f"{_RULES}element":
+                below = f"{path}/{child.get('name')}".lstrip("/")
+                notes[below] = child.findtext(_NOTES, "").strip()
+                collect(child, below)
+            elif child.tag != _NOTES:
+                collect(child, path)
+
+    start = rules.find(f"{_RULES}start")
+    assert start is not None
+    collect(start, "")
+    return etree.RelaxNG(tree), notes
+
+
+def _validate(root: etree._Element, file: str) -> None:
+    schema, notes = _schema()
+    if schema.validate(root):
+        return
+    # Of an element that is wrong, those around it are told to be, too.
+    errors = [(error.path, error.line) for error in schema.error_log if error.path]
+    where, line = max(errors, key=lambda error: error[0].count("/"), default=("", root.sourceline or 1))
+    element = _element_at(root, where)
+    # The innermost element that the schema knows is what its writer has to look at.
+    path = _path(element)
+    unknown = ""
+    while path not in notes:
+        unknown, _, path = _last(path), None, path.rpartition("/")[0]
+        if not path:
+            raise BadDefinition(file, root.sourceline or 1, f"<{unknown}> is no definition; write <mount> or <pool>")
+    said = f"<{unknown}> is not known here; " if unknown else ""
+    raise BadDefinition(file, line, f"{said}<{_last(path)}> {notes[path]}")
+
+
+def _element_at(root: etree._Element, path: str) -> etree._Element:
+    namespaces = {prefix: uri for each in root.iter() for prefix, uri in each.nsmap.items() if prefix}
+    found = root.getroottree().xpath(path, namespaces=namespaces) if path else []
+    return found[0] if isinstance(found, list) and found and isinstance(found[0], etree._Element) else root
+
+
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _path(element: etree._Element) -> str:
+    parts = [element, *element.iterancestors()]
+    return "/".join(printable(str(part.tag)) for part in reversed(parts))
+
+
+def _of_mount(root: etree._Element, file: str) -> Definition:
+    return Definition(
+        name=_text(root, "name"),
+        source=_text(root, "source"),
+        directory=_text(root, "directory"),
+        options=_text(root, "options"),
+        after=tuple(_clean(each.text) for each in root.iterfind("after")),
+        autostart=root.get("autostart") != "no",
+        file=file,
+    )
+
+
+def _of_pool(root: etree._Element, file: str) -> Definition:
+    source = _text(root, "source/name")
+    return Definition(
+        name=_text(root, "name"),
+        source=source,
+        directory=_text(root, "target/path") or default_directory(source),
+        file=file,
+    )
+
+
+def default_directory(source: str) -> str:
+    """Where a source is mounted that says no directory: `/mnt/hlfs/srv/vms` for `local:///srv/vms`."""
+    path = source.partition("://")[2]
+    return os.path.join(DEFAULT_PARENT, *(part for part in path.split("/") if part not in {"", ".", ".."}))
+
+
+def _text(root: etree._Element, path: str) -> str:
+    return _clean(root.findtext(path))
+
+
+def _clean(text: str | None) -> str:
+    """As the schema's tokens are compared: without white space around, one space for each within."""
+    return " ".join((text or "").split())
+
+
+def _check(definition: Definition, root: etree._Element, file: str) -> None:
+    """What the schema cannot say."""
+    tag = {"source": "source/name", "directory": "target/path"} if root.tag == "pool" else {}
+
+    def refuse(what: str, why: str) -> BadDefinition:
+        found = root.find(tag.get(what, what))
+        return BadDefinition(file, (root if found is None else found).sourceline or 1, why)
+
+    if len(definition.name.encode()) > MAX_NAME_BYTES or not definition.name.isprintable():
+        raise refuse("name", "<name> holds up to 255 printable characters")
+    try:
+        parse_uri(definition.source)
+    except HlfsError as exc:
+        raise refuse("source", str(exc)) from exc
+    try:
+        parse_options([definition.options] if definition.options else [])
+    except HlfsError as exc:
+        raise refuse("options", str(exc)) from exc
+    if os.path.normpath(definition.directory) != definition.directory or definition.directory == "/":
+        raise refuse("directory", f"{printable(definition.directory)}: write the path of a directory without . and ..")
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path) -> Definition:
+    """Raises BadDefinition, also where somebody else than root, or than who runs this, could have written it."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise BadDefinition(str(path), 1, "no file")
+            if found.st_uid not in {0, os.geteuid()} or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise BadDefinition(str(path), 1, "others may write to it; run chown root FILE; chmod go-w FILE")
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as exc:
+        raise BadDefinition(str(path), 1, os.strerror(exc.errno or 0)) from exc
+    return parse(content, str(path))
+
+
+def read_all(directory: Path) -> tuple[dict[str, Definition], list[BadDefinition]]:
+    """All definitions of a directory, by name, in the order of their files; and what is wrong with the rest.
+
+    One that is wrong costs the others nothing: machines wait for them.
+    """
+    found: list[Definition] = []
+    wrong: list[BadDefinition] = []
+    try:
+        names = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX) and not name.startswith("."))
+    except FileNotFoundError:
+        names = []
+    except OSError as exc:
+        wrong.append(BadDefinition(str(directory), 1, os.strerror(exc.errno or 0)))
+        names = []
+    for name in names:
+        try:
+            found.append(read_file(directory / name))
+        except BadDefinition as exc:
+            wrong.append(exc)
+    good, clashes = fitting(found)
+    return good, wrong + clashes
+
+
+def fitting(definitions: Iterable[Definition]) -> tuple[dict[str, Definition], list[BadDefinition]]:
+    """Those that fit the ones before them, by name: each has its own name and directory, and no circle of `after`."""
+    good: dict[str, Definition] = {}
+    wrong: list[BadDefinition] = []
+    places: dict[str, str] = {}
+    for each in definitions:
+        if each.name in good:
+            why = f"{printable(each.name)}: is defined in {good[each.name].file} already; choose another name"
+            wrong.append(BadDefinition(each.file, 1, why))
+        elif each.directory in places:
+            why = f"{printable(each.directory)}: {printable(places[each.directory])} is mounted there; choose another"
+            wrong.append(BadDefinition(each.file, 1, why))
+        else:
+            good[each.name] = each
+            places[each.directory] = each.name
+    return _without_circles(good, wrong), wrong
+
+
+def _without_circles(good: dict[str, Definition], wrong: list[BadDefinition]) -> dict[str, Definition]:
+    while True:
+        missing = next(((d, name) for d in good.values() for name in d.after if name not in good), None)
+        if missing is not None:
+            bad, why = missing[0], f"it is to be mounted after {printable(missing[1])}, which is not defined"
+        else:
+            try:
+                in_order(good)
+            except CycleError as exc:
+                circle = list(exc.args[1])
+                bad = good[circle[0]]
+                why = f"each is to be mounted after the next: {', '.join(map(printable, reversed(circle)))}"
+            else:
+                return good
+        wrong.append(BadDefinition(bad.file, 1, why))
+        del good[bad.name]
+
+
+def in_order(definitions: Mapping[str, Definition]) -> list[str]:
+    """Names, each behind those that it is to be mounted after. Raises CycleError."""
+    return list(TopologicalSorter({name: each.after for name, each in definitions.items()}).static_order())
+
+
+def file_name(name: str) -> str:
+    """Of the file that `write_file` makes for a definition."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "mount"
+    return f"{readable}{SUFFIX}"
+
+
+def write_file(directory: Path, name: str, content: bytes, replaced: Path | None) -> Path:
+    """Keeps a definition; durable on return. After a crash it is there whole, or what was `replaced` is.
+
+    Raises:
+        NameExists: a file of that name holds something else.
+    """
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    path = replaced or directory / file_name(name)
+    if replaced is None and os.path.lexists(path):
+        raise NameExists(str(path), "there is a file of that name")
+    temporary = directory / f".{path.name}.new"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(temporary, flags, 0o644), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    _sync(directory)
+    return path
+
+
+def remove_file(path: Path) -> None:
+    """Durable on return. Raises NoSuchName."""
+    try:
+        path.unlink()
+    except FileNotFoundError as exc:
+        raise NoSuchName(str(path), "file") from exc
+    _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,214 @@
+"""Servers of mounts as processes: begun, found again, waited for, and ended. Nothing here touches a mount."""
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import trio
+
+from hlfsfs.errors import HlfsError, MountFailed, StoreLocked, printable
+from hlfsfs.fuse.mount import unmount
+from hlfsfs.fuse.mountinfo import FSTYPE, Mount, find_mount
+from hlfsfs.store import open_store, parse_uri
+from mountd.definitions import Definition
+
+HLFS = [sys.executable, "-m", "hlfsfs.cli.main"]
+READY = b"ready"
+# How long a mount that may be dead has to say so.
+PROBE_TIMEOUT_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """A process that serves a mount: one that was begun here, or one that was found."""
+
+    def __init__(self, pid: int, process: "subprocess.Popen[bytes] | None" = None) -> None:
+        """Raises OSError: there is no such process."""
+        self.pid = pid
+        self.adopted = process is None
+        self._process = process
+        # A number may come to mean another process.
+        self._pidfd = os.pidfd_open(pid)
+
+    async def ended(self) -> None:
+        """Returns when the process is gone, or it is not waited for any more."""
+        with contextlib.suppress(trio.ClosedResourceError):
+            await trio.lowlevel.wait_readable(self._pidfd)
+        if self._process is not None:
+            self._process.poll()
+
+    def close(self) -> None:
+        """No more calls after it; the process goes on."""
+        trio.lowlevel.notify_closing(self._pidfd)
+        os.close(self._pidfd)
+
+
+# --- what is there ------------------------------------------------------------------------------------------------
+
+
+def mounted(definition: Definition) -> Mount | None:
+    """What is mounted at its directory."""
+    return find_mount(definition.directory)
+
+
+def is_ours(definition: Definition, mount: Mount) -> bool:
+    """Whether that is what is defined."""
+    return mount.fstype == FSTYPE and mount.source == str(parse_uri(definition.source))
+
+
+def is_mounted(definition: Definition) -> bool:
+    """Whether what is defined is mounted, perhaps without a server."""
+    mount = mounted(definition)
+    return mount is not None and is_ours(definition, mount)
+
+
+class Notes:
+    """Which process serves which mount, for the next daemon: a file for each in `directory`, gone with a reboot."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def write(self, definition: Definition, pid: int) -> None:
+        """Called once the mount answers. A note that is lost costs nothing but that the lock has to tell."""
+        path = self._path(definition)
+        temporary = path.with_suffix(".new")
+        note = {"pid": pid, "started": _started(pid), "directory": definition.directory}
+        try:
+            temporary.write_text(json.dumps(note), encoding="utf-8")
+            temporary.rename(path)
+        except OSError as exc:
+            log.warning("%s: %s", path, exc.strerror)
+
+    def forget(self, definition: Definition) -> None:
+        """Called once the mount is gone."""
+        self._path(definition).unlink(missing_ok=True)
+
+    def pid(self, definition: Definition) -> int | None:
+        """The process that was noted, if it is the same one still."""
+        try:
+            note = json.loads(self._path(definition).read_text(encoding="utf-8"))
+            pid = int(note["pid"])
+            same = note["directory"] == definition.directory and note["started"] == _started(pid)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return pid if same else None
+
+    def _path(self, definition: Definition) -> Path:
+        # A name may hold what no file name does.
+        return self._directory / f"{definition.name.encode().hex()[:200]}.json"
+
+
+def _started(pid: int) -> str:
+    """When a process began, in ticks since boot, with the boot's own id. Raises OSError."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return f"{boot_id}/{fields[19]}"
+
+
+def find_server(definition: Definition, notes: Notes) -> Server | None:
+    """The process that serves the mount which is there: the noted one, or the one in the store's lock."""
+    pid = notes.pid(definition) or _lock_pid(definition.source)
+    if pid is None:
+        return None
+    try:
+        return Server(pid)
+    except OSError:
+        return None
+
+
+def _lock_pid(source: str) -> int | None:
+    try:
+        store = open_store(source, read_only=True)
+    except HlfsError:
+        return None
+    try:
+        store.lock()
+    except StoreLocked as exc:
+        return exc.pid
+    except HlfsError:
+        return None
+    finally:
+        store.close()
+    return None
+
+
+async def answers(directory: str) -> bool:
+    """Whether a mount has a server: one without says so at once. What takes too long counts as one that has."""
+    with trio.move_on_after(PROBE_TIMEOUT_S) as scope:
+        done = await trio.run_process(
+            ["stat", "--file-system", "--format=%T", "--", directory],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    return scope.cancelled_caught or done.returncode == 0
+
+
+# --- begun and ended ----------------------------------------------------------------------------------------------
+
+
+async def begin(definition: Definition, notes: Notes) -> Server:
+    """Begins a server; returns once the mount answers. It lives on without this process.
+
+    Raises:
+        HlfsError: with the line that says why there is none.
+    """
+    with contextlib.suppress(FileExistsError):
+        _make_directory(definition.directory)
+    reading, writing = os.pipe()
+    options = ["-o", definition.options] if definition.options else []
+    words = ["mount", "--foreground", "--tell", str(writing), *options, "--", definition.source, definition.directory]
+    try:
+        # Not by trio's means: its processes end with who waits for them.
+        process = await trio.to_thread.run_sync(
+            lambda: subprocess.Popen(
+                [*HLFS, *words], pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                start_new_session=True, cwd="/",
+            )
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+    try:
+        async with trio.lowlevel.FdStream(reading) as pipe:
+            word = b"".join([part async for part in pipe])
+    except BaseException:
+        process.terminate()
+        raise
+    if word == READY:
+        notes.write(definition, process.pid)
+        return Server(process.pid, process)
+    status = await trio.to_thread.run_sync(process.wait)
+    said = word.decode(errors="replace").partition(" ")[2]
+    raise HlfsError(said or f"{definition.directory}: its server ended with status {status} before the mount answered")
+
+
+def _make_directory(directory: str) -> None:
+    try:
+        os.makedirs(directory, mode=0o755)
+    except FileExistsError:
+        raise
+    except OSError as exc:
+        raise MountFailed(directory, f"cannot be made: {os.strerror(exc.errno or 0)}") from exc
+
+
+async def end(definition: Definition, notes: Notes) -> None:
+    """Unmounts; returns once everything is durable and the server is gone.
+
+    Raises:
+        HlfsError: it stays, with the line that says why and who uses it.
+    """
+    words = [*HLFS, "umount", "--", definition.directory]
+    done = await trio.run_process(words, capture_stderr=True, check=False, stdin=b"")
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise HlfsError(lines[-1].removeprefix("hlfs umount: ") if lines else f"{definition.directory}: not unmounted")
+    notes.forget(definition)
+
+
+def take_away(definition: Definition) -> None:
+    """Has a mount without a server out of the way of the next one; who has files of it open keeps getting errors."""
+    log.warning("%s: the mount of a server that is gone is taken away", printable(definition.directory))
+    unmount(definition.directory, lazy=True)

@@ -1,0 +1,162 @@
+"""A daemon under test: its own definitions, control socket and mounts; nothing of it is left at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from hlfsfs.fuse.mountinfo import find_mount
+from tests.fuse.mounts import run, take_away
+
+TIMEOUT_S = 60
+PROGRAM = (sys.executable, "-m", "mountd.cli")
+Ended = tuple[int, str, str]
+
+
+class Daemon:
+    """One daemon, and others after it, with all they keep in `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.config = root / "mountd.d"
+        self.run_dir = root / "run"
+        self.log = root / "log"
+        self._root = root
+        self._process: subprocess.Popen[bytes] | None = None
+        self._told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._told.bind(str(root / "notify"))
+        self._told.settimeout(TIMEOUT_S)
+        self.config.mkdir()
+
+    # --- definitions ----------------------------------------------------------------------------------------------
+
+    def content(self, name: str, more: str = "", attributes: str = "") -> str:
+        """A definition of a store and a directory of that name in `root`; the store is made."""
+        store = self.store(name)
+        store.mkdir(exist_ok=True)
+        inner = f"<name>{name}</name><source>local://{store}</source><directory>{self.at(name)}</directory>{more}"
+        return f"<mount{attributes}>{inner}</mount>"
+
+    def defined(self, name: str, more: str = "", attributes: str = "") -> Path:
+        """Writes the file of one."""
+        path = self.config / f"{name}.xml"
+        path.write_text(self.content(name, more, attributes))
+        return path
+
+    def store(self, name: str) -> Path:
+        return self._root / f"{name}-store"
+
+    def at(self, name: str) -> Path:
+        """Where it is mounted."""
+        return self._root / f"{name}-mnt"
+
+    # --- the daemon -----------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Returns once it says that it is ready."""
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [*PROGRAM, "--run-dir", str(self.run_dir), "run", "--config", str(self.config)],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env={**os.environ, "NOTIFY_SOCKET": str(self._root / "notify")},
+            )  # fmt: skip
+        assert self.told().startswith("READY=1"), self.log.read_text()
+
+    def told(self) -> str:
+        """What systemd would be told next."""
+        return self._told.recv(4096).decode()
+
+    def end(self) -> None:
+        """An orderly end."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        assert self._process.wait(TIMEOUT_S) == 0, self.log.read_text()
+        self._process = None
+
+    def kill(self) -> None:
+        """What it began goes on."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(TIMEOUT_S)
+        self._process = None
+
+    def hang_up(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGHUP)
+
+    def command(self, *words: str | Path, stdin: str = "") -> Ended:
+        """Asks it, and returns the status, the output, and what was said."""
+        command = [*PROGRAM, "--run-dir", str(self.run_dir), *map(str, words)]
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+        return done.returncode, done.stdout, done.stderr
+
+    def done(self, *words: str | Path, stdin: str = "") -> str:
+        status, output, said = self.command(*words, stdin=stdin)
+        assert (status, said) == (0, ""), f"{words}: {status}, {said}\n{self.log.read_text()}"
+        return output
+
+    def failed(self, *words: str | Path, status: int = 1, stdin: str = "") -> str:
+        """The one line."""
+        ended, output, said = self.command(*words, stdin=stdin)
+        assert (ended, output) == (status, ""), said
+        assert said.startswith("hlfs-mountd: ")
+        assert said.count("\n") == 1
+        return said.removeprefix("hlfs-mountd: ").strip()
+
+    def states(self) -> dict[str, str]:
+        """By name, in the order of their start."""
+        return {each["name"]: each["state"] for each in json.loads(self.done("list", "--json"))}
+
+    def status(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.command("status", name, "--json")[1])["mounts"][0]
+        return found
+
+    def until(self, wanted: Callable[[], bool]) -> None:
+        """Waits for what comes by itself."""
+        end_s = time.monotonic() + TIMEOUT_S
+        while not wanted():
+            assert time.monotonic() < end_s, self.log.read_text()
+            time.sleep(0.05)
+
+    def is_mounted(self, name: str) -> bool:
+        return find_mount(str(self.at(name))) is not None
+
+    # --- files ----------------------------------------------------------------------------------------------------
+
+    def write(self, name: str, text: str) -> None:
+        """Into a volume `v` of it, durable."""
+        code = "import os, sys; f = open(sys.argv[1], 'w'); f.write(sys.argv[2]); f.flush(); os.fsync(f.fileno())"
+        run(sys.executable, "-c", code, self.at(name) / "v", text)
+
+    def read(self, name: str) -> str:
+        return run("cat", self.at(name) / "v")
+
+    def clean_up(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(TIMEOUT_S)
+        for path in self._root.glob("*-mnt"):
+            while find_mount(str(path)) is not None:
+                take_away(path)
+        for note in self.run_dir.glob("*.json"):
+            with suppress(OSError, ValueError):
+                os.kill(json.loads(note.read_text())["pid"], signal.SIGKILL)
+        self._told.close()
+
+
+@contextmanager
+def daemon_in(root: Path) -> Iterator[Daemon]:
+    """One that has not begun yet."""
+    found = Daemon(root)
+    try:
+        yield found
+    finally:
+        found.clean_up()

@@ -1,0 +1,286 @@
+"""The daemon with real mounts: begun in order, replaced where they die, found again, and ended orderly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fuse.mounts import hlfs, mounted, needs_fuse, run, take_away
+from tests.mountd.daemons import PROGRAM, TIMEOUT_S, Daemon, daemon_in
+
+pytestmark = needs_fuse
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    with daemon_in(tmp_path) as found:
+        yield found
+
+
+def test_what_is_defined_is_mounted_in_order_and_unmounted_at_the_end(daemon: Daemon) -> None:
+    daemon.defined("a", "<after>b</after><options>commit=1s</options>")
+    daemon.defined("b")
+    daemon.defined("c", attributes=' autostart="no"')
+    daemon.begin()
+    assert daemon.states() == {"b": "mounted", "c": "stopped", "a": "mounted"}
+    assert [daemon.is_mounted(name) for name in "abc"] == [True, True, False]
+    log = daemon.log.read_text()
+    assert log.index(f"{daemon.at('b')}: mounted") < log.index(f"{daemon.at('a')}: mounted")
+    daemon.write("a", "kept")
+    table = daemon.done("list").splitlines()
+    assert table[0].split() == ["NAME", "STATE", "SOURCE", "DIRECTORY"]
+    assert table[1].split() == ["b", "mounted", f"local://{daemon.store('b')}", str(daemon.at("b"))]
+    assert "options commit=1s" in daemon.done("status", "a")
+    daemon.end()
+    assert daemon.told().startswith("STOPPING=1")
+    assert not any(daemon.is_mounted(name) for name in "abc")
+    assert "does not run; start it" in daemon.failed("list")
+    # Durable, and nobody has it any more.
+    assert hlfs("volume", "list", f"local://{daemon.store('a')}").returncode == 0
+
+
+def test_a_server_that_dies_is_replaced(daemon: Daemon) -> None:
+    daemon.defined("a")
+    daemon.begin()
+    daemon.write("a", "durable")
+    for number in range(2):
+        before = daemon.status("a")
+        assert before["deaths"] == number
+        os.kill(before["pid"], signal.SIGKILL)
+        daemon.until(lambda pid=before["pid"]: daemon.status("a")["pid"] not in {None, pid})  # type: ignore[misc]
+        assert daemon.read("a") == "durable"
+    assert daemon.status("a")["deaths"] == 2
+    assert "died" in daemon.log.read_text()
+    assert "2 servers died" in daemon.done("status", "a")
+    daemon.end()
+
+
+def test_the_next_daemon_goes_on_with_what_is_mounted(daemon: Daemon) -> None:
+    daemon.defined("a", attributes=' autostart="no"')
+    daemon.defined("b", "<options>ro</options>")
+    with mounted(daemon.store("b")) as mount:
+        mount.run("truncate", "--size=1M", mount.path / "v")
+    daemon.begin()
+    daemon.done("start", "a")
+    before = {name: daemon.status(name)["pid"] for name in "ab"}
+    reader = subprocess.Popen(["tail", "-f", str(daemon.at("b") / "v")], stdout=subprocess.DEVNULL)
+    daemon.kill()
+    daemon.write("a", "between")
+    daemon.begin()
+    after = {name: daemon.status(name) for name in "ab"}
+    assert {name: each["pid"] for name, each in after.items()} == before
+    assert all(each["adopted"] for each in after.values())
+    # It is watched as well as its own.
+    os.kill(before["a"], signal.SIGKILL)
+    daemon.until(lambda: daemon.status("a")["pid"] not in {None, before["a"]})
+    assert daemon.read("a") == "between"
+    assert "in use by" in daemon.failed("stop", "b")
+    reader.kill()
+    reader.wait()
+    daemon.done("stop", "b")
+    daemon.end()
+
+
+def test_mounts_without_servers_are_taken_away_at_the_start(daemon: Daemon) -> None:
+    daemon.defined("a")
+    daemon.begin()
+    daemon.write("a", "durable")
+    server = daemon.status("a")["pid"]
+    daemon.kill()
+    os.kill(server, signal.SIGKILL)
+    daemon.until(
+        lambda: subprocess.run(["stat", "-f", daemon.at("a")], capture_output=True, check=False).returncode != 0
+    )
+    assert daemon.is_mounted("a")
+    daemon.begin()
+    assert daemon.read("a") == "durable"
+    assert sum(str(daemon.at("a")) in line for line in Path("/proc/self/mounts").read_text().splitlines()) == 1
+    daemon.end()
+
+
+def test_what_is_in_use_stays(daemon: Daemon) -> None:
+    daemon.defined("a")
+    daemon.defined("b", "<after>a</after>")
+    daemon.begin()
+    daemon.write("a", "x")
+    with subprocess.Popen(["tail", "-f", str(daemon.at("a") / "v")], stdout=subprocess.DEVNULL) as user:
+        assert "a: stop b first, mounted after it" in daemon.failed("stop", "a")
+        daemon.done("stop", "b")
+        line = daemon.failed("stop", "a")
+        assert f"in use by {user.pid} (tail)" in line or f"{user.pid}" in line
+        assert daemon.status("a")["state"] == "mounted"
+        assert "a: in use" in daemon.failed("stop", "--all")
+        user.kill()
+    daemon.done("stop", "--all")
+    assert daemon.states() == {"a": "stopped", "b": "stopped"}
+    # What is to be mounted before comes along.
+    daemon.done("start", "b")
+    assert daemon.states() == {"a": "mounted", "b": "mounted"}
+    daemon.end()
+
+
+def test_definitions_come_and_go(daemon: Daemon) -> None:
+    daemon.begin()
+    assert daemon.states() == {}
+    assert daemon.done("define", "-", stdin=daemon.content("a")) == "a: defined\n"
+    assert daemon.states() == {"a": "stopped"}
+    daemon.done("start", "a")
+    assert "a: it is mounted; hlfs-mountd stop a first" in daemon.failed("undefine", "a")
+    daemon.done("define", "-", stdin=daemon.content("a", "<options>ro</options>"))
+    assert daemon.status("a")["changed"]
+    assert daemon.status("a")["options"] == ""
+    daemon.write("a", "x")
+    daemon.done("stop", "a")
+    daemon.done("start", "a")
+    assert daemon.status("a")["options"] == "ro"
+    line = daemon.failed("define", "-", stdin=daemon.content("b", "<after>c</after>"), status=2)
+    assert line == "-:1: it is to be mounted after c, which is not defined"
+    assert "-:2: <x> is not known here; <mount> holds" in daemon.failed(
+        "define", "-", stdin="<mount>\n<x/></mount>", status=2
+    )
+    assert "none: no such definition" in daemon.failed("start", "none")
+    daemon.done("stop", "a")
+    daemon.done("undefine", "a")
+    assert daemon.states() == {}
+    assert os.listdir(daemon.config) == []
+    daemon.end()
+
+
+def test_definitions_are_read_again(daemon: Daemon) -> None:
+    first = daemon.defined("a")
+    daemon.begin()
+    daemon.defined("b", "<after>a</after>")
+    daemon.defined("c", attributes=' autostart="no"')
+    daemon.done("reload")
+    daemon.until(lambda: daemon.states() == {"a": "mounted", "c": "stopped", "b": "mounted"})
+    wrong = daemon.config / "d.xml"
+    wrong.write_text("<mount/>")
+    assert f"{wrong}:1: <mount> holds" in daemon.failed("reload", status=2)
+    assert len(daemon.states()) == 3
+    wrong.unlink()
+    first.write_text(daemon.content("a").replace("a-mnt", "other-mnt"))
+    (daemon.config / "c.xml").unlink()
+    (daemon.config / "b.xml").unlink()
+    daemon.hang_up()
+    assert daemon.told().startswith("RELOADING=1\nMONOTONIC_USEC=")
+    assert daemon.told() == "READY=1"
+    # What is mounted stays, as it is.
+    assert daemon.states() == {"a": "mounted", "b": "mounted"}
+    assert daemon.status("a")["directory"] == str(daemon.at("a"))
+    daemon.end()
+    assert not daemon.is_mounted("b")
+
+
+def test_one_that_cannot_be_mounted_is_tried_again(daemon: Daemon) -> None:
+    daemon.defined("a")
+    daemon.defined("b")
+    daemon.defined("c", "<after>b</after>")
+    (daemon.config / "d.xml").write_text("<mount/>")
+    daemon.store("b").rmdir()
+    daemon.begin()
+    assert daemon.states() == {"a": "mounted", "b": "failed", "c": "waiting"}
+    status, output, _ = daemon.command("status")
+    assert status == 1
+    assert f"local://{daemon.store('b')}: no such directory; to make a store there" in output
+    assert "wrong: " in output
+    assert "no such directory" in daemon.failed("start", "b")
+    daemon.store("b").mkdir()
+    daemon.until(lambda: set(daemon.states().values()) == {"mounted"})
+    daemon.end()
+
+
+def test_what_somebody_else_unmounts_stays_so(daemon: Daemon) -> None:
+    daemon.defined("a")
+    daemon.begin()
+    assert hlfs("umount", daemon.at("a")).returncode == 0
+    daemon.until(lambda: daemon.states() == {"a": "stopped"})
+    assert daemon.status("a")["deaths"] == 0
+    daemon.done("start", "a")
+    assert daemon.is_mounted("a")
+    daemon.end()
+
+
+def test_what_is_mounted_there_already_is_told(daemon: Daemon) -> None:
+    daemon.defined("a", attributes=' autostart="no"')
+    daemon.begin()
+    daemon.at("a").mkdir()
+    run("mount", "-t", "tmpfs", "hlfs-test", daemon.at("a"))
+    try:
+        assert "hlfs-test is mounted there; unmount that first" in daemon.failed("start", "a", status=32)
+    finally:
+        run("umount", daemon.at("a"))
+    daemon.end()
+
+
+def test_only_one_and_only_for_its_owner(daemon: Daemon) -> None:
+    daemon.defined("a")
+    daemon.begin()
+    assert "an hlfs-mountd runs there already" in daemon.failed("run", "--config", daemon.config)
+    os.chmod(daemon.run_dir.parent, 0o755)
+    for parent in daemon.run_dir.parents[1:3]:
+        os.chmod(parent, 0o755)
+    control = daemon.run_dir / "control"
+    assert control.stat().st_mode & 0o777 == 0o600
+    code = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    other = [
+        "setpriv",
+        "--reuid=65534",
+        "--clear-groups",
+        "--regid=65534",
+        "/usr/bin/python3",
+        "-c",
+        code,
+        str(control),
+    ]
+    done = subprocess.run(other, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    assert "PermissionError" in done.stderr
+    # Where the socket's mode does not help, the daemon does.
+    control.chmod(0o666)
+    code += (
+        "; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.sendall(b'x\\n'); print(s.recv(999).decode())"
+    )
+    done = subprocess.run(
+        [*other[:-2], code, str(control)], capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+    )
+    assert "permission denied" in done.stdout
+    daemon.end()
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\n", b"{}\n", b"x" * (1 << 20) + b"\n", b'{"do": "launch"}\n', b'{"do": "start", "x": 1}\n', b"\xff\n"]
+)
+def test_nonsense_is_refused(daemon: Daemon, raw: bytes) -> None:
+    daemon.begin()
+    with socket.socket(socket.AF_UNIX) as stream:
+        stream.settimeout(TIMEOUT_S)
+        stream.connect(str(daemon.run_dir / "control"))
+        try:
+            stream.sendall(raw)
+            answer = stream.makefile("rb").readline()
+        except (BrokenPipeError, ConnectionResetError):
+            answer = b""
+    assert not answer or json.loads(answer)["exit_code"] == 2
+    assert daemon.states() == {}
+    daemon.end()
+
+
+def test_a_daemon_that_is_ended_while_it_mounts_leaves_nothing(daemon: Daemon) -> None:
+    daemon.defined("a")
+    with daemon.log.open("ab") as output:
+        process = subprocess.Popen(
+            [*PROGRAM, "--run-dir", str(daemon.run_dir), "run", "--config", str(daemon.config)],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        )  # fmt: skip
+    daemon.until((daemon.run_dir / "control").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(TIMEOUT_S) == 0, daemon.log.read_text()
+    daemon.until(lambda: not daemon.is_mounted("a"))
+    if daemon.is_mounted("a"):
+        take_away(daemon.at("a"))
