@@ -436,7 +436,9 @@ class Offline(VolumeSnapshots):
         return self._names.getxattr(self._node(name), attribute.encode())
 
     def _node(self, name: str | None) -> int:
-        return self._volume if name is None else self._names.lookup(self._directory, os.fsencode(name)).id
+        if name is None:
+            return self._volume
+        return self._names.lookup(self._directory, os.fsencode(self.named(name))).id
 
     def roll_back(self, name: str) -> None:
         value = json.dumps({"snapshot": name}).encode()

@@ -23,7 +23,15 @@ from hlfsfs.pool.node_ids import ROOT_ID, mark_of
 from hlfsfs.pool.properties import AnyNode, Properties
 from hlfsfs.pool.receiving import Receiver
 from hlfsfs.pool.renames import Place, Renames
-from hlfsfs.pool.snapshots import PoolSnapshots, SnapshotFile, SnapshotNode, Snapshots, VolumeSnapshots, only_read
+from hlfsfs.pool.snapshots import (
+    LatestLink,
+    PoolSnapshots,
+    SnapshotFile,
+    SnapshotNode,
+    Snapshots,
+    VolumeSnapshots,
+    only_read,
+)
 from hlfsfs.pool.sweep import Sweep, SweepReport
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode, require_sound
 from hlfsfs.pool.volumes import Volumes
@@ -144,7 +152,7 @@ class Namespace:
     def resolve(self, path: bytes) -> int:
         """Id of what a path below the namespace's root names. Raises NoSuchName, NotAPool, Damaged.
 
-        `VOLUME%SNAPSHOT` is a snapshot, unless there is a volume of just that name.
+        `VOLUME%SNAPSHOT` is a snapshot, unless there is a volume of just that name; `VOLUME%latest` is the newest one.
         """
         node: AnyNode = self._root
         *above, last = [part for part in path.split(b"/") if part] or [b"."]
@@ -156,7 +164,10 @@ class Namespace:
             volume, separator, snapshot = last.rpartition(b"%")
             if not separator:
                 raise
-            node = self._child(self._child(self._child(node, SNAPSHOTS), volume), snapshot)
+            directory = self._child(self._child(node, SNAPSHOTS), volume)
+            node = self._child(directory, snapshot)
+            if isinstance(node, LatestLink):
+                node = self._child(directory, self._snapshots.target(node))
         return self._properties.shown_id(node)
 
     def lookup(self, parent_id: int, name: bytes) -> Attributes:

@@ -61,6 +61,9 @@ def test_the_newest_one_by_its_other_name(place: Place) -> None:
     assert place.names("/v") == ["one"]
     assert place.command("rollback", "/v", "latest") == (0, "", "")
     assert place.command("diff", "/v@latest", "/v") == (0, "", "")
+    assert place.command("clone", "/v@latest", "/copy") == (0, "", "")
+    if "://" in place.base:
+        assert place.command("stat", "/v%latest")[0] == 0
     assert "choose another name" in place.failed("rename", "/v", "one", "latest")
 
 
