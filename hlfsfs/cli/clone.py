@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hlfsfs.cli.mounted import NotInAMount, path_error
-from hlfsfs.cli.offline import offline
-from hlfsfs.cli.snapshot_places import SNAPSHOTS
+from hlfsfs.cli.mounted import SNAPSHOTS, NotInAMount, path_error
 from hlfsfs.errors import (
     AccessDenied,
     HlfsError,
@@ -50,6 +48,8 @@ def clone(source: str, new_volume: str) -> None:
 
 
 def _offline(source: str, new_volume: str) -> None:
+    from hlfsfs.cli.offline import offline  # noqa: PLC0415 - no need of it through a mount
+
     root, path = locate(source)
     if locate(new_volume, new_name=True)[0] != root:
         raise UsageError("hlfs clone: a clone is in the store of what it shares; copy it instead")

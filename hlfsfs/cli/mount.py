@@ -96,7 +96,7 @@ def serve_and_tell(source: str, directory: str, words: Sequence[str], fd: int) -
     except HlfsError as exc:
         teller.say(f"{EXIT_USAGE} {exc}".encode())
         return EXIT_USAGE
-    return _serve_and_tell(source, directory, options, teller)
+    return _serve_and_tell(source, directory, options, teller, "what it said")
 
 
 def failed(exc: HlfsError) -> int:
@@ -154,7 +154,7 @@ def _server_process(source: str, directory: str, options: MountOptions, writing:
         os.umask(0o022)
         _leave_terminal()
         log_to(_file_handler(), directory)
-        status = _serve_and_tell(source, directory, options, _Teller(writing))
+        status = _serve_and_tell(source, directory, options, _Teller(writing), str(log_path()))
     finally:
         logging.shutdown()
         os._exit(status)
@@ -174,7 +174,7 @@ class _Teller:
             self._fd = -1
 
 
-def _serve_and_tell(source: str, directory: str, options: MountOptions, teller: _Teller) -> int:
+def _serve_and_tell(source: str, directory: str, options: MountOptions, teller: _Teller, log_name: str) -> int:
     try:
         serve_here(source, directory, options, lambda: teller.say(READY))
         return EXIT_OK
@@ -185,7 +185,7 @@ def _serve_and_tell(source: str, directory: str, options: MountOptions, teller: 
     except BaseException:
         log.exception("the server failed")
         status = EXIT_FAILED
-        teller.say(f"{EXIT_MOUNT} {directory}: the server failed; see its log".encode())
+        teller.say(f"{EXIT_MOUNT} {directory}: the server failed; see {log_name}".encode())
     return status
 
 

@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 from hlfsfs.errors import AccessDenied, HlfsError, NoSuchName, NotAVolume, ReadOnly, StoreFailed, VolumeBusy, printable
 
+# In each pool, and in it a directory for each volume; in there, the link to its newest snapshot.
+SNAPSHOTS = ".snapshots"
+LATEST = "latest"
+
 
 class NotInAMount(HlfsError):
     """A path that is not in a mount of HLFS."""

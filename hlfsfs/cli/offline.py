@@ -10,11 +10,12 @@ from hlfsfs.cli.mounted import IsASnapshot
 from hlfsfs.errors import HlfsError, NameExists, NotAPool, NotAVolume, StoreLocked, printable
 from hlfsfs.fuse.mountinfo import FSTYPE, mounts
 from hlfsfs.pool import ROOT_ID, Attributes
-from hlfsfs.store import Store, locate, open_store, parse_uri
+from hlfsfs.store import locate, open_store, parse_uri
 
 if TYPE_CHECKING:
     from hlfsfs.engine import Engine
     from hlfsfs.pool import Namespace
+    from hlfsfs.store import Store
 
 RING_BYTES = 16 << 20
 
@@ -71,7 +72,7 @@ class Place:
         return found
 
 
-def start_engine(store: Store) -> "AbstractContextManager[Engine]":
+def start_engine(store: "Store") -> "AbstractContextManager[Engine]":
     """Locks the store and recovers what its last user left; everything is durable at the end of the block."""
     from hlfsfs.engine import EngineOptions, session  # noqa: PLC0415 - no need of the native core to print help
 

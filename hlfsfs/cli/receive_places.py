@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from hlfsfs.cli.mounted import NotInAMount, path_error
+from hlfsfs.cli.mounted import LATEST, SNAPSHOTS, NotInAMount, path_error
 from hlfsfs.cli.offline import Place, offline
-from hlfsfs.cli.snapshot_places import SNAPSHOTS, Mounted, Offline, VolumeSnapshots
+from hlfsfs.cli.snapshot_places import Mounted, Offline, VolumeSnapshots
 from hlfsfs.errors import (
     HlfsError,
     NameExists,
@@ -261,7 +261,7 @@ class MountedPlace(ReceivePlace):
         with _errors(self._what):
             with suppress(FileNotFoundError):
                 for name in os.listdir(self._partial_snapshots):
-                    if name != "latest":
+                    if name != LATEST:
                         os.unlink(os.path.join(self._partial_snapshots, name))
             os.unlink(self._partial)
 
@@ -378,7 +378,7 @@ class OfflinePlace(ReceivePlace):
             self._partial_id()
             directory = self._snapshots_of(self._partial)
             for name, _ in self._names.readdir(directory):
-                if name != b"latest":
+                if name != os.fsencode(LATEST):
                     self._names.unlink(directory, name)
             self._names.unlink(self._parent, self._partial)
 

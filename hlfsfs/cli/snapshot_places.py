@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hlfsfs.cli.mounted import NotInAMount, path_error
+from hlfsfs.cli.mounted import LATEST, SNAPSHOTS, NotInAMount, path_error
 from hlfsfs.cli.offline import Place, offline
 from hlfsfs.errors import (
     HlfsError,
@@ -43,13 +43,9 @@ from hlfsfs.pool import (
     not_retained,
 )
 from hlfsfs.store import locate
-from hlfsfs.stream.format import aligned
 
 if TYPE_CHECKING:
     from hlfsfs.pool import SnapshotFile
-
-SNAPSHOTS = ".snapshots"
-LATEST = "latest"
 
 
 class VolumeSnapshots(ABC):
@@ -212,6 +208,8 @@ class _OfflineReader(SnapshotReader):
         self._file = file
 
     def _read(self, extents: list[tuple[int, int]], memory: memoryview) -> list[int]:
+        from hlfsfs.stream.format import aligned  # noqa: PLC0415 - who only lists snapshots has no need of it
+
         done, at = [], 0
         for offset, size_bytes in extents:
             data = self._file.read(offset, size_bytes)

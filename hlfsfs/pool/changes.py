@@ -37,7 +37,8 @@ from hlfsfs.errors import (
 from hlfsfs.pool.attributes import Defaults, Ownership
 from hlfsfs.pool.names import check_new_name
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
-from hlfsfs.store.records import MAX_ID, MIN_ID, LogRef, PoolRecord, VolumeRecord, VolumeState, with_changes
+from hlfsfs.store.ids import MAX_ID, MIN_ID
+from hlfsfs.store.records import LogRef, PoolRecord, VolumeRecord, VolumeState, with_changes
 
 if TYPE_CHECKING:
     from hlfsfs.pool.volumes import Volumes

@@ -4,7 +4,7 @@ Pools and volumes have the stable ids of their records, below 2^62. What belongs
 three marks in the two highest bits, and a snapshot has its own id under the third.
 """
 
-from hlfsfs.store.records import MAX_ID
+from hlfsfs.store.ids import MAX_ID
 
 # Node id of the mount's root, whatever pool that is.
 ROOT_ID = 1

@@ -1,13 +1,17 @@
-"""Where bytes live: stores behind one written contract, found by URI."""
+"""Where bytes live: stores behind one written contract, found by URI.
+
+What it takes to open one is loaded by who does: a command that works through a mount needs none of it.
+"""
 
 import os
+from typing import TYPE_CHECKING, Any
 
 from hlfsfs.errors import RefusedName
-from hlfsfs.store.base import NameEntry, PoolTimes, Store, StoreSpace
-from hlfsfs.store.disk import Rename
-from hlfsfs.store.local import find_root, open_local
-from hlfsfs.store.local_base import META
 from hlfsfs.store.uri import StoreUri, parse_size, parse_uri
+
+if TYPE_CHECKING:
+    from hlfsfs.store.base import NameEntry, PoolTimes, Store, StoreSpace
+    from hlfsfs.store.disk import Rename
 
 __all__ = [
     "NameEntry",
@@ -20,6 +24,14 @@ __all__ = [
     "parse_size",
     "parse_uri",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(name)
+    import hlfsfs.store.base  # noqa: PLC0415
+
+    return getattr(hlfsfs.store.base, name)
 
 
 def locate(uri: str, *, new_name: bool = False) -> tuple[str, bytes]:
@@ -36,6 +48,9 @@ def locate(uri: str, *, new_name: bool = False) -> tuple[str, bytes]:
         UnknownScheme, BadUri: the URI.
         RefusedName: the path leads into `.hlfs`.
     """
+    from hlfsfs.store.local import find_root  # noqa: PLC0415
+    from hlfsfs.store.local_base import META  # noqa: PLC0415
+
     parsed = parse_uri(uri)
     root = find_root(parsed.path)
     if root is None:
@@ -47,7 +62,7 @@ def locate(uri: str, *, new_name: bool = False) -> tuple[str, bytes]:
     return str(StoreUri(parsed.scheme, root)), inner
 
 
-def open_store(uri: str, *, create: bool = False, read_only: bool = False) -> Store:
+def open_store(uri: str, *, create: bool = False, read_only: bool = False) -> "Store":
     """Opens the store that `uri` names, or that holds what it names. Does not lock it: see `Store.lock`.
 
     Args:
@@ -58,5 +73,7 @@ def open_store(uri: str, *, create: bool = False, read_only: bool = False) -> St
     Raises:
         StoreMissing, NotAStore, RecordDamaged, FormatVersion, UnknownFeature, AccessDenied: see `open_local`.
     """
+    from hlfsfs.store.local import open_local  # noqa: PLC0415
+
     root, _ = locate(uri)
     return open_local(parse_uri(root).path, create=create, read_only=read_only)

@@ -13,12 +13,10 @@ from uuid import UUID
 import msgspec
 
 from hlfsfs.errors import FormatVersion, RecordDamaged, UnknownFeature
+from hlfsfs.store.ids import MAX_ID
 
 FORMAT = (1, 0)
 ROOT_POOL_ID = 1
-# Ids given out are in [MIN_ID, MAX_ID): above every number that has a fixed meaning, and positive in any integer.
-MIN_ID = 1 << 32
-MAX_ID = 1 << 62
 
 # Names of snapshots begin with it that are kept for clones and shown to nobody, and those of no others.
 HIDDEN_MARK = b"@"

@@ -14,7 +14,8 @@ import pytest
 from hlfsfs import errors
 from hlfsfs.store import NameEntry, Rename, Store, open_store
 from hlfsfs.store.base import CHECKPOINT_SLOT_BYTES
-from hlfsfs.store.records import MIN_ID, ROOT_POOL_ID, LockRecord, LogRef, PoolRecord, VolumeRecord
+from hlfsfs.store.ids import MIN_ID
+from hlfsfs.store.records import ROOT_POOL_ID, LockRecord, LogRef, PoolRecord, VolumeRecord
 
 OpenStore = Callable[..., Store]
 

@@ -15,11 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hlfsfs.errors import HlfsError
+from hlfsfs.store.ids import MAX_ID, MIN_ID
 from hlfsfs.store.local import open_local
 from hlfsfs.store.local_lock import LOCK_RECORD_BYTES, decode_lock
 from hlfsfs.store.records import (
-    MAX_ID,
-    MIN_ID,
     ROOT_POOL_ID,
     LockRecord,
     LogRef,

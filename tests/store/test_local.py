@@ -11,8 +11,9 @@ import pytest
 from hlfsfs import errors
 from hlfsfs.store import NameEntry, locate, open_store
 from hlfsfs.store.disk import Disk, Rename
+from hlfsfs.store.ids import MIN_ID
 from hlfsfs.store.local import LocalStore, create_local, open_local
-from hlfsfs.store.records import MIN_ID, LockRecord, encode_record
+from hlfsfs.store.records import LockRecord, encode_record
 from tests.store.test_contract import volume_record
 
 
