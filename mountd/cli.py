@@ -152,11 +152,7 @@ def reload(context: click.Context) -> None:
 def define(context: click.Context, file: Path) -> None:
     """Add the definition in FILE (- is standard input), or replace the one of its name. `start` mounts it."""
     try:
-        content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-    except OSError as exc:
-        raise HlfsError(f"{printable(str(file))}: {exc.strerror}") from exc
-    try:
-        text = content.decode()
+        text = _content(file).decode()
     except UnicodeDecodeError as exc:
         raise UsageError(f"{printable(str(file))}: a definition is text in UTF-8") from exc
     print(f"{printable(_ask(context, 'define', content=text, what=str(file))['name'])}: defined")
@@ -169,6 +165,43 @@ def undefine(context: click.Context, names: tuple[str, ...]) -> None:
     """Remove the definition NAME, which is not mounted. The store stays as it is."""
     for name in names:
         _ask(context, "undefine", name=name)
+
+
+@main.command("libvirt-xml", short_help="Translate the original HLFS's libvirt XML.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--config", type=click.Path(path_type=Path), default=CONFIG, show_default=True, help="Where definitions are."
+)
+def libvirt_xml(file: Path, config: Path) -> None:
+    """Print the pool, volume or domain in FILE (- is standard input) as stock libvirt takes it.
+
+    Stores are where they are mounted, or defined to be. What changed beside that is said on standard error, and the
+    result is checked against libvirt's own schema.
+    """
+    # Only here, as they take longer to load than other commands to run.
+    from hlfsfs.fuse.mountinfo import mounts  # noqa: PLC0415
+    from mountd.definitions import read_all  # noqa: PLC0415
+    from mountd.libvirt_xml import translate, validate  # noqa: PLC0415
+    from mountd.places import path_of, shown_by  # noqa: PLC0415
+
+    definitions, wrong = read_all(config)
+    for each in wrong:
+        print(f"hlfs-mountd: {each}", file=sys.stderr)
+    shown = shown_by(mounts(), definitions.values())
+    translation = translate(_content(file), str(file), lambda uri: path_of(uri, shown))
+    for remark in translation.remarks:
+        print(f"hlfs-mountd: {printable(remark)}", file=sys.stderr)
+    complaint = validate(translation)
+    if complaint:
+        raise HlfsError(f"{printable(str(file))}: libvirt's schema refuses the result: {printable(complaint)}")
+    print(translation.text, end="")
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    except OSError as exc:
+        raise HlfsError(f"{printable(str(file))}: {exc.strerror}") from exc
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from lxml import etree
 
-from hlfsfs.errors import HlfsError, NameExists, NoSuchName, UsageError, printable
+from hlfsfs.errors import HlfsError, NameExists, NoSuchName, printable
 from hlfsfs.fuse.options import parse_options
 from hlfsfs.store import parse_uri
+from mountd.untrusted_xml import BadXml, collapsed, read_xml
 
 SUFFIX = ".xml"
 # A definition takes a few hundred bytes.
@@ -27,15 +28,6 @@ DEFAULT_PARENT = "/mnt/hlfs"
 _SCHEMA = Path(__file__).with_name("schema") / "definition.rng"
 _NOTES = "{http://relaxng.org/ns/compatibility/annotations/1.0}documentation"
 _RULES = "{http://relaxng.org/ns/structure/1.0}"
-
-
-class BadDefinition(UsageError):
-    """A definition that cannot be understood, or does not fit the others."""
-
-    def __init__(self, file: str, line: int, why: str) -> None:
-        super().__init__(f"{printable(file)}:{line}: {why}")
-        self.file = file
-        self.line = line
 
 
 @dataclass(frozen=True)
@@ -67,35 +59,14 @@ class Definition:
 def parse(content: bytes, file: str) -> Definition:
     """Reads one definition; `file` is what errors call it.
 
-    Nothing outside of it is looked at: it has no document type, so no entities, and no network is used.
-
     Raises:
-        BadDefinition: with the line, and what was expected there.
+        BadXml: with the line, and what was expected there.
     """
-    root = _root(content, file)
+    root = read_xml(content, file, MAX_FILE_BYTES)
     _validate(root, file)
     definition = _of_pool(root, file) if root.tag == "pool" else _of_mount(root, file)
     _check(definition, root, file)
     return definition
-
-
-def _root(content: bytes, file: str) -> etree._Element:
-    if len(content) > MAX_FILE_BYTES:
-        raise BadDefinition(file, 1, f"{len(content)} bytes are too many for a definition; write at most 64 KiB")
-    parser = etree.XMLParser(
-        resolve_entities=False, no_network=True, load_dtd=False, remove_comments=True, remove_pis=True
-    )
-    try:
-        root = etree.fromstring(content, parser)
-    except etree.XMLSyntaxError as exc:
-        raise BadDefinition(file, exc.lineno or 1, f"no XML: {_sentence(exc.msg)}") from exc
-    if root.getroottree().docinfo.internalDTD is not None:
-        raise BadDefinition(file, 1, "a definition has no document type; leave <!DOCTYPE …> out")
-    return root
-
-
-def _sentence(message: str | None) -> str:
-    return printable(re.sub(r", line \d+, column \d+.*", "", message or "").strip())
 
 
 @cache
@@ -137,9 +108,9 @@ def _validate(root: etree._Element, file: str) -> None:
     while path not in notes:
         unknown, _, path = _last(path), None, path.rpartition("/")[0]
         if not path:
-            raise BadDefinition(file, root.sourceline or 1, f"<{unknown}> is no definition; write <mount> or <pool>")
+            raise BadXml(file, root.sourceline or 1, f"<{unknown}> is no definition; write <mount> or <pool>")
     said = f"<{unknown}> is not known here; " if unknown else ""
-    raise BadDefinition(file, line, f"{said}<{_last(path)}> {notes[path]}")
+    raise BadXml(file, line, f"{said}<{_last(path)}> {notes[path]}")
 
 
 def _element_at(root: etree._Element, path: str) -> etree._Element:
@@ -163,7 +134,7 @@ def _of_mount(root: etree._Element, file: str) -> Definition:
         source=_text(root, "source"),
         directory=_text(root, "directory"),
         options=_text(root, "options"),
-        after=tuple(_clean(each.text) for each in root.iterfind("after")),
+        after=tuple(collapsed(each.text) for each in root.iterfind("after")),
         autostart=root.get("autostart") != "no",
         file=file,
     )
@@ -186,21 +157,16 @@ def default_directory(source: str) -> str:
 
 
 def _text(root: etree._Element, path: str) -> str:
-    return _clean(root.findtext(path))
-
-
-def _clean(text: str | None) -> str:
-    """As the schema's tokens are compared: without white space around, one space for each within."""
-    return " ".join((text or "").split())
+    return collapsed(root.findtext(path))
 
 
 def _check(definition: Definition, root: etree._Element, file: str) -> None:
     """What the schema cannot say."""
     tag = {"source": "source/name", "directory": "target/path"} if root.tag == "pool" else {}
 
-    def refuse(what: str, why: str) -> BadDefinition:
+    def refuse(what: str, why: str) -> BadXml:
         found = root.find(tag.get(what, what))
-        return BadDefinition(file, (root if found is None else found).sourceline or 1, why)
+        return BadXml(file, (root if found is None else found).sourceline or 1, why)
 
     if len(definition.name.encode()) > MAX_NAME_BYTES or not definition.name.isprintable():
         raise refuse("name", "<name> holds up to 255 printable characters")
@@ -220,62 +186,62 @@ def _check(definition: Definition, root: etree._Element, file: str) -> None:
 
 
 def read_file(path: Path) -> Definition:
-    """Raises BadDefinition, also where somebody else than root, or than who runs this, could have written it."""
+    """Raises BadXml, also where somebody else than root, or than who runs this, could have written it."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise BadDefinition(str(path), 1, "no file")
+                raise BadXml(str(path), 1, "no file")
             if found.st_uid not in {0, os.geteuid()} or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise BadDefinition(str(path), 1, "others may write to it; run chown root FILE; chmod go-w FILE")
+                raise BadXml(str(path), 1, "others may write to it; run chown root FILE; chmod go-w FILE")
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as exc:
-        raise BadDefinition(str(path), 1, os.strerror(exc.errno or 0)) from exc
+        raise BadXml(str(path), 1, os.strerror(exc.errno or 0)) from exc
     return parse(content, str(path))
 
 
-def read_all(directory: Path) -> tuple[dict[str, Definition], list[BadDefinition]]:
+def read_all(directory: Path) -> tuple[dict[str, Definition], list[BadXml]]:
     """All definitions of a directory, by name, in the order of their files; and what is wrong with the rest.
 
     One that is wrong costs the others nothing: machines wait for them.
     """
     found: list[Definition] = []
-    wrong: list[BadDefinition] = []
+    wrong: list[BadXml] = []
     try:
         names = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX) and not name.startswith("."))
     except FileNotFoundError:
         names = []
     except OSError as exc:
-        wrong.append(BadDefinition(str(directory), 1, os.strerror(exc.errno or 0)))
+        wrong.append(BadXml(str(directory), 1, os.strerror(exc.errno or 0)))
         names = []
     for name in names:
         try:
             found.append(read_file(directory / name))
-        except BadDefinition as exc:
+        except BadXml as exc:
             wrong.append(exc)
     good, clashes = fitting(found)
     return good, wrong + clashes
 
 
-def fitting(definitions: Iterable[Definition]) -> tuple[dict[str, Definition], list[BadDefinition]]:
+def fitting(definitions: Iterable[Definition]) -> tuple[dict[str, Definition], list[BadXml]]:
     """Those that fit the ones before them, by name: each has its own name and directory, and no circle of `after`."""
     good: dict[str, Definition] = {}
-    wrong: list[BadDefinition] = []
+    wrong: list[BadXml] = []
     places: dict[str, str] = {}
     for each in definitions:
         if each.name in good:
             why = f"{printable(each.name)}: is defined in {good[each.name].file} already; choose another name"
-            wrong.append(BadDefinition(each.file, 1, why))
+            wrong.append(BadXml(each.file, 1, why))
         elif each.directory in places:
             why = f"{printable(each.directory)}: {printable(places[each.directory])} is mounted there; choose another"
-            wrong.append(BadDefinition(each.file, 1, why))
+            wrong.append(BadXml(each.file, 1, why))
         else:
             good[each.name] = each
             places[each.directory] = each.name
     return _without_circles(good, wrong), wrong
 
 
-def _without_circles(good: dict[str, Definition], wrong: list[BadDefinition]) -> dict[str, Definition]:
+def _without_circles(good: dict[str, Definition], wrong: list[BadXml]) -> dict[str, Definition]:
     while True:
         missing = next(((d, name) for d in good.values() for name in d.after if name not in good), None)
         if missing is not None:
@@ -289,7 +255,7 @@ def _without_circles(good: dict[str, Definition], wrong: list[BadDefinition]) ->
                 why = f"each is to be mounted after the next: {', '.join(map(printable, reversed(circle)))}"
             else:
                 return good
-        wrong.append(BadDefinition(bad.file, 1, why))
+        wrong.append(BadXml(bad.file, 1, why))
         del good[bad.name]
 
 

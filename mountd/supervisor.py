@@ -10,7 +10,6 @@ import trio
 from hlfsfs.errors import HlfsError, NoSuchName, VolumeBusy, printable
 from mountd import servers
 from mountd.definitions import (
-    BadDefinition,
     Definition,
     fitting,
     in_order,
@@ -20,6 +19,7 @@ from mountd.definitions import (
     write_file,
 )
 from mountd.kept import FIRST_PAUSE_S, Changes, Kept
+from mountd.untrusted_xml import BadXml
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Supervisor:
         self._kept: dict[str, Kept] = {}
         self._scopes: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
-        self.wrong: list[BadDefinition] = []
+        self.wrong: list[BadXml] = []
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Has everything mounted that is to be; ends only by cancellation, and leaves mounts to themselves then.
@@ -146,7 +146,7 @@ class Supervisor:
         as they are mounted.
 
         Raises:
-            BadDefinition: of the first that is wrong; nothing changed.
+            BadXml: of the first that is wrong; nothing changed.
         """
         definitions, wrong = read_all(self._directory)
         if wrong:
@@ -162,7 +162,7 @@ class Supervisor:
         """Adds a definition, or replaces the one of that name; durable. It is mounted by `start`, or the next daemon.
 
         Raises:
-            BadDefinition: with the line of `content`, which `what` is called.
+            BadXml: with the line of `content`, which `what` is called.
             NameExists: a file of that name holds something else.
         """
         new = parse(content, what)

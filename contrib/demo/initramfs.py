@@ -12,8 +12,10 @@ from pathlib import Path
 
 BUSYBOX = Path("/bin/busybox")
 
-# What the guest needs that Debian's cloud kernel has as modules; ext4 is built in.
+# What the guest needs that Debian's cloud kernel has as modules; ext4 is built in. The latter where there is no virtio
+# disk.
 MODULES = ("virtio_pci", "virtio_blk")
+IDE_MODULES = ("ata_piix", "sd_mod")
 
 # The script runs with the data partition at /data. What it prints with say() the host can read on the serial line.
 INIT = """#!/bin/busybox sh
@@ -25,9 +27,16 @@ mount -t sysfs none /sys
 exec </dev/console >/dev/console 2>&1
 say() { echo "guest: $*"; }
 say "Linux $(uname -r) is up"
-for module in $(cat /modules/order); do insmod /modules/$module.ko || say "no module $module"; done
+load() { for module in $(cat /modules/$1); do insmod /modules/$module.ko || say "no module $module"; done; }
+load order
+disk=/dev/vda2
+if ! [ -b $disk ]; then
+    load order-ide
+    disk=/dev/sda2
+    for try in $(seq 100); do [ -b $disk ] || sleep 0.1; done
+fi
 mkdir /data
-if mount -t ext4 /dev/vda2 /data && (. /data/guest.sh) && umount /data; then
+if mount -t ext4 $disk /data && (. /data/guest.sh) && umount /data; then
     say "powering off"
     echo HLFS-DEMO-OK
 else
@@ -78,7 +87,7 @@ def build_initramfs(kernel: GuestKernel, *, init: str = INIT, programs: Mapping[
         init: the script that is process 1.
         programs: further files of /bin, by name.
     """
-    order = kernel.load_order(MODULES)
+    orders = {"order": kernel.load_order(MODULES), "order-ide": kernel.load_order(IDE_MODULES)}
     archive = CpioArchive()
     for directory in ("bin", "dev", "proc", "sys", "modules"):
         archive.add(directory, stat.S_IFDIR | 0o755)
@@ -87,8 +96,9 @@ def build_initramfs(kernel: GuestKernel, *, init: str = INIT, programs: Mapping[
     for name, program in (programs or {}).items():
         archive.add(f"bin/{name}", stat.S_IFREG | 0o755, program)
     archive.add("init", stat.S_IFREG | 0o755, init.encode())
-    archive.add("modules/order", stat.S_IFREG | 0o644, "\n".join(order).encode())
-    for name in order:
+    for file, order in orders.items():
+        archive.add(f"modules/{file}", stat.S_IFREG | 0o644, "\n".join(order).encode())
+    for name in sorted({name for order in orders.values() for name in order}):
         archive.add(f"modules/{name}.ko", stat.S_IFREG | 0o644, kernel.module(name).read_bytes())
     return gzip.compress(archive.finish(), compresslevel=6, mtime=0)
 

@@ -11,7 +11,6 @@ from lxml import etree
 from hlfsfs.errors import NameExists, NoSuchName
 from mountd.definitions import (
     MAX_FILE_BYTES,
-    BadDefinition,
     Definition,
     _schema,
     fitting,
@@ -22,6 +21,7 @@ from mountd.definitions import (
     remove_file,
     write_file,
 )
+from mountd.untrusted_xml import BadXml
 
 # As the walkthrough of the original HLFS has it.
 POOL = b"""<pool type="hlfs">
@@ -98,7 +98,7 @@ def test_a_pool_that_says_where() -> None:
     ],
 )
 def test_errors_say_where_and_what_was_expected(content: bytes, said: str) -> None:
-    with pytest.raises(BadDefinition) as error:
+    with pytest.raises(BadXml) as error:
         parse(content, "f")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
@@ -114,11 +114,11 @@ def test_nothing_outside_of_a_definition_is_read(tmp_path: Path) -> None:
         (f'<!DOCTYPE mount SYSTEM "file://{secret}">', "x"),
     ):
         content = f"{head}<mount><name>{name}</name><source>local:///s</source><directory>/m</directory></mount>"
-        with pytest.raises(BadDefinition) as error:
+        with pytest.raises(BadXml) as error:
             parse(content.encode(), "f")
         assert "secret" not in str(error.value).replace(str(secret), "")
     include = f'<xi:include xmlns:xi="http://www.w3.org/2001/XInclude" href="{secret}" parse="text"/>'
-    with pytest.raises(BadDefinition, match="f:2: <"):
+    with pytest.raises(BadXml, match="f:2: <"):
         parse(f"<mount>\n<name>{include}</name></mount>".encode(), "f")
 
 
@@ -182,18 +182,18 @@ def test_files_that_others_could_have_written_are_refused(tmp_path: Path) -> Non
         if good:
             assert read_file(path).name == "local:///tmp/testenv"
         else:
-            with pytest.raises(BadDefinition, match="others may write to it; run chown root"):
+            with pytest.raises(BadXml, match="others may write to it; run chown root"):
                 read_file(path)
     path.chmod(0o644)
     if os.geteuid() == 0:
         os.chown(path, 12345, 0)
-        with pytest.raises(BadDefinition, match="others may write to it"):
+        with pytest.raises(BadXml, match="others may write to it"):
             read_file(path)
         os.chown(path, 0, 0)
     (tmp_path / "link.xml").symlink_to(path)
     os.mkfifo(tmp_path / "pipe.xml")
     for name in ("link.xml", "pipe.xml"):
-        with pytest.raises(BadDefinition):
+        with pytest.raises(BadXml):
             read_file(tmp_path / name)
 
 

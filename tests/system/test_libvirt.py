@@ -9,15 +9,23 @@ import hashlib
 import os
 import pwd
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from contrib.demo.guest import SUCCESS, boot
 from contrib.demo.image import build_image, check_guest_filesystem, read_guest_file
-from tests.fuse.mounts import Mounted, hlfs, mounted, needs_fuse, run
+from hlfsfs.fuse.mountinfo import find_mount
+from tests.fuse.mounts import Mounted, hlfs, mounted, needs_fuse, run, take_away
+from tests.mountd.daemons import Daemon, daemon_in
+from tests.mountd.walkthrough import DOMAIN as DOMAIN_XML
+from tests.mountd.walkthrough import POOL as POOL_XML
+from tests.mountd.walkthrough import SNAPSHOT_DOMAIN as SNAPSHOT_DOMAIN_XML
+from tests.mountd.walkthrough import VOLUME as VOLUME_XML
 from tests.system.libvirt_daemon import libvirt_daemons, virsh
 from tests.system.tools import KIB, MIB, random_file, sh, wait_for
 
@@ -85,7 +93,10 @@ def mount(scratch: Path) -> Iterator[Mounted]:
 
 @pytest.fixture(scope="module")
 def daemon(mount: Mounted, scratch: Path) -> Iterator[None]:
-    """libvirtd, which ends before the mount does."""
+    """libvirtd with the configuration of its package, which ends before the mount does."""
+    changed = subprocess.run(["dpkg", "--verify", "libvirt-daemon-system", "libvirt-daemon-driver-qemu"],
+                             capture_output=True, text=True, check=False, timeout=60).stdout  # fmt: skip
+    assert ".conf" not in changed, changed
     with libvirt_daemons(scratch):
         yield
 
@@ -375,6 +386,114 @@ def test_overlays_of_a_running_guest(pool: Path, scratch: Path) -> None:
     assert read_guest_file(scratch / "after", "count.txt").decode().split() == [str(n + 1) for n in range(counted())]
     check_guest_filesystem(scratch / "after")
     sh(pool, "rm second.qcow2")
+
+
+# --- the walkthrough of the original HLFS, by its own XML -----------------------------------------------------------
+
+# Tells what it finds, and leaves a letter where it can.
+WRITE_OR_READ = """if echo "from $(hostname)" 2>/dev/null >/data/letter.txt && sync; then say wrote
+else say "read $(cat /data/letter.txt)"; fi
+"""
+
+
+@pytest.fixture
+def walkthrough(daemon: None, scratch: Path) -> Iterator[Walkthrough]:
+    root = scratch / "walkthrough"
+    root.mkdir()
+    with daemon_in(root) as mountd:
+        mountd.begin()
+        yield Walkthrough(root, mountd)
+        mountd.end()
+    shutil.rmtree(root)
+
+
+class Walkthrough:
+    """Its store, its files, and what they become."""
+
+    def __init__(self, root: Path, mountd: Daemon) -> None:
+        self.mountd = mountd
+        self.store = root / "testenv"
+        self.store.mkdir()
+        self.uri = f"local://{self.store}"
+        # Where a pool is mounted that does not say so.
+        self.directory = Path(f"/mnt/hlfs{self.store}")
+        self._root = root
+
+    def file(self, name: str, content: str) -> Path:
+        """One of its files; the store is not at /tmp/testenv, where others may have one."""
+        path = self._root / name
+        path.write_text(content.replace("local:///tmp/testenv", self.uri))
+        return path
+
+    def translated(self, name: str, content: str) -> Path:
+        status, output, said = self.mountd.command(
+            "libvirt-xml", self.file(name, content), "--config", self.mountd.config
+        )
+        assert status == 0, said
+        path = self._root / f"new-{name}"
+        path.write_text(output)
+        return path
+
+    def boot(self, name: str, content: str) -> str:
+        """Creates a domain, and returns what its guest said; without ACPI, it can halt only."""
+        serial = self._root / f"{name}.log"
+        console = f"<serial type='file'><source path='{serial}'/></serial></devices>"
+
+        def said() -> str:
+            return serial.read_text(errors="replace")
+
+        virsh("create", self.translated(name, content.replace("</devices>", console)), timeout_s=60)
+        try:
+            wait_for(lambda: "guest: powering off" in said() or "guest: failed" in said(), "it ends", BOOT_TIMEOUT_S)
+        finally:
+            end_guest("testvm")
+        assert "guest: failed" not in said(), said()
+        return said()
+
+    def clean_up(self) -> None:
+        """Directories that were made to mount at."""
+        for path in (self.directory, *self.directory.parents):
+            if path == Path("/mnt"):
+                break
+            with suppress(OSError):
+                path.rmdir()
+
+
+def test_the_walkthrough(walkthrough: Walkthrough, scratch: Path) -> None:
+    mountd, directory = walkthrough.mountd, walkthrough.directory
+    pool_file = walkthrough.file("pool_hlfs.xml", POOL_XML)
+    mountd.done("define", pool_file)
+    mountd.done("start", walkthrough.uri)
+    try:
+        # HLFS pool, HLFS volume.
+        virsh("pool-create", walkthrough.translated("pool_hlfs.xml", POOL_XML))
+        virsh("vol-create", "testenv", walkthrough.translated("hlfs_volume.xml", VOLUME_XML))
+        assert figures("vol-info", "testfs", "--pool", "testenv")["Capacity"] == 1_000_000_000
+        assert sh(directory, "stat -c '%s %a %u %g' testfs") == "1000000000 600 0 0\n"
+        # Booting from a volume.
+        build_image(scratch / "linux.img", guest_script=WRITE_OR_READ)
+        run("qemu-img", "convert", "-n", "-t", "directsync", "-O", "raw", scratch / "linux.img", directory / "testfs")
+        assert "guest: wrote" in walkthrough.boot("hlfs.xml", DOMAIN_XML)
+        assert sh(directory, "stat -c '%s %a %u %g' testfs") == "1000000000 600 0 0\n"
+        # Booting from a snapshot.
+        sh(directory, "touch .snapshots/testfs/snapshot1")
+        run("qemu-img", "convert", "-n", "-O", "raw", scratch / "linux.img", directory / "testfs")
+        assert "guest: read from (none)" in walkthrough.boot("hlfs-snapshot.xml", SNAPSHOT_DOMAIN_XML)
+        # Their ends.
+        with pytest.raises(AssertionError, match="Device or resource busy"):
+            virsh("vol-delete", "testfs", "--pool", "testenv")
+        sh(directory, "rm .snapshots/testfs/snapshot1")
+        virsh("vol-delete", "testfs", "--pool", "testenv")
+        virsh("pool-destroy", "testenv")
+        mountd.done("stop", walkthrough.uri)
+        mountd.done("undefine", walkthrough.uri)
+    finally:
+        if "testenv" in virsh("pool-list", "--name").split():
+            virsh("pool-destroy", "testenv")
+        if find_mount(str(directory)) is not None:
+            take_away(directory)
+        walkthrough.clean_up()
+    assert hlfs("check", walkthrough.uri).returncode == 0
 
 
 def start_guest(name: str, volume: Path, serial: Path, *words: str, kind: str = "raw", more: str = "") -> None:
