@@ -35,6 +35,12 @@ def _diff() -> click.Command:
     return diff
 
 
+def _doctor() -> click.Command:
+    from hlfsfs.cli.doctor.command import doctor  # noqa: PLC0415
+
+    return doctor
+
+
 def _flatten() -> click.Command:
     from hlfsfs.cli.flatten import flatten  # noqa: PLC0415
 
@@ -100,6 +106,7 @@ COMMANDS: dict[str, Callable[[], click.Command]] = {
     "clean": _clean,
     "clone": _clone,
     "diff": _diff,
+    "doctor": _doctor,
     "flatten": _flatten,
     "mount": _mount,
     "pool": _pool,
