@@ -13,7 +13,7 @@ import trio
 from hlfsfs.errors import HlfsError, VolumeBusy
 from mountd.control import SOCKET, Control
 from mountd.notify import notify, notify_reloading
-from mountd.servers import Notes
+from mountd.servers import Servers
 from mountd.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,16 @@ def run(config: Path, directory: Path) -> None:
 
 
 async def _run(config: Path, directory: Path) -> None:
-    supervisor = Supervisor(config, Notes(directory))
+    servers = Servers(directory)
+    supervisor = Supervisor(config, servers)
+    try:
+        await servers.load()
+        await _serve(supervisor, directory)
+    finally:
+        servers.close()
+
+
+async def _serve(supervisor: Supervisor, directory: Path) -> None:
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             ended = trio.Event()

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import trio
 
 from hlfsfs.errors import HlfsError, MountFailed, printable
-from mountd import servers
 from mountd.definitions import Definition
+from mountd.servers import Server, Servers, answers, is_ours, mounted, take_away
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
@@ -49,7 +49,7 @@ class Kept:
     """
 
     def __init__(
-        self, definition: Definition, notes: servers.Notes, changes: Changes, pause_s: float = FIRST_PAUSE_S
+        self, definition: Definition, servers: Servers, changes: Changes, pause_s: float = FIRST_PAUSE_S
     ) -> None:
         self.definition = definition
         self.state: State = "stopped"
@@ -58,8 +58,8 @@ class Kept:
         self.deaths = 0
         self.since_ns = time.time_ns()
         self._mounted_as: Definition | None = None
-        self._notes = notes
-        self._server: servers.Server | None = None
+        self._servers = servers
+        self._server: Server | None = None
         self._began_s = 0.0
         self._first_pause_s = self._pause_s = pause_s
         self._changing = trio.Lock()
@@ -116,7 +116,7 @@ class Kept:
             self._set("stopping")
             assert self._mounted_as is not None
             try:
-                await servers.end(self._mounted_as, self._notes)
+                await self._servers.end(self._mounted_as)
             except HlfsError:
                 self.wanted = True
                 self._set("mounted")
@@ -169,7 +169,7 @@ class Kept:
         with trio.move_on_after(pause_s):
             await self._changes.until(lambda: not self.wanted or self.state == "mounted")
 
-    async def _watch(self, server: servers.Server) -> None:
+    async def _watch(self, server: Server) -> None:
         """Until its server ends, or it was unmounted here."""
         async with trio.open_nursery() as nursery:
 
@@ -184,16 +184,16 @@ class Kept:
             if self._server is server:
                 await self._bury(server)
 
-    async def _bury(self, server: servers.Server) -> None:
+    async def _bury(self, server: Server) -> None:
         """Its server ended, and nobody here asked it to."""
         definition = self._mounted_as
         assert definition is not None
         self._let_go()
-        mount = servers.mounted(definition)
-        if mount is None or not servers.is_ours(definition, mount):
+        mount = mounted(definition)
+        if mount is None or not is_ours(definition, mount):
             # Its server ends when somebody unmounts it, which he wanted.
             log.info("%s: was unmounted by somebody else", printable(definition.directory))
-            self._notes.forget(definition)
+            self._servers.notes.forget(definition)
             self.wanted = False
             self._set("stopped")
             return
@@ -202,7 +202,7 @@ class Kept:
         log.error("%s", self.why)
         if time.monotonic() - self._began_s > HEALTHY_S:
             self._pause_s = self._first_pause_s
-        servers.take_away(definition)
+        take_away(definition)
         self._set("failed")
 
     def _let_go(self) -> None:
@@ -214,7 +214,7 @@ class Kept:
         definition = self.definition
         self._set("starting")
         try:
-            self._server = await self._find(definition) or await servers.begin(definition, self._notes)
+            self._server = await self._find(definition) or await self._servers.begin(definition)
         except HlfsError as exc:
             self.why = str(exc)
             self._set("failed")
@@ -225,19 +225,19 @@ class Kept:
         log.info("%s: %s, served by process %d", printable(definition.directory), how, self._server.pid)
         self._set("mounted")
 
-    async def _find(self, definition: Definition) -> servers.Server | None:
+    async def _find(self, definition: Definition) -> Server | None:
         """The server of a mount that is there already. A dead mount is taken away."""
-        mount = servers.mounted(definition)
+        mount = mounted(definition)
         if mount is None:
             return None
-        if not servers.is_ours(definition, mount):
+        if not is_ours(definition, mount):
             raise MountFailed(definition.directory, f"{printable(mount.source)} is mounted there; unmount that first")
-        if await servers.answers(definition.directory):
-            server = servers.find_server(definition, self._notes)
+        if await answers(definition.directory):
+            server = self._servers.find(definition)
             if server is None:
                 raise MountFailed(
                     definition.directory, "it is mounted, but its server cannot be found; unmount it first"
                 )
             return server
-        servers.take_away(definition)
+        take_away(definition)
         return None

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hlfsfs.fuse.mount import unmount
 from hlfsfs.fuse.mountinfo import FSTYPE, Mount, find_mount
 from hlfsfs.store import open_store, parse_uri
 from mountd.definitions import Definition
+from mountd.nursery import Nursery, Order
 
 HLFS = [sys.executable, "-m", "hlfsfs.cli.main"]
 READY = b"ready"
@@ -25,13 +27,12 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """A process that serves a mount: one that was begun here, or one that was found."""
+    """A process that serves a mount. `adopted`: it was found."""
 
-    def __init__(self, pid: int, process: "subprocess.Popen[bytes] | None" = None) -> None:
+    def __init__(self, pid: int, *, adopted: bool = False) -> None:
         """Raises OSError: there is no such process."""
         self.pid = pid
-        self.adopted = process is None
-        self._process = process
+        self.adopted = adopted
         # A number may come to mean another process.
         self._pidfd = os.pidfd_open(pid)
 
@@ -39,8 +40,12 @@ class Server:
         """Returns when the process is gone, or it is not waited for any more."""
         with contextlib.suppress(trio.ClosedResourceError):
             await trio.lowlevel.wait_readable(self._pidfd)
-        if self._process is not None:
-            self._process.poll()
+
+    def end(self) -> None:
+        """Has it unmount, if nobody uses the mount; `close` is implied."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+        self.close()
 
     def close(self) -> None:
         """No more calls after it; the process goes on."""
@@ -110,17 +115,6 @@ def _started(pid: int) -> str:
     return f"{boot_id}/{fields[19]}"
 
 
-def find_server(definition: Definition, notes: Notes) -> Server | None:
-    """The process that serves the mount which is there: the noted one, or the one in the store's lock."""
-    pid = notes.pid(definition) or _lock_pid(definition.source)
-    if pid is None:
-        return None
-    try:
-        return Server(pid)
-    except OSError:
-        return None
-
-
 def _lock_pid(source: str) -> int | None:
     try:
         store = open_store(source, read_only=True)
@@ -150,39 +144,75 @@ async def answers(directory: str) -> bool:
 # --- begun and ended ----------------------------------------------------------------------------------------------
 
 
-async def begin(definition: Definition, notes: Notes) -> Server:
-    """Begins a server; returns once the mount answers. It lives on without this process.
+class Servers:
+    """Begins, finds and ends servers; what is to outlive this process is noted in `directory`."""
 
-    Raises:
-        HlfsError: with the line that says why there is none.
-    """
-    with contextlib.suppress(FileExistsError):
-        _make_directory(definition.directory)
-    reading, writing = os.pipe()
-    options = ["-o", definition.options] if definition.options else []
-    words = ["mount", "--foreground", "--tell", str(writing), *options, "--", definition.source, definition.directory]
-    try:
-        # Not by trio's means: its processes end with who waits for them.
-        process = await trio.to_thread.run_sync(
-            lambda: subprocess.Popen(
-                [*HLFS, *words], pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                start_new_session=True, cwd="/",
-            )
-        )  # fmt: skip
-    finally:
-        os.close(writing)
-    try:
+    def __init__(self, directory: Path) -> None:
+        self.notes = Notes(directory)
+        self._nursery = Nursery()
+
+    async def load(self) -> None:
+        """Has what servers need be loaded ahead of the first."""
+        await self._nursery.load()
+
+    def close(self) -> None:
+        """No more calls after it; servers go on."""
+        self._nursery.close()
+
+    async def begin(self, definition: Definition) -> Server:
+        """Begins a server; returns once the mount answers. It lives on without this process.
+
+        Raises:
+            HlfsError: with the line that says why there is none.
+        """
+        with contextlib.suppress(FileExistsError):
+            _make_directory(definition.directory)
+        order = Order(definition.source, definition.directory, definition.options)
+        reading, writing = os.pipe()
         async with trio.lowlevel.FdStream(reading) as pipe:
-            word = b"".join([part async for part in pipe])
-    except BaseException:
-        process.terminate()
-        raise
-    if word == READY:
-        notes.write(definition, process.pid)
-        return Server(process.pid, process)
-    status = await trio.to_thread.run_sync(process.wait)
-    said = word.decode(errors="replace").partition(" ")[2]
-    raise HlfsError(said or f"{definition.directory}: its server ended with status {status} before the mount answered")
+            try:
+                server = Server(await self._nursery.begin(order, writing))
+            except ProcessLookupError:
+                server = None
+            finally:
+                os.close(writing)
+            try:
+                word = b"".join([part async for part in pipe])
+            except BaseException:
+                if server is not None:
+                    server.end()
+                raise
+        if word == READY and server is not None:
+            self.notes.write(definition, server.pid)
+            return server
+        if server is not None:
+            server.close()
+        said = word.decode(errors="replace").partition(" ")[2]
+        raise HlfsError(said or f"{definition.directory}: its server ended before the mount answered; see the log")
+
+    def find(self, definition: Definition) -> Server | None:
+        """The process that serves the mount which is there: the noted one, or the one in the store's lock."""
+        pid = self.notes.pid(definition) or _lock_pid(definition.source)
+        if pid is None:
+            return None
+        try:
+            return Server(pid, adopted=True)
+        except OSError:
+            return None
+
+    async def end(self, definition: Definition) -> None:
+        """Unmounts; returns once everything is durable and the server is gone.
+
+        Raises:
+            HlfsError: it stays, with the line that says why and who uses it.
+        """
+        words = [*HLFS, "umount", "--", definition.directory]
+        done = await trio.run_process(words, capture_stderr=True, check=False, stdin=b"")
+        if done.returncode != 0:
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            said = lines[-1].removeprefix("hlfs umount: ") if lines else ""
+            raise HlfsError(said or f"{definition.directory}: not unmounted")
+        self.notes.forget(definition)
 
 
 def _make_directory(directory: str) -> None:
@@ -192,20 +222,6 @@ def _make_directory(directory: str) -> None:
         raise
     except OSError as exc:
         raise MountFailed(directory, f"cannot be made: {os.strerror(exc.errno or 0)}") from exc
-
-
-async def end(definition: Definition, notes: Notes) -> None:
-    """Unmounts; returns once everything is durable and the server is gone.
-
-    Raises:
-        HlfsError: it stays, with the line that says why and who uses it.
-    """
-    words = [*HLFS, "umount", "--", definition.directory]
-    done = await trio.run_process(words, capture_stderr=True, check=False, stdin=b"")
-    if done.returncode != 0:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise HlfsError(lines[-1].removeprefix("hlfs umount: ") if lines else f"{definition.directory}: not unmounted")
-    notes.forget(definition)
 
 
 def take_away(definition: Definition) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import trio
 
 from hlfsfs.errors import HlfsError, NoSuchName, VolumeBusy, printable
-from mountd import servers
 from mountd.definitions import (
     Definition,
     fitting,
@@ -19,6 +18,7 @@ from mountd.definitions import (
     write_file,
 )
 from mountd.kept import FIRST_PAUSE_S, Changes, Kept
+from mountd.servers import Servers, is_mounted
 from mountd.untrusted_xml import BadXml
 
 log = logging.getLogger(__name__)
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 class Supervisor:
     """All mounts that are defined, from `directory`; `run` first, in a task of its own."""
 
-    def __init__(self, directory: Path, notes: servers.Notes, pause_s: float = FIRST_PAUSE_S) -> None:
+    def __init__(self, directory: Path, servers: Servers, pause_s: float = FIRST_PAUSE_S) -> None:
         self._directory = directory
-        self._notes = notes
+        self._servers = servers
         self._pause_s = pause_s
         self._changes = Changes()
         self._kept: dict[str, Kept] = {}
@@ -46,7 +46,7 @@ class Supervisor:
             self._read()
             for kept in self._kept.values():
                 # What is mounted was wanted, by this daemon's forerunner at least.
-                if kept.definition.autostart or servers.is_mounted(kept.definition):
+                if kept.definition.autostart or is_mounted(kept.definition):
                     kept.want()
             await self._changes.until(lambda: not any(map(self._is_coming, self._kept.values())))
             task_status.started()
@@ -73,7 +73,7 @@ class Supervisor:
             if (kept := self._kept.get(name)) is not None:
                 kept.definition = definitions[name]
             else:
-                self._kept[name] = Kept(definitions[name], self._notes, self._changes, self._pause_s)
+                self._kept[name] = Kept(definitions[name], self._servers, self._changes, self._pause_s)
         for name in [name for name in self._kept if name not in definitions and self._kept[name].state == "stopped"]:
             self._drop(name)
         for name in definitions:

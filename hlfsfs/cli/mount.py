@@ -57,11 +57,8 @@ Exit status: 0 mounted, 2 usage, 32 not mounted.
 @click.argument("directory", metavar="DIR")
 @click.option("-o", "words", metavar="OPT,…", multiple=True, help="Mount options, see above.")
 @click.option("--foreground", is_flag=True, help="Stay, and log to standard error.")
-@click.option("--tell", type=int, hidden=True, help="With --foreground: where to say whether the mount answers.")
-def mount(source: str, directory: str, words: tuple[str, ...], foreground: bool, tell: int | None) -> None:
+def mount(source: str, directory: str, words: tuple[str, ...], foreground: bool) -> None:
     """The command; see HELP."""
-    if tell is not None:
-        sys.exit(serve_and_tell(source, directory, words, tell))
     sys.exit(run_mount(source, directory, words, foreground=foreground))
 
 
@@ -87,7 +84,6 @@ def serve_and_tell(source: str, directory: str, words: Sequence[str], fd: int) -
 
     He reads at the other end of `fd`: READY once the mount answers, or the exit status and the line that says why not.
     """
-    os.set_inheritable(fd, False)
     teller = _Teller(fd)
     directory = os.path.abspath(directory)
     log_to(logging.StreamHandler(), directory)

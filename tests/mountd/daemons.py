@@ -70,6 +70,11 @@ class Daemon:
             )  # fmt: skip
         assert self.told().startswith("READY=1"), self.log.read_text()
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def told(self) -> str:
         """What systemd would be told next."""
         return self._told.recv(4096).decode()

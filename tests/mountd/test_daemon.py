@@ -105,6 +105,26 @@ def test_mounts_without_servers_are_taken_away_at_the_start(daemon: Daemon) -> N
     daemon.end()
 
 
+def test_servers_do_not_need_who_forked_them(daemon: Daemon) -> None:
+    daemon.defined("a")
+    daemon.defined("b", attributes=' autostart="no"')
+    daemon.begin()
+    before = daemon.status("a")["pid"]
+    (forker,) = [int(pid) for pid in run("pgrep", "--parent", str(daemon.pid)).split()]
+    os.kill(forker, signal.SIGKILL)
+    daemon.write("a", "kept")
+    daemon.done("start", "b")
+    assert daemon.status("a")["pid"] == before
+    os.kill(before, signal.SIGKILL)
+    daemon.until(lambda: daemon.status("a")["pid"] not in {None, before})
+    assert daemon.read("a") == "kept"
+    assert run("ps", "-o", "comm=", "-p", str(daemon.status("a")["pid"])).strip() == "hlfs-server"
+    for name in "ab":
+        daemon.done("stop", name)
+    assert "defunct" not in run("ps", "-o", "args=", "--ppid", str(daemon.pid))
+    daemon.end()
+
+
 def test_what_is_in_use_stays(daemon: Daemon) -> None:
     daemon.defined("a")
     daemon.defined("b", "<after>a</after>")
