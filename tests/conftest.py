@@ -24,6 +24,28 @@ hypothesis.settings.register_profile("hunt", hypothesis.settings.get_profile("hl
 hypothesis.settings.load_profile("hlfs")
 
 
+# Files that take minutes; the longest first, so that both processes end at about the same time.
+LONGEST = (
+    "system/test_libvirt.py",
+    "cli/test_streams.py",
+    "crash/test_power_cut.py",
+    "fuse/test_lineages.py",
+    "system/test_full_store.py",
+    "crash/test_power_cut_cases.py",
+    "engine/test_model.py",
+    "system/test_fio.py",
+    "system/test_coreutils.py",
+    "mountd/test_daemon.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first."""
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 def hlfs_mountpoints() -> set[str]:
     """Mountpoints of HLFS in this mount namespace, as the kernel escapes them."""
     lines = Path("/proc/self/mounts").read_text().splitlines()

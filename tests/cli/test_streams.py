@@ -86,19 +86,28 @@ class Site:
         self._stack.close()
 
 
-@pytest.fixture(params=["offline", "mounted"])
-def sites(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Site, Site]]:
-    """Where something is sent from, with a volume `v` that has snapshots `one` and `two`; and where to."""
-    made = [Site(tmp_path / name, is_mounted=request.param == "mounted") for name in ("here", "there")]
-    here = made[0]
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a store `here`, whose volume `v` has snapshots `one` and `two`, and what these hold."""
+    directory = tmp_path_factory.mktemp("original")
+    here = Site(directory / "here", is_mounted=True)
     here.python(WRITE, "v", 1, 9 * MIB, 60)
-    here.keep("v", tmp_path / "one")
+    here.keep("v", directory / "one")
     done("snapshot", "create", here.name("v"), "one")
     here.python(WRITE, "v", 2, 11 * MIB + 700, 60)
     here.python(PUNCH, "v", 3 * MIB, 2 * MIB)
-    here.keep("v", tmp_path / "two")
+    here.keep("v", directory / "two")
     done("snapshot", "create", here.name("v"), "two")
     here.python(WRITE, "v", 3, 5 * MIB, 10)
+    here.close()
+    return directory
+
+
+@pytest.fixture(params=["offline", "mounted"])
+def sites(request: pytest.FixtureRequest, original: Path, tmp_path: Path) -> Iterator[tuple[Site, Site]]:
+    """Where something is sent from, a copy of the original; and where to."""
+    run("cp", "--archive", *(original / name for name in ("here", "one", "two")), tmp_path)
+    made = [Site(tmp_path / name, is_mounted=request.param == "mounted") for name in ("here", "there")]
     yield made[0], made[1]
     for site in made:
         site.close()
