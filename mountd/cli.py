@@ -33,11 +33,11 @@ def main(context: click.Context, directory: Path) -> None:
       <mount>
         <name>vms</name>
         <source>local:///srv/hlfs</source>
-        <directory>/mnt/hlfs</directory>
+        <directory>/mnt/vms</directory>
         <options>retain=1h</options>
       </mount>
     <after>NAME</after> has another one mounted before; <mount autostart="no"> is mounted by `start` only. A <pool
-    type="hlfs"> of the original HLFS is a definition too, mounted below /mnt/hlfs.
+    type="hlfs"> of the original HLFS is a definition too, mounted below /mnt/hlfs-stores.
     """
     context.obj = directory
 
@@ -179,7 +179,7 @@ def libvirt_xml(file: Path, config: Path) -> None:
     result is checked against libvirt's own schema.
     """
     # Only here, as they take longer to load than other commands to run.
-    from hlfsfs.fuse.mountinfo import mounts  # noqa: PLC0415
+    from hlfsfs.cli.doctor import Host  # noqa: PLC0415
     from mountd.definitions import read_all  # noqa: PLC0415
     from mountd.libvirt_xml import translate, validate  # noqa: PLC0415
     from mountd.places import path_of, shown_by  # noqa: PLC0415
@@ -187,7 +187,7 @@ def libvirt_xml(file: Path, config: Path) -> None:
     definitions, wrong = read_all(config)
     for each in wrong:
         print(f"hlfs-mountd: {each}", file=sys.stderr)
-    shown = shown_by(mounts(), definitions.values())
+    shown = shown_by(Host().mounts(), definitions.values())
     translation = translate(_content(file), str(file), lambda uri: path_of(uri, shown))
     for remark in translation.remarks:
         print(f"hlfs-mountd: {printable(remark)}", file=sys.stderr)

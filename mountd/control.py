@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 import trio
 
-from hlfsfs.errors import AccessDenied, HlfsError, UsageError
+from hlfsfs.errors import AccessDenied, HlfsError, UsageError, printable
 from mountd.definitions import MAX_FILE_BYTES
 from mountd.supervisor import Supervisor
 
@@ -80,23 +80,26 @@ class Control:
     async def _answer(self, stream: trio.SocketStream) -> None:
         try:
             async with stream:
-                answer = await self._answer_to(stream)
-                await stream.send_all(msgspec.json.encode(answer) + b"\n")
+                await stream.send_all(await self._answer_to(stream) + b"\n")
         except trio.BrokenResourceError:
             return  # who asked went away
 
-    async def _answer_to(self, stream: trio.SocketStream) -> Answer:
+    async def _answer_to(self, stream: trio.SocketStream) -> bytes:
         try:
             _require_ours(stream)
             request = await _read(stream)
-            return Answer(result=await self._orders[request.do](request))
+            return msgspec.json.encode(Answer(result=await self._orders[request.do](request)))
         except HlfsError as exc:
-            return Answer(error=str(exc), exit_code=exc.exit_code)
+            return msgspec.json.encode(Answer(error=printable(str(exc)), exit_code=exc.exit_code))
         except trio.BrokenResourceError:
             raise
+        except OSError as exc:
+            what = printable(str(exc.filename)) if exc.filename else "hlfs-mountd"
+            return msgspec.json.encode(Answer(error=f"{what}: {os.strerror(exc.errno or 0)}", exit_code=1))
         except Exception as exc:
             log.exception("a request failed")
-            return Answer(error=f"unexpected {type(exc).__name__}; see the daemon's log", exit_code=1)
+            error = f"unexpected {type(exc).__name__}; see the daemon's log"
+            return msgspec.json.encode(Answer(error=error, exit_code=1))
 
     async def _status(self, request: Request) -> Any:
         supervisor = self._supervisor
@@ -139,11 +142,11 @@ async def _read(stream: trio.SocketStream) -> Request:
         while not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES and (more := await stream.receive_some()):
             line += more
     if scope.cancelled_caught or not line.endswith(b"\n"):
-        raise UsageError("hlfs-mountd: a request is one line of JSON")
+        raise UsageError("a request is one line of JSON")
     try:
         return msgspec.json.decode(line, type=Request)
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-        raise UsageError(f"hlfs-mountd: no request: {exc}") from exc
+        raise UsageError(f"no request: {exc}") from exc
 
 
 # --- the other end ------------------------------------------------------------------------------------------------
@@ -164,10 +167,16 @@ def ask(path: Path, request: Request) -> Any:
         NotRunning, AccessDenied: nobody answers, or nobody may be asked.
         Refused: what the daemon says.
     """
+    try:
+        line = msgspec.json.encode(request)
+    except UnicodeEncodeError as exc:
+        raise UsageError(f"{printable(request.name or request.what)}: names are text") from exc
+    if len(line) > MAX_LINE_BYTES:
+        raise UsageError(f"{printable(request.what)}: too large for a definition; write at most 64 KiB")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as stream:
         try:
             stream.connect(str(path))
-            stream.sendall(msgspec.json.encode(request) + b"\n")
+            stream.sendall(line + b"\n")
             with stream.makefile("rb") as lines:
                 line = lines.readline()
         except PermissionError as exc:

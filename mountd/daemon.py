@@ -69,6 +69,11 @@ def run(config: Path, directory: Path) -> None:
             trio.run(_run, config, directory)
     except OSError as exc:
         raise HlfsError(f"{exc.filename or directory}: {os.strerror(exc.errno or 0)}") from exc
+    except HlfsError:
+        raise
+    except Exception as exc:
+        log.exception("the daemon failed; mounts are left to their servers")
+        raise HlfsError(f"{directory}: the daemon failed; see its log") from exc
 
 
 async def _run(config: Path, directory: Path) -> None:
@@ -85,7 +90,7 @@ async def _serve(supervisor: Supervisor, directory: Path) -> None:
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             ended = trio.Event()
-            nursery.start_soon(_obey, signals, supervisor, ended)
+            nursery.start_soon(_obey, signals, supervisor, ended, nursery.cancel_scope)
             # Before mounts are tried, which may take long.
             await nursery.start(Control(supervisor).serve, directory / SOCKET)
             async with trio.open_nursery() as mounting:
@@ -94,7 +99,7 @@ async def _serve(supervisor: Supervisor, directory: Path) -> None:
             await ended.wait()
             notify("STOPPING=1", "STATUS=unmounting")
             log.info("unmounting everything")
-            await supervisor.stop_all()
+            await supervisor.stop_all(for_good=True)
         nursery.cancel_scope.cancel()
 
 
@@ -112,9 +117,14 @@ async def _leave(ended: trio.Event, mounting: trio.Nursery) -> None:
     mounting.cancel_scope.cancel()
 
 
-async def _obey(signals: AsyncIterator[int], supervisor: Supervisor, ended: trio.Event) -> None:
+async def _obey(
+    signals: AsyncIterator[int], supervisor: Supervisor, ended: trio.Event, everything: trio.CancelScope
+) -> None:
     async for number in signals:
         if number != signal.SIGHUP:
+            if ended.is_set():
+                log.error("told to end once more: mounts are left to their servers")
+                everything.cancel()
             ended.set()
             continue
         notify_reloading()

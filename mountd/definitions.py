@@ -3,6 +3,7 @@
 A file holds one definition, as XML that `schema/definition.rng` describes. Errors name the file and the line.
 """
 
+import hashlib
 import os
 import re
 import stat
@@ -24,7 +25,7 @@ SUFFIX = ".xml"
 MAX_FILE_BYTES = 64 << 10
 MAX_NAME_BYTES = 255
 # Where what says no directory is mounted: what SELinux and AppArmor let virtual machines use.
-DEFAULT_PARENT = "/mnt/hlfs"
+DEFAULT_PARENT = "/mnt/hlfs-stores"
 _SCHEMA = Path(__file__).with_name("schema") / "definition.rng"
 _NOTES = "{http://relaxng.org/ns/compatibility/annotations/1.0}documentation"
 _RULES = "{http://relaxng.org/ns/structure/1.0}"
@@ -132,7 +133,7 @@ def _of_mount(root: etree._Element, file: str) -> Definition:
     return Definition(
         name=_text(root, "name"),
         source=_text(root, "source"),
-        directory=_text(root, "directory"),
+        directory=_text(root, "directory").rstrip("/") or "/",
         options=_text(root, "options"),
         after=tuple(collapsed(each.text) for each in root.iterfind("after")),
         autostart=root.get("autostart") != "no",
@@ -145,13 +146,13 @@ def _of_pool(root: etree._Element, file: str) -> Definition:
     return Definition(
         name=_text(root, "name"),
         source=source,
-        directory=_text(root, "target/path") or default_directory(source),
+        directory=_text(root, "target/path").rstrip("/") or default_directory(source),
         file=file,
     )
 
 
 def default_directory(source: str) -> str:
-    """Where a source is mounted that says no directory: `/mnt/hlfs/srv/vms` for `local:///srv/vms`."""
+    """Where a source is mounted that says no directory: `/mnt/hlfs-stores/srv/vms` for `local:///srv/vms`."""
     path = source.partition("://")[2]
     return os.path.join(DEFAULT_PARENT, *(part for part in path.split("/") if part not in {"", ".", ".."}))
 
@@ -178,8 +179,9 @@ def _check(definition: Definition, root: etree._Element, file: str) -> None:
         parse_options([definition.options] if definition.options else [])
     except HlfsError as exc:
         raise refuse("options", str(exc)) from exc
-    if os.path.normpath(definition.directory) != definition.directory or definition.directory == "/":
-        raise refuse("directory", f"{printable(definition.directory)}: write the path of a directory without . and ..")
+    # normpath lets two slashes stand at the beginning.
+    if os.path.normpath("/" + definition.directory.lstrip("/")) != definition.directory or definition.directory == "/":
+        raise refuse("directory", f"{printable(definition.directory)}: write it without . and .., one / at a time")
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -227,18 +229,29 @@ def fitting(definitions: Iterable[Definition]) -> tuple[dict[str, Definition], l
     """Those that fit the ones before them, by name: each has its own name and directory, and no circle of `after`."""
     good: dict[str, Definition] = {}
     wrong: list[BadXml] = []
-    places: dict[str, str] = {}
     for each in definitions:
-        if each.name in good:
-            why = f"{printable(each.name)}: is defined in {good[each.name].file} already; choose another name"
-            wrong.append(BadXml(each.file, 1, why))
-        elif each.directory in places:
-            why = f"{printable(each.directory)}: {printable(places[each.directory])} is mounted there; choose another"
+        why = _clash(each, good)
+        if why:
             wrong.append(BadXml(each.file, 1, why))
         else:
             good[each.name] = each
-            places[each.directory] = each.name
     return _without_circles(good, wrong), wrong
+
+
+def _clash(new: Definition, good: Mapping[str, Definition]) -> str:
+    """What it does not fit; empty: it does."""
+    if new.name in good:
+        where = printable(good[new.name].file)
+        return f"{printable(new.name)}: is defined in {where} already; choose another name"
+    for other in good.values():
+        name, directory = printable(other.name), printable(new.directory)
+        if other.directory == new.directory:
+            return f"{directory}: {name} is mounted there; choose another"
+        # What is mounted first would be hidden, and whoever is above would have to wait for a server below that hangs.
+        for inner, outer in ((new, other), (other, new)):
+            if inner.directory.startswith(outer.directory + "/") and outer.name not in inner.after:
+                return f"{directory}: one is inside the other, {name}; choose another, or have the inner one come after"
+    return ""
 
 
 def _without_circles(good: dict[str, Definition], wrong: list[BadXml]) -> dict[str, Definition]:
@@ -267,6 +280,8 @@ def in_order(definitions: Mapping[str, Definition]) -> list[str]:
 def file_name(name: str) -> str:
     """Of the file that `write_file` makes for a definition."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "mount"
+    if readable != name:
+        readable += f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return f"{readable}{SUFFIX}"
 
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import trio
 
-from hlfsfs.errors import HlfsError, MountFailed, printable
+from hlfsfs.errors import HlfsError, MountFailed, NoSuchName, printable
 from mountd.definitions import Definition
-from mountd.servers import Server, Servers, answers, is_ours, mounted, take_away
+from mountd.servers import Server, Servers, answers, is_mounted, is_ours, look, take_away
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
@@ -46,6 +46,7 @@ class Kept:
         wanted: it is to be mounted.
         why: it failed, the last time that it did.
         deaths: servers that ended unasked.
+        gone: its definition is.
     """
 
     def __init__(
@@ -56,11 +57,14 @@ class Kept:
         self.wanted = False
         self.why = ""
         self.deaths = 0
+        self.gone = False
         self.since_ns = time.time_ns()
         self._mounted_as: Definition | None = None
         self._servers = servers
         self._server: Server | None = None
         self._began_s = 0.0
+        self._starting: trio.CancelScope | None = None
+        self._forgotten = False
         self._first_pause_s = self._pause_s = pause_s
         self._changing = trio.Lock()
         self._changes = changes
@@ -77,7 +81,7 @@ class Kept:
             "options": shown.options,
             "after": list(self.definition.after),
             "autostart": self.definition.autostart,
-            "file": self.definition.file,
+            "file": printable(self.definition.file),
             "pid": self._server.pid if self._server else None,
             "adopted": bool(self._server and self._server.adopted),
             "since_ns": self.since_ns,
@@ -100,8 +104,10 @@ class Kept:
 
     async def start(self) -> None:
         """Returns once it is mounted. Raises HlfsError: it is not, and is tried again after a while."""
-        self.wanted = True
+        self.want()
         async with self._changing:
+            if self._forgotten:
+                raise NoSuchName(printable(self.definition.name), "definition any more")
             if self.state != "mounted":
                 await self._begin()
 
@@ -109,25 +115,34 @@ class Kept:
         """Returns once it is unmounted and durable. Raises HlfsError: it stays mounted."""
         self.wanted = False
         self._changes.announce()
+        if self._starting is not None:
+            self._starting.cancel()
         async with self._changing:
-            if self.state != "mounted":
+            definition = self._mounted_as or self.definition
+            before = self.state
+            # Somebody else may have mounted it, or nobody could be found who serves it.
+            if before != "mounted" and not await is_mounted(definition):
                 self._set("stopped")
                 return
             self._set("stopping")
-            assert self._mounted_as is not None
+            ended = False
             try:
-                await self._servers.end(self._mounted_as)
-            except HlfsError:
-                self.wanted = True
-                self._set("mounted")
-                raise
+                await self._servers.end(definition)
+                ended = True
+            finally:
+                if not ended:
+                    self.wanted = before == "mounted"
+                    self._set(before)
             self._let_go()
             self._set("stopped")
-        log.info("%s: unmounted", printable(self.definition.directory))
+        log.info("%s: unmounted", printable(definition.directory))
 
     def forget(self) -> None:
         """Leaves the mount to itself."""
         self.wanted = False
+        self._forgotten = True
+        if self._starting is not None:
+            self._starting.cancel()
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -141,15 +156,21 @@ class Kept:
             if not await self._have(before):
                 continue
             try:
-                await self.start()
+                await self._start_if_wanted()
+                if self._server is not None:
+                    await self._watch(self._server)
             except HlfsError as exc:
                 log.error("%s", exc)
+            except Exception:
+                # Whatever it is: the others are kept, and this one is tried again.
+                log.exception("%s", printable(self.definition.directory))
+            if self.state != "mounted" and time.monotonic() - self._began_s < HEALTHY_S:
                 await self._pause()
-                continue
-            if self._server is not None:
-                await self._watch(self._server)
-            if self.state == "failed" and time.monotonic() - self._began_s < HEALTHY_S:
-                await self._pause()
+
+    async def _start_if_wanted(self) -> None:
+        async with self._changing:
+            if self.wanted and self.state != "mounted":
+                await self._begin()
 
     async def _have(self, before: Callable[[], list["Kept"]]) -> bool:
         """Waits for those; False: it is not wanted any more."""
@@ -189,11 +210,9 @@ class Kept:
         definition = self._mounted_as
         assert definition is not None
         self._let_go()
-        mount = mounted(definition)
-        if mount is None or not is_ours(definition, mount):
-            # Its server ends when somebody unmounts it, which he wanted.
+        there = await look(definition)
+        if self._servers.take_unmounted(definition) and not there:
             log.info("%s: was unmounted by somebody else", printable(definition.directory))
-            self._servers.notes.forget(definition)
             self.wanted = False
             self._set("stopped")
             return
@@ -202,8 +221,9 @@ class Kept:
         log.error("%s", self.why)
         if time.monotonic() - self._began_s > HEALTHY_S:
             self._pause_s = self._first_pause_s
-        take_away(definition)
         self._set("failed")
+        if there and is_ours(definition, there[-1]):
+            take_away(definition)
 
     def _let_go(self) -> None:
         if self._server is not None:
@@ -212,28 +232,41 @@ class Kept:
 
     async def _begin(self) -> None:
         definition = self.definition
+        self._began_s = time.monotonic()
         self._set("starting")
+        server = None
         try:
-            self._server = await self._find(definition) or await self._servers.begin(definition)
+            with trio.CancelScope() as self._starting:
+                server = await self._find(definition) or await self._servers.begin(definition)
+            if server is None:
+                raise MountFailed(definition.directory, "its start was given up, as it is to be stopped")
         except HlfsError as exc:
             self.why = str(exc)
-            self._set("failed")
             raise
+        except OSError as exc:
+            self.why = f"{printable(definition.directory)}: {exc.strerror}"
+            raise HlfsError(self.why) from exc
+        finally:
+            self._starting = None
+            if server is None and self.state == "starting":
+                self._set("failed")
+        self._server = server
         self._mounted_as = definition
-        self._began_s = time.monotonic()
-        how = "found mounted" if self._server.adopted else "mounted"
-        log.info("%s: %s, served by process %d", printable(definition.directory), how, self._server.pid)
+        how = "found mounted" if server.adopted else "mounted"
+        log.info("%s: %s, served by process %d", printable(definition.directory), how, server.pid)
         self._set("mounted")
 
     async def _find(self, definition: Definition) -> Server | None:
         """The server of a mount that is there already. A dead mount is taken away."""
-        mount = mounted(definition)
-        if mount is None:
+        there = await look(definition)
+        if not there:
             return None
-        if not is_ours(definition, mount):
-            raise MountFailed(definition.directory, f"{printable(mount.source)} is mounted there; unmount that first")
+        if not is_ours(definition, there[-1]):
+            raise MountFailed(
+                definition.directory, f"{printable(there[-1].source)} is mounted there; unmount that first"
+            )
         if await answers(definition.directory):
-            server = self._servers.find(definition)
+            server = await self._servers.find(definition)
             if server is None:
                 raise MountFailed(
                     definition.directory, "it is mounted, but its server cannot be found; unmount it first"

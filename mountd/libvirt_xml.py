@@ -172,8 +172,9 @@ class _Domain(_Work):
         return source.get("protocol") == "hlfs" or source.get("file", "").startswith(PREFIX)
 
     def _disk(self, disk: etree._Element) -> None:
-        source = disk.find("source")
-        assert source is not None
+        source, *more = disk.findall("source")
+        for each in (*more, *disk.findall("backingStore")):
+            disk.remove(each)
         uri = source.get("file") or source.get("name") or ""
         path = self._path(source, uri)
         for attribute in list(source.attrib):
@@ -204,7 +205,7 @@ class _Domain(_Work):
             raise self._refuse(disk, "<disk> without <target dev=…>")
         named = target.get("dev", "")[:2]
         bus = target.get("bus") or next((bus for bus, prefix in WRITABLE_BUSES.items() if prefix == named), "")
-        if bus in WRITABLE_BUSES:
+        if bus in WRITABLE_BUSES and disk.get("device", "disk") == "disk":
             was = target.get("dev")
             target.set("bus", "virtio")
             target.set("dev", self._free_name())
@@ -215,4 +216,6 @@ class _Domain(_Work):
 
     def _free_name(self) -> str:
         taken = {target.get("dev") for target in self._root.findall("devices/disk/target")}
-        return next(name for letter in ascii_lowercase if (name := f"vd{letter}") not in taken)
+        letters = ("", *ascii_lowercase)
+        names = (f"vd{first}{second}" for first in letters for second in ascii_lowercase)
+        return next(name for name in names if name not in taken)

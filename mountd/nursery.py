@@ -7,11 +7,13 @@ session of their own and outlive it, and whoever asked for them.
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import trio
@@ -19,16 +21,19 @@ import trio
 from hlfsfs.errors import HlfsError
 
 MAX_ORDER_BYTES = 64 << 10
+# It loads for a third of a second, and forks for a millisecond.
+ASK_TIMEOUT_S = 30
 PR_SET_NAME = 15
 _RETRIES = 1
 
 
 class Order(msgspec.Struct):
-    """Mount `source` at `directory` with `options`, as after `-o`."""
+    """Mount `source` at `directory` with `options`, as after `-o`; `unmounted` is made if somebody unmounts it."""
 
     source: str
     directory: str
     options: str = ""
+    unmounted: str = ""
 
 
 class Nursery:
@@ -47,11 +52,16 @@ class Nursery:
         """
         async with self._asking:
             for _ in range(1 + _RETRIES):
-                with contextlib.suppress(OSError):
-                    answer = await self._ask(order, tell)
-                    if answer:
-                        return int(answer)
-                self.close()
+                answer = b""
+                try:
+                    with contextlib.suppress(OSError), trio.move_on_after(ASK_TIMEOUT_S):
+                        answer = await self._ask(order, tell)
+                finally:
+                    # What it may answer yet would be taken for the next order's.
+                    if not answer:
+                        self.close()
+                if answer:
+                    return int(answer)
         raise HlfsError("hlfs-mountd: no server can be begun; see its log")
 
     async def load(self) -> None:
@@ -122,7 +132,7 @@ def _load() -> None:
 
 def _serve(order: Order, tell: int) -> None:
     """Never returns."""
-    from hlfsfs.cli.mount import EXIT_FAILED, serve_and_tell  # noqa: PLC0415
+    from hlfsfs.cli.mount import EXIT_FAILED, log_to, serve_and_tell  # noqa: PLC0415
 
     status = EXIT_FAILED
     try:
@@ -131,7 +141,10 @@ def _serve(order: Order, tell: int) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # ps and top show it.
         ctypes.CDLL(None).prctl(PR_SET_NAME, b"hlfs-server", 0, 0, 0)
-        status = serve_and_tell(order.source, order.directory, [order.options] if order.options else [], tell)
+        log_to(logging.StreamHandler(), order.directory)
+        words = [order.options] if order.options else []
+        unmounted = Path(order.unmounted) if order.unmounted else None
+        status = serve_and_tell(order.source, order.directory, words, tell, "what it said", unmounted)
     finally:
         # What others of this process registered to be done at its end is not for its children.
         sys.stderr.flush()

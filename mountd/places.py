@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+from hlfsfs.cli.doctor import HostMount
 from hlfsfs.cli.mounted import SNAPSHOTS
 from hlfsfs.errors import HlfsError, RefusedName, UsageError, printable
-from hlfsfs.fuse.mountinfo import FSTYPE, Mount
+from hlfsfs.fuse.mountinfo import FSTYPE
 from hlfsfs.store import parse_uri
 from mountd.definitions import Definition
 
@@ -32,9 +34,17 @@ class Shown:
     directory: str
 
 
-def shown_by(mounts: Iterable[Mount], definitions: Iterable[Definition]) -> list[Shown]:
-    """Mounts first: what is there counts more than what is to be."""
-    live = [Shown(mount.source, os.fsdecode(mount.mountpoint)) for mount in mounts if mount.fstype == FSTYPE]
+def shown_by(mounts: Iterable[HostMount], definitions: Iterable[Definition]) -> list[Shown]:
+    """Mounts first: what is there counts more than what is to be.
+
+    Only those of root and of whoever asks: anybody may mount something that claims to be of any store.
+    """
+    trusted = {"user_id=0", f"user_id={os.geteuid()}"}
+    live = []
+    for mount in mounts:
+        if mount.fstype == FSTYPE and mount.options & trusted:
+            with suppress(HlfsError):
+                live.append(Shown(str(parse_uri(mount.source)), mount.mountpoint))
     return live + [Shown(str(parse_uri(each.source)), each.directory) for each in definitions]
 
 
@@ -68,6 +78,9 @@ def _snapshot_path(path: str, uri: str) -> str:
         return path
     if not volume or not snapshot:
         raise UsageError(f"{printable(uri)}: name a snapshot, as in VOLUME%SNAPSHOT")
+    for part in (volume, snapshot):
+        if part in {".", "..", os.fsdecode(META), SNAPSHOTS}:
+            raise RefusedName(os.fsencode(part), "is no volume or snapshot")
     return os.path.join(above, SNAPSHOTS, volume, snapshot)
 
 

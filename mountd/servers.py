@@ -1,6 +1,7 @@
 """Servers of mounts as processes: begun, found again, waited for, and ended. Nothing here touches a mount."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import trio
 
 from hlfsfs.errors import HlfsError, MountFailed, StoreLocked, printable
 from hlfsfs.fuse.mount import unmount
-from hlfsfs.fuse.mountinfo import FSTYPE, Mount, find_mount
+from hlfsfs.fuse.mountinfo import FSTYPE, Mount, absolute, mounts
 from hlfsfs.store import open_store, parse_uri
 from mountd.definitions import Definition
 from mountd.nursery import Nursery, Order
@@ -22,6 +23,7 @@ HLFS = [sys.executable, "-m", "hlfsfs.cli.main"]
 READY = b"ready"
 # How long a mount that may be dead has to say so.
 PROBE_TIMEOUT_S = 10.0
+GIVE_UP_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +43,10 @@ class Server:
         with contextlib.suppress(trio.ClosedResourceError):
             await trio.lowlevel.wait_readable(self._pidfd)
 
-    def end(self) -> None:
-        """Has it unmount, if nobody uses the mount; `close` is implied."""
+    def send(self, number: signal.Signals) -> None:
+        """SIGTERM has it unmount, if nobody uses the mount. Nothing happens where it is gone."""
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
-        self.close()
+            signal.pidfd_send_signal(self._pidfd, number)
 
     def close(self) -> None:
         """No more calls after it; the process goes on."""
@@ -56,9 +57,10 @@ class Server:
 # --- what is there ------------------------------------------------------------------------------------------------
 
 
-def mounted(definition: Definition) -> Mount | None:
-    """What is mounted at its directory."""
-    return find_mount(definition.directory)
+def mounted(definition: Definition) -> list[Mount]:
+    """What is mounted at its directory, the topmost last."""
+    wanted = absolute(definition.directory)
+    return [mount for mount in mounts() if mount.mountpoint == wanted]
 
 
 def is_ours(definition: Definition, mount: Mount) -> bool:
@@ -66,10 +68,14 @@ def is_ours(definition: Definition, mount: Mount) -> bool:
     return mount.fstype == FSTYPE and mount.source == str(parse_uri(definition.source))
 
 
-def is_mounted(definition: Definition) -> bool:
-    """Whether what is defined is mounted, perhaps without a server."""
-    mount = mounted(definition)
-    return mount is not None and is_ours(definition, mount)
+async def look(definition: Definition) -> list[Mount]:
+    """As `mounted`, beside everything else: the way there may lead through a mount whose server hangs."""
+    return await trio.to_thread.run_sync(mounted, definition, abandon_on_cancel=True)
+
+
+async def is_mounted(definition: Definition) -> bool:
+    """Whether what is defined is mounted, perhaps without a server, or below something else."""
+    return any(is_ours(definition, mount) for mount in await look(definition))
 
 
 class Notes:
@@ -82,8 +88,8 @@ class Notes:
         """Called once the mount answers. A note that is lost costs nothing but that the lock has to tell."""
         path = self._path(definition)
         temporary = path.with_suffix(".new")
-        note = {"pid": pid, "started": _started(pid), "directory": definition.directory}
         try:
+            note = {"pid": pid, "started": _started(pid), "directory": definition.directory}
             temporary.write_text(json.dumps(note), encoding="utf-8")
             temporary.rename(path)
         except OSError as exc:
@@ -91,7 +97,15 @@ class Notes:
 
     def forget(self, definition: Definition) -> None:
         """Called once the mount is gone."""
-        self._path(definition).unlink(missing_ok=True)
+        for path in (self._path(definition), self.unmounted(definition)):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as exc:
+                log.warning("%s: %s", path, exc.strerror)
+
+    def unmounted(self, definition: Definition) -> Path:
+        """The file that a server makes if it ends because somebody unmounted it."""
+        return self._path(definition).with_suffix(".unmounted")
 
     def pid(self, definition: Definition) -> int | None:
         """The process that was noted, if it is the same one still."""
@@ -105,7 +119,7 @@ class Notes:
 
     def _path(self, definition: Definition) -> Path:
         # A name may hold what no file name does.
-        return self._directory / f"{definition.name.encode().hex()[:200]}.json"
+        return self._directory / f"{hashlib.sha256(definition.name.encode()).hexdigest()[:32]}.json"
 
 
 def _started(pid: int) -> str:
@@ -132,13 +146,25 @@ def _lock_pid(source: str) -> int | None:
 
 
 async def answers(directory: str) -> bool:
-    """Whether a mount has a server: one without says so at once. What takes too long counts as one that has."""
-    with trio.move_on_after(PROBE_TIMEOUT_S) as scope:
-        done = await trio.run_process(
-            ["stat", "--file-system", "--format=%T", "--", directory],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
-    return scope.cancelled_caught or done.returncode == 0
+    """Whether a mount has a server: one without says so at once. What takes too long counts as one that has.
+
+    A process that waits for a server cannot be ended, so it is not waited for.
+    """
+    words = ["stat", "--file-system", "--format=%T", "--", directory]
+    # trio's would be waited for.
+    process = subprocess.Popen(  # noqa: ASYNC220
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        with trio.move_on_after(PROBE_TIMEOUT_S):
+            await trio.lowlevel.wait_readable(pidfd)
+        status = process.poll()
+        if status is None:
+            process.kill()
+    finally:
+        os.close(pidfd)
+    return not status
 
 
 # --- begun and ended ----------------------------------------------------------------------------------------------
@@ -165,9 +191,10 @@ class Servers:
         Raises:
             HlfsError: with the line that says why there is none.
         """
-        with contextlib.suppress(FileExistsError):
-            _make_directory(definition.directory)
-        order = Order(definition.source, definition.directory, definition.options)
+        await trio.to_thread.run_sync(_make_directory, definition.directory, abandon_on_cancel=True)
+        self.notes.forget(definition)
+        unmounted = str(self.notes.unmounted(definition))
+        order = Order(definition.source, definition.directory, definition.options, unmounted)
         reading, writing = os.pipe()
         async with trio.lowlevel.FdStream(reading) as pipe:
             try:
@@ -180,7 +207,7 @@ class Servers:
                 word = b"".join([part async for part in pipe])
             except BaseException:
                 if server is not None:
-                    server.end()
+                    await _give_up(server, definition)
                 raise
         if word == READY and server is not None:
             self.notes.write(definition, server.pid)
@@ -190,15 +217,23 @@ class Servers:
         said = word.decode(errors="replace").partition(" ")[2]
         raise HlfsError(said or f"{definition.directory}: its server ended before the mount answered; see the log")
 
-    def find(self, definition: Definition) -> Server | None:
+    async def find(self, definition: Definition) -> Server | None:
         """The process that serves the mount which is there: the noted one, or the one in the store's lock."""
-        pid = self.notes.pid(definition) or _lock_pid(definition.source)
+        pid = self.notes.pid(definition)
+        if pid is None:
+            pid = await trio.to_thread.run_sync(_lock_pid, definition.source, abandon_on_cancel=True)
         if pid is None:
             return None
         try:
             return Server(pid, adopted=True)
         except OSError:
             return None
+
+    def take_unmounted(self, definition: Definition) -> bool:
+        """Whether its server, which is gone, ended because somebody unmounted it."""
+        unmounted = self.notes.unmounted(definition).exists()
+        self.notes.forget(definition)
+        return unmounted
 
     async def end(self, definition: Definition) -> None:
         """Unmounts; returns once everything is durable and the server is gone.
@@ -215,11 +250,27 @@ class Servers:
         self.notes.forget(definition)
 
 
+async def _give_up(server: Server, definition: Definition) -> None:
+    """Ends a server that does not answer yet, kindly if it can be."""
+    with trio.CancelScope(shield=True):
+        server.send(signal.SIGTERM)
+        with trio.move_on_after(GIVE_UP_S) as scope:
+            await server.ended()
+        if scope.cancelled_caught:
+            server.send(signal.SIGKILL)
+            with trio.move_on_after(GIVE_UP_S):
+                await server.ended()
+        server.close()
+        with contextlib.suppress(HlfsError), trio.move_on_after(GIVE_UP_S):
+            if await is_mounted(definition):
+                take_away(definition)
+
+
 def _make_directory(directory: str) -> None:
+    if os.path.islink(directory):
+        raise MountFailed(directory, "it is a symbolic link; name the directory it leads to")
     try:
-        os.makedirs(directory, mode=0o755)
-    except FileExistsError:
-        raise
+        os.makedirs(directory, mode=0o755, exist_ok=True)
     except OSError as exc:
         raise MountFailed(directory, f"cannot be made: {os.strerror(exc.errno or 0)}") from exc
 

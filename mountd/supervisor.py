@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ from mountd.kept import FIRST_PAUSE_S, Changes, Kept
 from mountd.servers import Servers, is_mounted
 from mountd.untrusted_xml import BadXml
 
+# How long systemd waits for what cannot be mounted, or said not to be; the others go on behind it.
+READY_LIMIT_S = 300.0
+LOOK_LIMIT_S = 10.0
+
 log = logging.getLogger(__name__)
 
 
@@ -35,6 +41,7 @@ class Supervisor:
         self._kept: dict[str, Kept] = {}
         self._scopes: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
+        self._ending = False
         self.wrong: list[BadXml] = []
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -46,17 +53,30 @@ class Supervisor:
             self._read()
             for kept in self._kept.values():
                 # What is mounted was wanted, by this daemon's forerunner at least.
-                if kept.definition.autostart or is_mounted(kept.definition):
+                if kept.definition.autostart:
                     kept.want()
-            await self._changes.until(lambda: not any(map(self._is_coming, self._kept.values())))
+            for kept in list(self._kept.values()):
+                if not kept.wanted:
+                    with trio.move_on_after(LOOK_LIMIT_S):
+                        if await is_mounted(kept.definition):
+                            kept.want()
+            with trio.move_on_after(READY_LIMIT_S):
+                await self._changes.until(lambda: not self._coming())
             task_status.started()
             await trio.sleep_forever()
 
-    def _is_coming(self, kept: Kept) -> bool:
-        if not kept.wanted or kept.state in {"mounted", "failed"}:
-            return False
-        before = self._before(kept)
-        return kept.state != "waiting" or all(each.state == "mounted" or self._is_coming(each) for each in before)
+    def _coming(self) -> set[str]:
+        """Names of what is not mounted yet, and was not seen to fail."""
+        coming: set[str] = set()
+        for kept in self._in_order():
+            if not kept.wanted or kept.state in {"mounted", "failed"}:
+                continue
+            before = self._before(kept)
+            if kept.state != "waiting" or all(
+                each.state == "mounted" or each.definition.name in coming for each in before
+            ):
+                coming.add(kept.definition.name)
+        return coming
 
     def _before(self, kept: Kept) -> list[Kept]:
         return [self._kept[name] for name in kept.definition.after if name in self._kept]
@@ -74,8 +94,11 @@ class Supervisor:
                 kept.definition = definitions[name]
             else:
                 self._kept[name] = Kept(definitions[name], self._servers, self._changes, self._pause_s)
-        for name in [name for name in self._kept if name not in definitions and self._kept[name].state == "stopped"]:
-            self._drop(name)
+        for name, kept in list(self._kept.items()):
+            kept.gone = name not in definitions
+            # What is mounted stays; what is only to be is not any more.
+            if kept.gone and kept.state not in {"mounted", "stopping"}:
+                self._drop(name)
         for name in definitions:
             self._keep(name)
 
@@ -83,11 +106,12 @@ class Supervisor:
         assert self._nursery is not None
         if name in self._scopes:
             return
-        self._scopes[name] = trio.CancelScope()
+        # By the time it begins, something else may have the name.
+        scope, kept = trio.CancelScope(), self._kept[name]
+        self._scopes[name] = scope
 
         async def keep() -> None:
-            with self._scopes[name]:
-                kept = self._kept[name]
+            with scope:
                 await kept.keep(lambda: self._before(kept))
 
         self._nursery.start_soon(keep)
@@ -114,10 +138,21 @@ class Supervisor:
 
     async def start(self, name: str) -> None:
         """Returns once it is mounted, and what is to be mounted before it. Raises NoSuchName, HlfsError."""
-        kept = self.kept(name)
-        for each in self._before(kept):
-            await self.start(each.definition.name)
-        await kept.start()
+        if self._ending:
+            raise VolumeBusy("hlfs-mountd", "it is about to end")
+        wanted = {name}
+        # What comes before stands before it.
+        for kept in reversed(self._in_order()):
+            if kept.definition.name in wanted:
+                wanted.update(each.definition.name for each in self._before(kept))
+        self.kept(name).wanted = True
+        try:
+            for kept in [kept for kept in self._in_order() if kept.definition.name in wanted]:
+                await kept.start()
+        except HlfsError:
+            if (last := self._kept.get(name)) is not None and last.state == "stopped":
+                last.wanted = False
+            raise
 
     async def stop(self, name: str) -> None:
         """Returns once it is unmounted and durable. Raises NoSuchName, VolumeBusy, HlfsError."""
@@ -131,12 +166,16 @@ class Supervisor:
             raise VolumeBusy(printable(name), f"stop {', '.join(map(printable, above))} first, mounted after it")
         await kept.stop()
 
-    async def stop_all(self) -> None:
-        """In the order that is the reverse of the start's. What is in use stays mounted, and is said so."""
+    async def stop_all(self, *, for_good: bool = False) -> None:
+        """In the order that is the reverse of the start's. What is in use stays mounted, and is said so.
+
+        With `for_good` nothing is started any more.
+        """
+        self._ending = self._ending or for_good
         for kept in reversed(self._in_order()):
             try:
                 await kept.stop()
-            except HlfsError as exc:
+            except (HlfsError, OSError) as exc:
                 log.error("%s; it stays mounted", exc)
 
     def reload(self) -> None:
@@ -148,6 +187,8 @@ class Supervisor:
         Raises:
             BadXml: of the first that is wrong; nothing changed.
         """
+        if self._nursery is None or self._ending:
+            return
         definitions, wrong = read_all(self._directory)
         if wrong:
             raise wrong[0]
@@ -166,14 +207,16 @@ class Supervisor:
             NameExists: a file of that name holds something else.
         """
         new = parse(content, what)
-        others = [kept.definition for kept in self._kept.values() if kept.definition.name != new.name]
+        others = [each.definition for each in self._kept.values() if each.definition.name != new.name and not each.gone]
         _, wrong = fitting([*others, new])
         if wrong:
             raise wrong[0]
         old = self._kept.get(new.name)
-        write_file(self._directory, new.name, content, Path(old.definition.file) if old is not None else None)
-        self._read()
-        return self.kept(new.name).definition
+        replaced = Path(old.definition.file) if old is not None and not old.gone else None
+        path = write_file(self._directory, new.name, content, replaced)
+        # The others stay as they were read, whatever stands in their files now.
+        self._take_over({**{each.name: each for each in others}, new.name: replace(new, file=str(path))})
+        return new
 
     def undefine(self, name: str) -> None:
         """Removes a definition; durable. Raises NoSuchName, VolumeBusy: it or others are mounted after it."""
@@ -183,5 +226,6 @@ class Supervisor:
         above = [other.definition.name for other in self._kept.values() if name in other.definition.after]
         if above:
             raise VolumeBusy(printable(name), f"{', '.join(map(printable, above))} is to be mounted after it")
-        remove_file(Path(kept.definition.file))
+        with suppress(NoSuchName):
+            remove_file(Path(kept.definition.file))
         self._drop(name)

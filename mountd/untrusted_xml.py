@@ -40,5 +40,5 @@ def read_xml(content: bytes, file: str, max_bytes: int) -> etree._Element:
 
 
 def collapsed(text: str | None) -> str:
-    """Without white space around, and with one space for each within."""
-    return " ".join((text or "").split())
+    """Without white space around, and with one space for each within; white space is what XML calls so."""
+    return " ".join(part for part in re.split("[ \t\r\n]+", text or "") if part)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -79,20 +80,28 @@ def run_mount(source: str, directory: str, words: Sequence[str], *, foreground: 
         return failed(exc)
 
 
-def serve_and_tell(source: str, directory: str, words: Sequence[str], fd: int) -> int:
-    """Serves in this process for whoever began it, and logs to standard error.
+def serve_and_tell(  # noqa: PLR0917
+    source: str, directory: str, words: Sequence[str], fd: int, log_name: str, unmounted: Path | None = None
+) -> int:
+    """Serves in this process for whoever began it.
 
-    He reads at the other end of `fd`: READY once the mount answers, or the exit status and the line that says why not.
+    Args:
+        source, directory, words: as `run_mount` has them.
+        fd: where he reads READY once the mount answers, or the exit status and the line that says why not.
+        log_name: where it logs, for people.
+        unmounted: a file that is made if somebody else unmounts it; not if it ends for any other reason.
     """
     teller = _Teller(fd)
-    directory = os.path.abspath(directory)
-    log_to(logging.StreamHandler(), directory)
     try:
         options = parse_options(list(words))
     except HlfsError as exc:
         teller.say(f"{EXIT_USAGE} {exc}".encode())
         return EXIT_USAGE
-    return _serve_and_tell(source, directory, options, teller, "what it said")
+    status, by_others = _serve_and_tell(source, directory, options, teller, log_name)
+    if unmounted is not None and by_others:
+        with suppress(OSError):
+            os.close(os.open(unmounted, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    return status
 
 
 def failed(exc: HlfsError) -> int:
@@ -101,13 +110,13 @@ def failed(exc: HlfsError) -> int:
     return EXIT_USAGE if isinstance(exc, UsageError) else EXIT_MOUNT
 
 
-def serve_here(source: str, directory: str, options: MountOptions, ready: Callable[[], None]) -> None:
-    """Serves in this process. Raises HlfsError."""
+def serve_here(source: str, directory: str, options: MountOptions, ready: Callable[[], None]) -> bool:
+    """Serves in this process; returns whether somebody else unmounted it. Raises HlfsError."""
     # Not above: a plain `hlfs --help` need not load the native core.
     from hlfsfs.fuse.server import serve  # noqa: PLC0415
 
     try:
-        serve(source, directory, options, ready)
+        return serve(source, directory, options, ready)
     except NoSuchName as exc:
         if "%" not in os.path.basename(source):
             raise
@@ -150,7 +159,7 @@ def _server_process(source: str, directory: str, options: MountOptions, writing:
         os.umask(0o022)
         _leave_terminal()
         log_to(_file_handler(), directory)
-        status = _serve_and_tell(source, directory, options, _Teller(writing), str(log_path()))
+        status, _ = _serve_and_tell(source, directory, options, _Teller(writing), str(log_path()))
     finally:
         logging.shutdown()
         os._exit(status)
@@ -170,10 +179,12 @@ class _Teller:
             self._fd = -1
 
 
-def _serve_and_tell(source: str, directory: str, options: MountOptions, teller: _Teller, log_name: str) -> int:
+def _serve_and_tell(
+    source: str, directory: str, options: MountOptions, teller: _Teller, log_name: str
+) -> tuple[int, bool]:
+    """The exit status, and whether somebody else unmounted it."""
     try:
-        serve_here(source, directory, options, lambda: teller.say(READY))
-        return EXIT_OK
+        return EXIT_OK, serve_here(source, directory, options, lambda: teller.say(READY))
     except HlfsError as exc:
         log.error("%s", exc)
         status = EXIT_USAGE if isinstance(exc, UsageError) else EXIT_MOUNT
@@ -182,7 +193,7 @@ def _serve_and_tell(source: str, directory: str, options: MountOptions, teller: 
         log.exception("the server failed")
         status = EXIT_FAILED
         teller.say(f"{EXIT_MOUNT} {directory}: the server failed; see {log_name}".encode())
-    return status
+    return status, False
 
 
 def _leave_terminal() -> None:

@@ -29,7 +29,9 @@ def parse_line(line: bytes) -> Mount:
     before, _, after = line.partition(b" - ")
     mount_id, _, device, _, mountpoint = before.split()[:5]
     fstype, source = after.split()[:2]
-    return Mount(int(mount_id), device.decode(), unescape(mountpoint), fstype.decode(), os.fsdecode(unescape(source)))
+    return Mount(
+        int(mount_id), device.decode(), unescape(mountpoint), os.fsdecode(fstype), os.fsdecode(unescape(source))
+    )
 
 
 def unescape(text: bytes) -> bytes:

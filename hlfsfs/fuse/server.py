@@ -20,8 +20,10 @@ from hlfsfs.store import locate, open_store, parse_uri
 log = logging.getLogger(__name__)
 
 
-def serve(source: str, mountpoint: str, options: MountOptions, ready: Callable[[], None]) -> None:
+def serve(source: str, mountpoint: str, options: MountOptions, ready: Callable[[], None]) -> bool:
     """Mounts `source` at `mountpoint` and serves it until it is unmounted; then everything is durable.
+
+    Returns whether somebody unmounted it, not this process by itself.
 
     Args:
         source: URI of a store, or of a pool in one.
@@ -49,8 +51,9 @@ def serve(source: str, mountpoint: str, options: MountOptions, ready: Callable[[
         # Not above, as said there.
         from hlfsfs.fuse.session import Session  # noqa: PLC0415
 
-        Session(engine, namespace, mountpoint, options).run(str(parse_uri(source)), ready)
+        unmounted = Session(engine, namespace, mountpoint, options).run(str(parse_uri(source)), ready)
     log.info("unmounted, everything is durable")
+    return unmounted
 
 
 def check_mountpoint(source: str, mountpoint: str) -> None:

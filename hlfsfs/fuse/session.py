@@ -41,9 +41,13 @@ class Session:
         self._options = options
         self._mounted_as: int | None = None
         self._answers = trio.Event()
+        self._unmounted_here = False
 
-    def run(self, source: str, ready: Callable[[], None]) -> None:
-        """Mounts, serves, and returns when the mount is gone. Raises HlfsError if it could not be mounted."""
+    def run(self, source: str, ready: Callable[[], None]) -> bool:
+        """Mounts, serves, and returns when the mount is gone: whether somebody else unmounted it.
+
+        Raises HlfsError if it could not be mounted.
+        """
         fuse_fd = mount(source, self._mountpoint, self._options)
         found = find_mount(self._mountpoint)
         self._mounted_as = found.mount_id if found else None
@@ -51,6 +55,7 @@ class Session:
             # At its end nothing is under way any more, and no mount without a server stays.
             plane = self._prepare(stack, fuse_fd)
             trio.run(self._serve, plane, source, ready)
+        return not self._unmounted_here
 
     def _prepare(self, stack: ExitStack, fuse_fd: int) -> NativePlane | None:
         """Brings pyfuse3 up, behind a channel or on the device itself."""
@@ -81,6 +86,7 @@ class Session:
         if found is None or found.mount_id != self._mounted_as:
             return
         log.error("the connection ended without unmounting")
+        self._unmounted_here = True
         try:
             unmount(self._mountpoint, lazy=True)
         except HlfsError as exc:
@@ -118,5 +124,6 @@ class Session:
             raise MountFailed(self._mountpoint, "something else is mounted over it")
         try:
             unmount(self._mountpoint)
+            self._unmounted_here = True
         except MountBusy as exc:
             raise MountBusy(self._mountpoint, holders(found)) from exc

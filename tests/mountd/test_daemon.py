@@ -7,11 +7,14 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from hlfsfs.fuse.mount import abort_path
 from tests.fuse.mounts import hlfs, mounted, needs_fuse, run, take_away
 from tests.mountd.daemons import PROGRAM, TIMEOUT_S, Daemon, daemon_in
 
@@ -205,7 +208,8 @@ def test_one_that_cannot_be_mounted_is_tried_again(daemon: Daemon) -> None:
     (daemon.config / "d.xml").write_text("<mount/>")
     daemon.store("b").rmdir()
     daemon.begin()
-    assert daemon.states() == {"a": "mounted", "b": "failed", "c": "waiting"}
+    # It is tried again every now and then.
+    daemon.until(lambda: daemon.states() == {"a": "mounted", "b": "failed", "c": "waiting"})
     status, output, _ = daemon.command("status")
     assert status == 1
     assert f"local://{daemon.store('b')}: no such directory; to make a store there" in output
@@ -213,6 +217,8 @@ def test_one_that_cannot_be_mounted_is_tried_again(daemon: Daemon) -> None:
     assert "no such directory" in daemon.failed("start", "b")
     daemon.store("b").mkdir()
     daemon.until(lambda: set(daemon.states().values()) == {"mounted"})
+    # Not as fast as it fails.
+    assert daemon.log.read_text().count("no such directory") < 40
     daemon.end()
 
 
@@ -304,3 +310,170 @@ def test_a_daemon_that_is_ended_while_it_mounts_leaves_nothing(daemon: Daemon) -
     daemon.until(lambda: not daemon.is_mounted("a"))
     if daemon.is_mounted("a"):
         take_away(daemon.at("a"))
+
+
+# --- what a reviewer found ------------------------------------------------------------------------------------------
+
+
+def abort(path: Path) -> None:
+    """Has the kernel end a mount's connection."""
+    control = abort_path(str(path))
+    assert control is not None
+    if not os.path.exists(control):
+        run("mount", "-t", "fusectl", "none", "/sys/fs/fuse/connections")
+    Path(control).write_text("1")
+
+
+@pytest.mark.parametrize("how", ["abort", "SIGTERM"])
+def test_a_server_that_ends_by_itself_is_replaced(daemon: Daemon, how: str) -> None:
+    daemon.defined("a")
+    daemon.begin()
+    daemon.write("a", "durable")
+    pid = daemon.status("a")["pid"]
+    if how == "abort":
+        abort(daemon.at("a"))
+    else:
+        os.kill(pid, signal.SIGTERM)
+    daemon.until(lambda: daemon.status("a")["pid"] not in {None, pid})
+    assert daemon.read("a") == "durable"
+    assert daemon.status("a")["deaths"] == 1
+    daemon.end()
+
+
+def test_a_server_that_hangs_holds_up_nothing(daemon: Daemon) -> None:
+    daemon.defined("a")
+    daemon.begin()
+    hanging = daemon.status("a")["pid"]
+    daemon.kill()
+    os.kill(hanging, signal.SIGSTOP)
+    try:
+        # Asking it takes its time, and then it counts as one that answers.
+        daemon.begin()
+        assert daemon.status("a")["pid"] == hanging
+        daemon.defined("b")
+        daemon.done("reload")
+        daemon.until(lambda: daemon.states()["b"] == "mounted")
+    finally:
+        os.kill(hanging, signal.SIGCONT)
+    daemon.end()
+
+
+def test_one_that_is_starting_can_be_stopped(daemon: Daemon, tmp_path: Path) -> None:
+    daemon.defined("a", attributes=' autostart="no"')
+    daemon.begin()
+    # Its server waits for a lock that is held for a while and never given.
+    daemon.done("start", "a")
+    daemon.done("stop", "a")
+    forker = int(run("pgrep", "--parent", str(daemon.pid)))
+    os.kill(forker, signal.SIGSTOP)
+    starting = subprocess.Popen(
+        [*PROGRAM, "--run-dir", str(daemon.run_dir), "start", "a"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    daemon.until(lambda: daemon.states()["a"] == "starting")
+    daemon.done("stop", "a")
+    assert b"its start was given up" in starting.communicate(timeout=TIMEOUT_S)[0]
+    with suppress(ProcessLookupError):
+        os.kill(forker, signal.SIGCONT)
+    daemon.done("start", "a")
+    assert daemon.states() == {"a": "mounted"}
+    daemon.end()
+
+
+def test_a_link_is_no_directory_to_mount_at(daemon: Daemon, tmp_path: Path) -> None:
+    daemon.defined("a", attributes=' autostart="no"')
+    (tmp_path / "target").mkdir()
+    daemon.at("a").symlink_to(tmp_path / "target")
+    daemon.begin()
+    assert "it is a symbolic link; name the directory" in daemon.failed("start", "a", status=32)
+    daemon.end()
+
+
+def test_stopping_ends_what_is_mounted_whoever_did_it(daemon: Daemon) -> None:
+    daemon.defined("a", attributes=' autostart="no"')
+    daemon.begin()
+    daemon.at("a").mkdir()
+    assert hlfs("mount", f"local://{daemon.store('a')}", daemon.at("a")).returncode == 0
+    daemon.done("stop", "a")
+    assert not daemon.is_mounted("a")
+    daemon.end()
+
+
+def test_something_mounted_over_it(daemon: Daemon) -> None:
+    daemon.defined("a")
+    daemon.begin()
+    daemon.write("a", "durable")
+    pid = daemon.status("a")["pid"]
+    run("mount", "-t", "tmpfs", "hlfs-test", daemon.at("a"))
+    os.kill(pid, signal.SIGKILL)
+    daemon.until(lambda: daemon.status("a")["deaths"] == 1)
+    assert daemon.status("a")["wanted"]
+    run("umount", daemon.at("a"))
+    daemon.until(lambda: daemon.status("a")["state"] == "mounted")
+    assert daemon.read("a") == "durable"
+    daemon.end()
+
+
+def test_a_file_name_that_is_no_text(daemon: Daemon) -> None:
+    path = daemon.defined("a", attributes=' autostart="no"')
+    os.rename(path, os.fsencode(daemon.config) + b"/\xff\n.xml")
+    daemon.begin()
+    assert daemon.states() == {"a": "stopped"}
+    assert "\\xff" in daemon.status("a")["file"] or "udcff" in daemon.status("a")["file"]
+    daemon.end()
+
+
+def test_many_clients_at_once(daemon: Daemon) -> None:
+    daemon.begin()
+    content = daemon.content("a")
+    for _ in range(3):
+        os.kill(daemon.pid, signal.SIGSTOP)
+        words = [["define", "-"], ["undefine", "a"], ["define", "-"], ["undefine", "a"], ["start", "a"], ["stop", "a"]]
+        clients = [
+            subprocess.Popen(
+                [*PROGRAM, "--run-dir", str(daemon.run_dir), *each],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
+            )
+            for each in words
+        ]  # fmt: skip
+        for client in clients:
+            assert client.stdin is not None
+            client.stdin.write(content)
+            client.stdin.close()
+        time.sleep(1)
+        os.kill(daemon.pid, signal.SIGCONT)
+        for client in clients:
+            client.wait(TIMEOUT_S)
+    daemon.command("stop", "a")
+    daemon.command("undefine", "a")
+    assert daemon.states() == {}
+    assert not daemon.is_mounted("a")
+    daemon.end()
+
+
+def test_definitions_whose_file_is_gone(daemon: Daemon) -> None:
+    daemon.defined("a")
+    daemon.defined("b")
+    daemon.store("b").rmdir()
+    daemon.begin()
+    (daemon.config / "a.xml").unlink()
+    (daemon.config / "b.xml").unlink()
+    daemon.defined("c", attributes=' autostart="no"')
+    # What is mounted stays; what is only tried is not any more.
+    daemon.done("define", "-", stdin=daemon.content("d"))
+    daemon.done("reload")
+    assert daemon.states().keys() == {"a", "c", "d"}
+    daemon.done("stop", "a")
+    daemon.done("undefine", "a")
+    assert daemon.states().keys() == {"c", "d"}
+    daemon.end()
+
+
+def test_a_chain_of_many(daemon: Daemon) -> None:
+    for number in range(300):
+        after = f"<after>n{number - 1}</after>" if number else ""
+        daemon.defined(f"n{number}", after, "" if number else ' autostart="no"')
+    daemon.begin()
+    states = daemon.states()
+    assert len(states) == 300
+    assert set(states.values()) == {"waiting", "stopped"}
+    daemon.end()

@@ -13,6 +13,7 @@ from mountd.definitions import (
     MAX_FILE_BYTES,
     Definition,
     _schema,
+    file_name,
     fitting,
     in_order,
     parse,
@@ -63,7 +64,7 @@ def test_a_mount() -> None:
 
 def test_the_walkthroughs_pool() -> None:
     found = parse(POOL, "pool_hlfs.xml")
-    assert found == Definition("local:///tmp/testenv", "local:///tmp/testenv", "/mnt/hlfs/tmp/testenv")
+    assert found == Definition("local:///tmp/testenv", "local:///tmp/testenv", "/mnt/hlfs-stores/tmp/testenv")
     assert found.autostart
 
 
@@ -83,8 +84,9 @@ def test_a_pool_that_says_where() -> None:
         (MOUNT.replace(b"local:///srv/hlfs", b"nfs:///srv"), "f:8: nfs:///srv: unknown kind of store"),
         (MOUNT.replace(b"local:///srv/hlfs", b"local:///srv/../etc"), "f:8: local:///srv/../etc: '..' has no meaning"),
         (MOUNT.replace(b">/mnt/hlfs<", b">mnt<"), "f:5: <directory> holds the absolute path"),
-        (MOUNT.replace(b">/mnt/hlfs<", b">/mnt/../etc<"), "f:5: /mnt/../etc: write the path of a directory without"),
-        (MOUNT.replace(b">/mnt/hlfs<", b">/<"), "f:5: /: write the path"),
+        (MOUNT.replace(b">/mnt/hlfs<", b">/mnt/../etc<"), "f:5: /mnt/../etc: write it without . and .."),
+        (MOUNT.replace(b">/mnt/hlfs<", b">//mnt/x<"), "f:5: //mnt/x: write it without"),
+        (MOUNT.replace(b">/mnt/hlfs<", b">/<"), "f:5: /: write it without"),
         (MOUNT.replace(b"retain=1h", b"retian=1h"), "f:7: unknown mount option 'retian=1h'"),
         (MOUNT.replace(b'"no"', b'"never"'), "f:1: <mount> holds a name"),
         (POOL.replace(b'"hlfs"', b'"dir"'), "f:1: <pool> of type hlfs holds"),
@@ -136,6 +138,10 @@ def test_the_schema_has_words_for_each_element() -> None:
 def test_they_fit_each_other() -> None:
     good, wrong = fitting([small("a"), small("a"), small("b", "/mnt/a"), small("c", after=("a",))])
     assert list(good) == ["a", "c"]
+    # Inside another one only behind it.
+    inside = [small("x", "/m"), small("y", "/m/y"), small("z", "/m/z", after=("x",))]
+    assert list(fitting(inside)[0]) == ["x", "z"]
+    assert list(fitting(reversed(inside[:2]))[0]) == ["y"]
     assert [str(each) for each in wrong] == [
         "a.xml:1: a: is defined in a.xml already; choose another name",
         "b.xml:1: /mnt/a: a is mounted there; choose another",
@@ -200,10 +206,11 @@ def test_files_that_others_could_have_written_are_refused(tmp_path: Path) -> Non
 def test_they_are_written_whole(tmp_path: Path) -> None:
     directory = tmp_path / "etc" / "mountd.d"
     path = write_file(directory, "local:///tmp/testenv", POOL, None)
-    assert path == directory / "local-tmp-testenv.xml"
+    assert path.parent == directory
+    assert path.name.startswith("local-tmp-testenv-")
     assert read_file(path).file == str(path)
     with pytest.raises(NameExists):
-        write_file(directory, "local-tmp-testenv", MOUNT, None)
+        write_file(directory, "local:///tmp/testenv", MOUNT, None)
     assert path.read_bytes() == POOL
     write_file(directory, "local:///tmp/testenv", MOUNT, path)
     assert path.read_bytes() == MOUNT
@@ -220,3 +227,6 @@ def test_a_name_cannot_lead_out_of_the_directory(tmp_path: Path) -> None:
         assert path.name.endswith(".xml")
         assert not path.name.startswith(".")
         path.unlink()
+    names = ["a b", "a-b", "a/b", "\u9648\u8389\u541b", "\u5eb7\u534e"]
+    assert len({file_name(name) for name in names}) == len(names)
+    assert file_name("vms.lab") == "vms.lab.xml"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
+from hlfsfs.cli.doctor import HostMount
 from hlfsfs.errors import BadUri, HlfsError, RefusedName, UnknownScheme, UsageError
-from hlfsfs.fuse.mountinfo import Mount
 from mountd.definitions import Definition
 from mountd.libvirt_xml import Translation, translate, validate
 from mountd.places import NotShown, Shown, is_snapshot, path_of, shown_by
@@ -104,6 +104,18 @@ def test_several_disks() -> None:
     assert disks[3].find("driver") is None
 
 
+def test_nothing_else_comes_along() -> None:
+    more = """<disk type='network' device='cdrom'><source protocol='hlfs' name='local:///tmp/testenv/iso%one'/>
+      <source file='/etc/shadow'/>
+      <backingStore type='file'><format type='raw'/><source file='/etc/passwd'/></backingStore>
+      <target dev='hdc' bus='ide'/></disk></devices>"""
+    found = translated(DOMAIN.replace("</devices>", more))
+    assert "/etc/" not in found.text
+    disk = root_of(found).findall("devices/disk")[1]
+    # A machine's CD-ROM is read-only wherever it is.
+    assert disk.find("target[@dev='hdc'][@bus='ide']") is not None
+
+
 # --- what is none ---------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +183,11 @@ def test_where_things_are(tmp_path: Path) -> None:
         ("nfs:///srv", UnknownScheme),
         ("local:///srv/%s", UsageError),
         ("local:///srv/v%", UsageError),
+        ("local:///srv/..%other", RefusedName),
+        ("local:///srv/v%..", RefusedName),
+        ("local:///srv/.hlfs%x", RefusedName),
+        ("local:///srv/a%.hlfs", RefusedName),
+        ("local:///srv/.snapshots%x", RefusedName),
     ):
         with pytest.raises(error):
             path_of(uri, shown)
@@ -178,9 +195,12 @@ def test_where_things_are(tmp_path: Path) -> None:
 
 
 def test_a_mount_counts_more_than_a_definition() -> None:
-    live = Mount(1, "0:1", b"/live", "fuse.hlfs", "local:///srv")
-    other = Mount(2, "0:2", b"/other", "ext4", "/dev/sda1")
+    live = HostMount("/live", "fuse.hlfs", "local:///srv", frozenset({"rw", "user_id=0"}))
+    other = HostMount("/other", "ext4", "/dev/sda1", frozenset())
+    # Anybody can claim to show anything.
+    evil = HostMount("/home/eve/evil", "fuse.hlfs", "local:///srv/v", frozenset({"user_id=1000"}))
+    junk = HostMount("/home/eve/junk", "fuse.hlfs", "junk", frozenset({"user_id=0"}))
     defined = [Definition("a", "local:///srv/", "/defined"), Definition("b", "local:///more", "/more")]
-    shown = shown_by([other, live], defined)
+    shown = shown_by([evil, junk, other, live], defined)
     assert path_of("local:///srv/v", shown) == "/live/v"
     assert path_of("local:///more/v", shown) == "/more/v"

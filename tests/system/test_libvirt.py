@@ -416,7 +416,7 @@ class Walkthrough:
         self.store.mkdir()
         self.uri = f"local://{self.store}"
         # Where a pool is mounted that does not say so.
-        self.directory = Path(f"/mnt/hlfs{self.store}")
+        self.directory = Path(f"/mnt/hlfs-stores{self.store}")
         self._root = root
 
     def file(self, name: str, content: str) -> Path:
