@@ -39,7 +39,8 @@ def main(context: click.Context, directory: Path) -> None:
     <after>NAME</after> has another one mounted before; <mount autostart="no"> is mounted by `start` only. A <pool
     type="hlfs"> of the original HLFS is a definition too, mounted below /mnt/hlfs-stores.
     """
-    context.obj = directory
+    # Servers are told of it, too, and are elsewhere.
+    context.obj = directory.absolute()
 
 
 def _ask(context: click.Context, do: Order, **what: str) -> Any:

@@ -747,8 +747,12 @@ TEST_CASE("a removed snapshot gives back what it held alone, without a look at a
     put_behind_checkpoints(host, log, *volume, tree);
     put_behind_checkpoints(host, log, *volume, tree);
     host.repeat_checkpoint(log, true);
+    // One whose footer was written late is no candidate before the next sync: it has not been cleaned then.
+    std::set<std::uint64_t> cleaned;
+    for (const Volume::CleanCandidate& candidate : volume->clean_candidates())
+        cleaned.insert(candidate.segno);
+    REQUIRE(cleaned.size() > 1);
     host.clean(log, Volume::CleanHow::punch);
-    REQUIRE(host.clean(log, Volume::CleanHow::look).dead_blocks == 0);
     std::vector<std::uint64_t> order(kSnapshots);
     std::iota(order.begin(), order.end(), 1);
     std::ranges::shuffle(order, random);
@@ -762,6 +766,8 @@ TEST_CASE("a removed snapshot gives back what it held alone, without a look at a
         host.repeat_checkpoint(log, true);
         host.reclaim(log, most);
         for (const Volume::CleanCandidate& candidate : volume->clean_candidates()) {
+            if (!cleaned.contains(candidate.segno))
+                continue;
             const int fd = log.open(candidate.segno);
             const auto looked = volume->clean_segment(candidate.index, fd, Volume::CleanHow::look, 1);
             ::close(fd);
