@@ -23,16 +23,9 @@ from mountd.definitions import (
     write_file,
 )
 from mountd.untrusted_xml import BadXml
+from tests.mountd import walkthrough
 
-# As the walkthrough of the original HLFS has it.
-POOL = b"""<pool type="hlfs">
-	<name>local:///tmp/testenv</name>
-	<source>
-	<name>local:///tmp/testenv</name>
-	<host name='localhost' port='7000'/>
-	</source>
-</pool>
-"""
+POOL = walkthrough.POOL.encode()
 
 MOUNT = b"""<mount autostart="no">
   <after>one</after>
