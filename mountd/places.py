@@ -10,9 +10,8 @@ from hlfsfs.cli.mounted import SNAPSHOTS
 from hlfsfs.errors import HlfsError, RefusedName, UsageError, printable
 from hlfsfs.fuse.mountinfo import FSTYPE
 from hlfsfs.store import parse_uri
+from hlfsfs.store.local_base import META
 from mountd.definitions import Definition
-
-META = b".hlfs"
 
 
 class NotShown(HlfsError):

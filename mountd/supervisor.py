@@ -52,9 +52,9 @@ class Supervisor:
         async with trio.open_nursery() as self._nursery:
             self._read()
             for kept in self._kept.values():
-                # What is mounted was wanted, by this daemon's forerunner at least.
                 if kept.definition.autostart:
                     kept.want()
+            # What is mounted was wanted, by this daemon's forerunner at least.
             for kept in list(self._kept.values()):
                 if not kept.wanted:
                     with trio.move_on_after(LOOK_LIMIT_S):
@@ -205,7 +205,10 @@ class Supervisor:
         Raises:
             BadXml: with the line of `content`, which `what` is called.
             NameExists: a file of that name holds something else.
+            VolumeBusy: the daemon is about to begin or to end.
         """
+        if self._nursery is None or self._ending:
+            raise VolumeBusy("hlfs-mountd", "it is about to begin or to end; try again")
         new = parse(content, what)
         others = [each.definition for each in self._kept.values() if each.definition.name != new.name and not each.gone]
         _, wrong = fitting([*others, new])
