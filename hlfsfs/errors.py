@@ -384,6 +384,17 @@ class NotDurable(StoreFailed):
         self.errno = _errno.EIO
 
 
+class OutcomeUnknown(HlfsError):
+    """A server died while it did something that is not told from its undoing."""
+
+    errno = _errno.EIO
+
+    def __init__(self, what: str, done: str) -> None:
+        super().__init__(
+            f"{what}: a server died when they were to be {done}, and nobody knows whether they are; look, and try again"
+        )
+
+
 class RingMissing(HlfsError):
     """The store ended uncleanly on this boot and its ring is gone."""
 

@@ -168,6 +168,13 @@ def undefine(context: click.Context, names: tuple[str, ...]) -> None:
         _ask(context, "undefine", name=name)
 
 
+@main.command("upgrade", short_help="Have mounts served by the program installed now.")
+@click.pass_context
+def upgrade(context: click.Context) -> None:
+    """Have all mounts go on with servers of the program that is installed now. Who uses them waits for a moment."""
+    print(f"{_ask(context, 'upgrade')['mounts']} mounts go on")
+
+
 @main.command("libvirt-xml", short_help="Translate the original HLFS's libvirt XML.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(

@@ -26,7 +26,7 @@ _CREDENTIALS = struct.Struct("3i")
 
 log = logging.getLogger(__name__)
 
-Order = Literal["status", "start", "stop", "stop_all", "reload", "define", "undefine"]
+Order = Literal["status", "start", "stop", "stop_all", "reload", "define", "undefine", "upgrade"]
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True):
@@ -69,6 +69,7 @@ class Control:
             "reload": self._reload,
             "define": self._define,
             "undefine": self._undefine,
+            "upgrade": self._upgrade,
         }
 
     async def serve(self, path: Path, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -109,6 +110,9 @@ class Control:
 
     async def _reload(self, _: Request) -> None:
         self._supervisor.reload()
+
+    async def _upgrade(self, _: Request) -> Any:
+        return {"mounts": await self._supervisor.upgrade()}
 
     async def _define(self, request: Request) -> Any:
         return {"name": self._supervisor.define(request.content.encode(), request.what or "the definition").name}

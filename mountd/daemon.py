@@ -11,6 +11,7 @@ from pathlib import Path
 import trio
 
 from hlfsfs.errors import HlfsError, VolumeBusy
+from mountd import fd_store
 from mountd.control import SOCKET, Control
 from mountd.notify import notify, notify_reloading
 from mountd.servers import Servers
@@ -77,22 +78,23 @@ def run(config: Path, directory: Path) -> None:
 
 
 async def _run(config: Path, directory: Path) -> None:
-    servers = Servers(directory)
+    servers = Servers(directory, fd_store.kept())
     supervisor = Supervisor(config, servers)
     try:
         await servers.load()
-        await _serve(supervisor, directory)
+        await _serve(supervisor, servers, directory)
     finally:
         servers.close()
 
 
-async def _serve(supervisor: Supervisor, directory: Path) -> None:
+async def _serve(supervisor: Supervisor, servers: Servers, directory: Path) -> None:
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             ended = trio.Event()
             nursery.start_soon(_obey, signals, supervisor, ended, nursery.cancel_scope)
             # Before mounts are tried, which may take long.
             await nursery.start(Control(supervisor).serve, directory / SOCKET)
+            nursery.start_soon(servers.welcome, supervisor.server_of)
             async with trio.open_nursery() as mounting:
                 mounting.start_soon(_mount, nursery, supervisor, mounting)
                 mounting.start_soon(_leave, ended, mounting)

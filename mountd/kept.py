@@ -1,6 +1,7 @@
 """One mount that is kept as it is wanted: its server is begun, watched, replaced where it dies, and ended."""
 
 import logging
+import signal
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,13 +9,18 @@ from typing import Any, Literal
 import trio
 
 from hlfsfs.errors import HlfsError, MountFailed, NoSuchName, printable
+from hlfsfs.fuse import keeper
 from mountd.definitions import Definition
-from mountd.servers import Server, Servers, answers, is_mounted, is_ours, look, take_away
+from mountd.fd_store import FdStore
+from mountd.servers import Server, Servers, answers, close_mount, is_mounted, is_ours, key_of, look, take_away
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 # A server that lived for so long is no reason to wait before the next one.
 HEALTHY_S = 60.0
+# Of keepers within a minute; with so many the mount is given up, as they give it up for their servers.
+MAX_DEATHS = 5
+LAST_WORDS_S = 5.0
 
 State = Literal["stopped", "waiting", "starting", "mounted", "stopping", "failed"]
 
@@ -63,10 +69,13 @@ class Kept:
         self._servers = servers
         self._server: Server | None = None
         self._began_s = 0.0
+        self._keepers_died_s: list[float] = []
         self._starting: trio.CancelScope | None = None
         self._forgotten = False
         self._first_pause_s = self._pause_s = pause_s
         self._changing = trio.Lock()
+        # Held by who waits for the keeper's words and its end.
+        self._watching = trio.Lock()
         self._changes = changes
 
     def as_json(self) -> dict[str, Any]:
@@ -82,13 +91,18 @@ class Kept:
             "after": list(self.definition.after),
             "autostart": self.definition.autostart,
             "file": printable(self.definition.file),
-            "pid": self._server.pid if self._server else None,
+            "pid": self._server.server_pid if self._server else None,
+            "keeper": self._server.pid if self._server else None,
             "adopted": bool(self._server and self._server.adopted),
             "since_ns": self.since_ns,
-            "deaths": self.deaths,
+            "deaths": self.deaths + (self._server.deaths if self._server else 0),
             "changed": shown != self.definition,
             "why": self.why,
         }
+
+    def server_of(self, key: str) -> Server | None:
+        """The keeper that was found or begun, if the mount is called so."""
+        return self._server if key_of(self.definition) == key else None
 
     def _set(self, state: State) -> None:
         self.state = state
@@ -191,14 +205,15 @@ class Kept:
             await self._changes.until(lambda: not self.wanted or self.state == "mounted")
 
     async def _watch(self, server: Server) -> None:
-        """Until its server ends, or it was unmounted here."""
-        async with trio.open_nursery() as nursery:
+        """Until its keeper ends, or it is somebody else's to see to."""
+        async with self._watching, trio.open_nursery() as nursery:
 
             async def ended() -> None:
                 await server.ended()
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(ended)
+            nursery.start_soon(server.listen, self._changes.announce)
             await self._changes.until(lambda: self._server is not server)
             nursery.cancel_scope.cancel()
         async with self._changing:
@@ -206,24 +221,101 @@ class Kept:
                 await self._bury(server)
 
     async def _bury(self, server: Server) -> None:
-        """Its server ended, and nobody here asked it to."""
+        """Its keeper ended, and nobody here asked it to."""
         definition = self._mounted_as
         assert definition is not None
+        await self._hear_out(server)
+        self.deaths += server.deaths
+        by_others = self._servers.take_unmounted(definition) if server.over is None else server.over
+        taken = server.take_mount() if server.over is None and not by_others else None
+        if taken is not None and await self._replaced(server, definition, taken):
+            return
         self._let_go()
         there = await look(definition)
-        if self._servers.take_unmounted(definition) and not there:
+        if by_others and not there:
             log.info("%s: was unmounted by somebody else", printable(definition.directory))
             self.wanted = False
             self._set("stopped")
             return
         self.deaths += 1
-        self.why = f"{printable(definition.directory)}: its server, process {server.pid}, died"
+        self.why = f"{printable(definition.directory)}: its server, process {server.server_pid}, died"
         log.error("%s", self.why)
         if time.monotonic() - self._began_s > HEALTHY_S:
             self._pause_s = self._first_pause_s
         self._set("failed")
         if there and is_ours(definition, there[-1]):
             take_away(definition)
+
+    async def _hear_out(self, server: Server) -> None:
+        """What it said last."""
+        if not server.linked:
+            return
+        with trio.move_on_after(LAST_WORDS_S):
+            await server.listen(lambda: None)
+
+    async def _replaced(self, server: Server, definition: Definition, taken: keeper.Mount) -> bool:
+        """Whether another keeper goes on with the mount."""
+        now_s = time.monotonic()
+        self._keepers_died_s = [each for each in self._keepers_died_s if now_s - each < keeper.DEATHS_S] + [now_s]
+        if len(self._keepers_died_s) >= MAX_DEATHS:
+            log.error("%s: %d keepers died within a minute", printable(definition.directory), MAX_DEATHS)
+            store = FdStore(key_of(definition))
+            store.go_on(taken.mount_id, taken.ring_name)
+            store.forget()
+            close_mount(taken)
+            await trio.to_thread.run_sync(keeper.give_up, definition.directory, taken.mount_id)
+            return False
+        log.error("%s: its keeper, process %d, ended; another one takes over", definition.directory, server.pid)
+        with trio.move_on_after(LAST_WORDS_S):
+            await server.servers_end()
+        try:
+            follower = await self._servers.begin(definition, taken)
+        except HlfsError as exc:
+            log.error("%s", exc)
+            return False
+        server.close()
+        self.deaths += 1
+        self._server = follower
+        self._set("mounted")
+        return True
+
+    async def upgrade(self) -> bool:
+        """Has another keeper and server go on with the mount, of the program that is installed now; False: not mounted.
+
+        Raises HlfsError: there is nothing that they could go on from.
+        """
+        async with self._changing:
+            server, definition = self._server, self._mounted_as
+            if server is None or definition is None or self.state != "mounted":
+                return False
+            what = f"{printable(definition.directory)}: not upgraded"
+            if server.mount is None or server.mount.ring_fd < 0:
+                raise HlfsError(f"{what}: its keeper has not found this daemon; stop and start it")
+            self._server = None
+            self._changes.announce()
+            async with self._watching:
+                server.send(signal.SIGKILL)
+                await server.ended()
+                await self._hear_out(server)
+                taken = server.take_mount()
+                await server.servers_end()
+            self.deaths += server.deaths
+            over = server.over
+            server.close()
+            if over is not None or taken is None:
+                close_mount(taken)
+                self._let_go()
+                self._set("failed")
+                raise HlfsError(f"{what}: it was unmounted just now")
+            try:
+                self._server = await self._servers.begin(definition, taken)
+            except HlfsError:
+                self._let_go()
+                self._set("failed")
+                raise
+            log.info("%s: upgraded, kept by process %d", printable(definition.directory), self._server.pid)
+            self._set("mounted")
+            return True
 
     def _let_go(self) -> None:
         if self._server is not None:
@@ -265,6 +357,14 @@ class Kept:
             raise MountFailed(
                 definition.directory, f"{printable(there[-1].source)} is mounted there; unmount that first"
             )
+        taken = self._servers.take_left(definition, there[-1].mount_id)
+        if taken is not None:
+            server = await self._servers.find(definition)
+            if server is None:
+                log.error("%s: nobody serves it; a keeper takes over", printable(definition.directory))
+                return await self._servers.begin(definition, taken)
+            close_mount(taken)
+            return server
         if await answers(definition.directory):
             server = await self._servers.find(definition)
             if server is None:

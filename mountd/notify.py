@@ -5,14 +5,22 @@ import socket
 import time
 
 
+def address() -> str | None:
+    """Where systemd listens, if it does."""
+    given = os.environ.get("NOTIFY_SOCKET", "")
+    if not given.startswith(("/", "@")):
+        return None
+    return "\0" + given[1:] if given[0] == "@" else given
+
+
 def notify(*words: str) -> None:
     """Sends assignments such as `READY=1`. Nothing happens where nobody asked, or listens."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
+    where = address()
+    if where is None:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
         try:
-            sender.sendto("\n".join(words).encode(), "\0" + address[1:] if address[0] == "@" else address)
+            sender.sendto("\n".join(words).encode(), where)
         except OSError:
             return
 

@@ -1,39 +1,32 @@
-"""A process that has loaded what servers need, and forks them: each by itself would load it for a third of a second.
+"""A process that has loaded what servers need, and forks keepers: each would load it for a third of a second.
 
-`python -m mountd.nursery FD` is that process; it has one thread and does nothing else, so it may fork. Servers get a
+`python -m mountd.nursery FD` is that process; it has one thread and does nothing else, so it may fork. Keepers get a
 session of their own and outlive it, and whoever asked for them.
 """
 
+import array
 import contextlib
-import ctypes
 import gc
-import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 import msgspec
 import trio
 
+from hlfsfs.cli.mount import load_server
 from hlfsfs.errors import HlfsError
+from hlfsfs.fuse.keeper import Mount
+from mountd.keeping import Order, become_keeper
 
 MAX_ORDER_BYTES = 64 << 10
 # It loads for a third of a second, and forks for a millisecond.
 ASK_TIMEOUT_S = 30
-PR_SET_NAME = 15
 _RETRIES = 1
-
-
-class Order(msgspec.Struct):
-    """Mount `source` at `directory` with `options`, as after `-o`; `unmounted` is made if somebody unmounts it."""
-
-    source: str
-    directory: str
-    options: str = ""
-    unmounted: str = ""
+_MOST_FDS = 3
 
 
 class Nursery:
@@ -44,8 +37,13 @@ class Nursery:
         self._process: subprocess.Popen[bytes] | None = None
         self._asking = trio.Lock()
 
-    async def begin(self, order: Order, tell: int) -> int:
-        """Begins a server that says at the descriptor `tell` what comes of it; returns its process.
+    async def begin(self, order: Order, *fds: int) -> int:
+        """Begins a keeper and returns its process.
+
+        Args:
+            order: what it is to keep.
+            fds: a socket where it says what comes of it; of a mount that it takes over the device and, if any, the
+                ring.
 
         Raises:
             HlfsError: none can be begun.
@@ -55,7 +53,7 @@ class Nursery:
                 answer = b""
                 try:
                     with contextlib.suppress(OSError), trio.move_on_after(ASK_TIMEOUT_S):
-                        answer = await self._ask(order, tell)
+                        answer = await self._ask(order, fds)
                 finally:
                     # What it may answer yet would be taken for the next order's.
                     if not answer:
@@ -69,9 +67,9 @@ class Nursery:
         async with self._asking:
             self._start()
 
-    async def _ask(self, order: Order, tell: int) -> bytes:
+    async def _ask(self, order: Order, fds: Sequence[int]) -> bytes:
         stream = self._start()
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, tell.to_bytes(4, sys.byteorder))]
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         await stream.sendmsg([msgspec.json.encode(order)], rights)
         return await stream.recv(64)
 
@@ -88,7 +86,7 @@ class Nursery:
         return self._socket
 
     def close(self) -> None:
-        """Ends it; the servers go on."""
+        """Ends it; the keepers go on. The next one loads what is installed then."""
         if self._socket is not None:
             self._socket.close()
         if self._process is not None:
@@ -101,54 +99,30 @@ class Nursery:
 
 
 def main(fd: int) -> None:
-    """Forks a server for each order, until whoever asks is gone."""
-    _load()
+    """Forks a keeper for each order, until whoever asks is gone."""
+    load_server()
     # What is there now is never freed, so that servers share it.
     gc.freeze()
-    # Nobody waits for servers here: they are gone when they end.
+    # Nobody waits for keepers here: they are gone when they end.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(fileno=fd) as asked:
         os.set_inheritable(fd, False)
         while True:
-            raw, tells, _, _ = socket.recv_fds(asked, MAX_ORDER_BYTES, 1)
+            raw, fds, _, _ = socket.recv_fds(asked, MAX_ORDER_BYTES, _MOST_FDS)
             if not raw:
                 return
-            order, tell = msgspec.json.decode(raw, type=Order), tells[0]
+            order = msgspec.json.decode(raw, type=Order)
             pid = os.fork()
             if pid == 0:
                 asked.close()
-                _serve(order, tell)
-            os.close(tell)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for each in fds:
+                    os.set_inheritable(each, False)
+                taken = Mount(fds[1], order.mount_id, fds[2] if fds[2:] else -1, order.ring_name) if fds[1:] else None
+                become_keeper(order, socket.socket(fileno=fds[0]), taken)
+            for each in fds:
+                os.close(each)
             asked.send(str(pid).encode())
-
-
-def _load() -> None:
-    import hlfsfs.cli.mount  # noqa: PLC0415
-    import hlfsfs.engine  # noqa: PLC0415
-    import hlfsfs.fuse.server  # noqa: PLC0415
-    import hlfsfs.fuse.session  # noqa: PLC0415
-    import hlfsfs.store.local  # noqa: PLC0415, F401
-
-
-def _serve(order: Order, tell: int) -> None:
-    """Never returns."""
-    from hlfsfs.cli.mount import EXIT_FAILED, log_to, serve_and_tell  # noqa: PLC0415
-
-    status = EXIT_FAILED
-    try:
-        os.setsid()
-        os.umask(0o022)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # ps and top show it.
-        ctypes.CDLL(None).prctl(PR_SET_NAME, b"hlfs-server", 0, 0, 0)
-        log_to(logging.StreamHandler(), order.directory)
-        words = [order.options] if order.options else []
-        unmounted = Path(order.unmounted) if order.unmounted else None
-        status = serve_and_tell(order.source, order.directory, words, tell, "what it said", unmounted)
-    finally:
-        # What others of this process registered to be done at its end is not for its children.
-        sys.stderr.flush()
-        os._exit(status)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,34 @@
-"""Servers of mounts as processes: begun, found again, waited for, and ended. Nothing here touches a mount."""
+"""Keepers of mounts as processes: begun, found again, listened to, waited for, and ended. None is touched here."""
 
+import array
 import contextlib
 import hashlib
 import json
 import logging
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import trio
 
 from hlfsfs.errors import HlfsError, MountFailed, StoreLocked, printable
+from hlfsfs.fuse import keeper
 from hlfsfs.fuse.mount import unmount
 from hlfsfs.fuse.mountinfo import FSTYPE, Mount, absolute, mounts
 from hlfsfs.store import open_store, parse_uri
 from mountd.definitions import Definition
-from mountd.nursery import Nursery, Order
+from mountd.keeping import KEEPERS, Hello, Order
+from mountd.nursery import Nursery
 
 HLFS = [sys.executable, "-m", "hlfsfs.cli.main"]
-READY = b"ready"
+_CREDENTIALS = struct.Struct("3i")
+HELLO_TIMEOUT_S = 5.0
 # How long a mount that may be dead has to say so.
 PROBE_TIMEOUT_S = 10.0
 GIVE_UP_S = 5.0
@@ -29,14 +37,111 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """A process that serves a mount. `adopted`: it was found."""
+    """The keeper of a mount, and what it told of its servers.
 
-    def __init__(self, pid: int, *, adopted: bool = False) -> None:
+    Attributes:
+        pid: of the keeper; of the one process there is where a mount was made in the foreground.
+        adopted: it was found, and may have told nothing.
+        mount: what another keeper would take over; the descriptors are this process's.
+        deaths: servers of its that were followed by others.
+        over: how the mount ended: whether somebody else unmounted it. None: it did not, as far as was told.
+    """
+
+    def __init__(self, pid: int, link: socket.socket | None = None, *, adopted: bool = False) -> None:
         """Raises OSError: there is no such process."""
         self.pid = pid
         self.adopted = adopted
+        self.mount: keeper.Mount | None = None
+        self.deaths = 0
+        self.over: bool | None = None
         # A number may come to mean another process.
         self._pidfd = os.pidfd_open(pid)
+        self._link: trio.socket.SocketType | None = None
+        self._server: tuple[int, int] | None = None  # number and pidfd
+        self._linked = trio.Event()
+        if link is not None:
+            self.connect(link)
+
+    def connect(self, link: socket.socket) -> None:
+        """What it says comes from there."""
+        self._link = trio.socket.from_stdlib_socket(link)
+        self._linked.set()
+
+    def learn(self, mount: keeper.Mount, server_pid: int) -> None:
+        """What it says of itself when it finds this daemon."""
+        self._forget_mount()
+        self.mount = mount
+        self._serves(server_pid)
+
+    @property
+    def linked(self) -> bool:
+        """Whether it talks to this process."""
+        return self._link is not None
+
+    @property
+    def server_pid(self) -> int:
+        """The process that serves the mount."""
+        if self._server is not None:
+            return self._server[0]
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text(encoding="ascii").split()
+            if children:
+                return int(children[0])
+        return self.pid
+
+    def _serves(self, pid: int) -> None:
+        if self._server is not None:
+            os.close(self._server[1])
+        self._server = None
+        with contextlib.suppress(OSError):
+            self._server = pid, os.pidfd_open(pid)
+
+    async def hear(self) -> str:
+        """The next word; empty: there is none any more."""
+        await self._linked.wait()
+        assert self._link is not None
+        try:
+            word, ancillary, _, _ = await self._link.recvmsg(keeper.WORD_BYTES, socket.CMSG_SPACE(8))
+        except OSError:
+            return ""
+        fds = _descriptors(ancillary)
+        kind, _, rest = word.decode(errors="replace").partition(" ")
+        match kind, fds:
+            case "mounted", [fuse_fd]:
+                self._forget_mount()
+                self.mount = keeper.Mount(fuse_fd, int(rest), -1)
+            case "ring", [ring_fd] if self.mount is not None:
+                if self.mount.ring_fd >= 0:
+                    os.close(self.mount.ring_fd)
+                self.mount = keeper.Mount(self.mount.fuse_fd, self.mount.mount_id, ring_fd, rest)
+            case "server", _:
+                self._serves(int(rest))
+            case "died", _:
+                self.deaths += 1
+            case "over", _:
+                self.over = rest == "1"
+        return word.decode(errors="replace")
+
+    async def listen(self, heard: Callable[[], None]) -> None:
+        """Hears all that it says; ends with it."""
+        while await self.hear():
+            heard()
+
+    async def servers_end(self) -> None:
+        """Its last server is gone, too: sees to that."""
+        if self._server is not None:
+            pidfd = self._server[1]
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            await trio.lowlevel.wait_readable(pidfd)
+
+    def take_mount(self) -> keeper.Mount | None:
+        """What there is to take over, which is the caller's then."""
+        mount, self.mount = self.mount, None
+        return mount
+
+    def _forget_mount(self) -> None:
+        close_mount(self.take_mount())
 
     async def ended(self) -> None:
         """Returns when the process is gone, or it is not waited for any more."""
@@ -49,9 +154,33 @@ class Server:
             signal.pidfd_send_signal(self._pidfd, number)
 
     def close(self) -> None:
-        """No more calls after it; the process goes on."""
+        """No more calls after it; the processes go on."""
         trio.lowlevel.notify_closing(self._pidfd)
         os.close(self._pidfd)
+        if self._server is not None:
+            trio.lowlevel.notify_closing(self._server[1])
+            os.close(self._server[1])
+        if self._link is not None:
+            self._link.close()
+        self._forget_mount()
+
+
+def close_mount(mount: keeper.Mount | None) -> None:
+    """Nobody takes it over from here."""
+    if mount is not None:
+        os.close(mount.fuse_fd)
+        if mount.ring_fd >= 0:
+            os.close(mount.ring_fd)
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return list(fds)
 
 
 # --- what is there ------------------------------------------------------------------------------------------------
@@ -118,8 +247,12 @@ class Notes:
         return pid if same else None
 
     def _path(self, definition: Definition) -> Path:
-        # A name may hold what no file name does.
-        return self._directory / f"{hashlib.sha256(definition.name.encode()).hexdigest()[:32]}.json"
+        return self._directory / f"{key_of(definition)}.json"
+
+
+def key_of(definition: Definition) -> str:
+    """What it is called where a name cannot stand, as it may hold anything."""
+    return hashlib.sha256(definition.name.encode()).hexdigest()[:32]
 
 
 def _started(pid: int) -> str:
@@ -171,51 +304,109 @@ async def answers(directory: str) -> bool:
 
 
 class Servers:
-    """Begins, finds and ends servers; what is to outlive this process is noted in `directory`."""
+    """Begins, finds and ends keepers; what is to outlive this process is noted in `directory`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, left: dict[str, keeper.Mount] | None = None) -> None:
+        """`left`: mounts that nobody serves, by `key_of`: what systemd kept."""
         self.notes = Notes(directory)
+        self._keepers = directory / KEEPERS
+        self._left = dict(left or {})
         self._nursery = Nursery()
 
     async def load(self) -> None:
         """Has what servers need be loaded ahead of the first."""
         await self._nursery.load()
 
-    def close(self) -> None:
-        """No more calls after it; servers go on."""
+    async def load_again(self) -> None:
+        """Has servers that begin from here on be of the program that is installed now."""
         self._nursery.close()
+        await self._nursery.load()
 
-    async def begin(self, definition: Definition) -> Server:
-        """Begins a server; returns once the mount answers. It lives on without this process.
+    def close(self) -> None:
+        """No more calls after it; keepers and servers go on."""
+        self._nursery.close()
+        for mount in self._left.values():
+            close_mount(mount)
+
+    def take_left(self, definition: Definition, mount_id: int) -> keeper.Mount | None:
+        """What is left of that mount of an earlier daemon's; the caller's then."""
+        mount = self._left.pop(key_of(definition), None)
+        if mount is not None and mount.mount_id != mount_id:
+            close_mount(mount)
+            return None
+        return mount
+
+    async def begin(self, definition: Definition, taken: keeper.Mount | None = None) -> Server:
+        """Begins a keeper; returns once the mount answers. It lives on without this process.
+
+        Args:
+            definition: what is to be mounted.
+            taken: the mount that is there, and nobody serves; its descriptors are closed.
 
         Raises:
             HlfsError: with the line that says why there is none.
         """
-        await trio.to_thread.run_sync(_make_directory, definition.directory, abandon_on_cancel=True)
-        self.notes.forget(definition)
-        unmounted = str(self.notes.unmounted(definition))
-        order = Order(definition.source, definition.directory, definition.options, unmounted)
-        reading, writing = os.pipe()
-        async with trio.lowlevel.FdStream(reading) as pipe:
-            try:
-                server = Server(await self._nursery.begin(order, writing))
-            except ProcessLookupError:
-                server = None
-            finally:
-                os.close(writing)
-            try:
-                word = b"".join([part async for part in pipe])
-            except BaseException:
-                if server is not None:
-                    await _give_up(server, definition)
-                raise
-        if word == READY and server is not None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            if taken is None:
+                await trio.to_thread.run_sync(_make_directory, definition.directory, abandon_on_cancel=True)
+            self.notes.forget(definition)
+            order = Order(
+                definition.source,
+                definition.directory,
+                definition.options,
+                key=key_of(definition),
+                keepers=str(self._keepers),
+                unmounted=str(self.notes.unmounted(definition)),
+                mount_id=taken.mount_id if taken else 0,
+                ring_name=taken.ring_name if taken else "",
+            )
+            fds = [] if taken is None else [fd for fd in (taken.fuse_fd, taken.ring_fd) if fd >= 0]
+            pid = await self._nursery.begin(order, theirs.fileno(), *fds)
+            theirs.close()
+            server = Server(pid, ours)
+            if taken is not None:
+                server.learn(taken, 0)
+                taken = None
+        except BaseException as exc:
+            ours.close()
+            close_mount(taken)
+            if isinstance(exc, ProcessLookupError):
+                raise HlfsError(_ended_early(definition)) from exc
+            raise
+        finally:
+            theirs.close()
+        try:
+            word = "-"
+            while word and word != "ready" and not word.startswith("failed "):
+                word = await server.hear()
+        except BaseException:
+            await _give_up(server, definition)
+            raise
+        if word == "ready":
             self.notes.write(definition, server.pid)
             return server
-        if server is not None:
-            server.close()
-        said = word.decode(errors="replace").partition(" ")[2]
-        raise HlfsError(said or f"{definition.directory}: its server ended before the mount answered; see the log")
+        server.close()
+        raise HlfsError(word.removeprefix("failed ").partition(" ")[2] or _ended_early(definition))
+
+    async def welcome(self, path_taken: Callable[[str], Server | None]) -> None:
+        """Listens for keepers that lost their daemon; ends only by cancellation.
+
+        Args:
+            path_taken: the server that is known under such a key, if any.
+        """
+        self._keepers.unlink(missing_ok=True)
+        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        before = os.umask(0o177)
+        try:
+            await listener.bind(str(self._keepers))
+        finally:
+            os.umask(before)
+        listener.listen(64)
+        async with trio.open_nursery() as nursery:
+            while True:
+                link, _ = await listener.accept()
+                nursery.start_soon(_greet, link, path_taken)
 
     async def find(self, definition: Definition) -> Server | None:
         """The process that serves the mount which is there: the noted one, or the one in the store's lock."""
@@ -248,6 +439,35 @@ class Servers:
             said = lines[-1].removeprefix("hlfs umount: ") if lines else ""
             raise HlfsError(said or f"{definition.directory}: not unmounted")
         self.notes.forget(definition)
+
+
+def _ended_early(definition: Definition) -> str:
+    return f"{definition.directory}: its server ended before the mount answered; see the log"
+
+
+async def _greet(link: trio.socket.SocketType, known: Callable[[str], Server | None]) -> None:
+    """Takes a keeper up that says who it is, if it is the one that was found."""
+    pid, uid, _ = _CREDENTIALS.unpack(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    fds: list[int] = []
+    try:
+        with trio.move_on_after(HELLO_TIMEOUT_S):
+            word, ancillary, _, _ = await link.recvmsg(keeper.WORD_BYTES, socket.CMSG_SPACE(8))
+            fds = _descriptors(ancillary)
+            hello = msgspec.json.decode(word, type=Hello)
+            server = known(hello.key)
+            if uid == os.geteuid() and len(fds) == 2 and server is not None and server.pid == pid:
+                server.learn(keeper.Mount(fds[0], hello.mount_id, fds[1], hello.ring_name), hello.server_pid)
+                server.connect(_detached(link))
+                return
+    except (OSError, msgspec.MsgspecError):
+        log.warning("a keeper that nobody expects was sent away")
+    for fd in fds:
+        os.close(fd)
+    link.close()
+
+
+def _detached(link: trio.socket.SocketType) -> socket.socket:
+    return socket.socket(fileno=link.detach())
 
 
 async def _give_up(server: Server, definition: Definition) -> None:

@@ -20,7 +20,7 @@ from mountd.definitions import (
     write_file,
 )
 from mountd.kept import FIRST_PAUSE_S, Changes, Kept
-from mountd.servers import Servers, is_mounted
+from mountd.servers import Server, Servers, is_mounted
 from mountd.untrusted_xml import BadXml
 
 # How long systemd waits for what cannot be mounted, or said not to be; the others go on behind it.
@@ -135,6 +135,28 @@ class Supervisor:
     def _in_order(self) -> list[Kept]:
         names = in_order({name: kept.definition for name, kept in self._kept.items()})
         return [self._kept[name] for name in names if name in self._kept]
+
+    def server_of(self, key: str) -> Server | None:
+        """The keeper of the mount that is called so among keepers."""
+        found = (kept.server_of(key) for kept in self._kept.values())
+        return next((server for server in found if server is not None), None)
+
+    async def upgrade(self) -> int:
+        """Has other servers, of the program that is installed now, go on with all mounts; how many there are.
+
+        Raises HlfsError: of the first that it failed for; the others were upgraded.
+        """
+        await self._servers.load_again()
+        count, failed = 0, None
+        for kept in self._in_order():
+            try:
+                count += await kept.upgrade()
+            except HlfsError as exc:
+                log.error("%s", exc)
+                failed = failed or exc
+        if failed is not None:
+            raise failed
+        return count
 
     async def start(self, name: str) -> None:
         """Returns once it is mounted, and what is to be mounted before it. Raises NoSuchName, HlfsError."""

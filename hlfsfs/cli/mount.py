@@ -6,14 +6,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 import click
 
 from hlfsfs.errors import HlfsError, NoSuchName, UsageError, printable
+from hlfsfs.fuse.keeper import Keeper, Link, Mount, Tell
 from hlfsfs.fuse.options import MountOptions, parse_options
+from hlfsfs.fuse.process import name_process, prepare_process
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -46,6 +47,8 @@ Options for -o, separated by commas:
   segment_size=SIZE       of the files that new volumes' logs consist of (64M,
                           less on a disk below 1 GiB)
   discard_ring            go on without writes that were lost with the ring
+  max_deaths=N            so many deaths of its server within a minute abort the
+                          mount, so that nobody waits for ever (5)
 The words of mount(8) and fstab (nofail, _netdev, noatime, user, x-… and so on) are accepted.
 
 \b
@@ -80,28 +83,34 @@ def run_mount(source: str, directory: str, words: Sequence[str], *, foreground: 
         return failed(exc)
 
 
-def serve_and_tell(  # noqa: PLR0917
-    source: str, directory: str, words: Sequence[str], fd: int, log_name: str, unmounted: Path | None = None
-) -> int:
-    """Serves in this process for whoever began it.
+def keep(  # noqa: PLR0917
+    source: str,
+    directory: str,
+    options: MountOptions,
+    tell: Tell,
+    serving: Callable[[], None],
+    taken: Mount | None = None,
+    idle: Callable[[Keeper], None] | None = None,
+) -> tuple[int, bool]:
+    """Keeps a mount in this process, by servers of its own: the exit status, and whether others unmounted it.
 
     Args:
-        source, directory, words: as `run_mount` has them.
-        fd: where he reads READY once the mount answers, or the exit status and the line that says why not.
-        log_name: where it logs, for people.
-        unmounted: a file that is made if somebody else unmounts it; not if it ends for any other reason.
+        source, directory, options: as `run_mount` has them.
+        tell, taken, idle: as `Keeper` has them.
+        serving: called first in each server's process.
     """
-    teller = _Teller(fd)
-    try:
-        options = parse_options(list(words))
-    except HlfsError as exc:
-        teller.say(f"{EXIT_USAGE} {exc}".encode())
-        return EXIT_USAGE
-    status, by_others = _serve_and_tell(source, directory, options, teller, log_name)
-    if unmounted is not None and by_others:
-        with suppress(OSError):
-            os.close(os.open(unmounted, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-    return status
+
+    def serve(link: Link) -> int:
+        serving()
+        return _serve_linked(source, directory, options, link)
+
+    prepare_process()
+    name_process("hlfs-keeper")
+    keeper = Keeper(
+        directory, serve, tell, load_server, options.max_deaths, taken, None if idle is None else lambda: idle(keeper)
+    )
+    status = keeper.run()
+    return EXIT_FAILED if status < 0 else status, keeper.unmounted_by_others
 
 
 def failed(exc: HlfsError) -> int:
@@ -110,13 +119,15 @@ def failed(exc: HlfsError) -> int:
     return EXIT_USAGE if isinstance(exc, UsageError) else EXIT_MOUNT
 
 
-def serve_here(source: str, directory: str, options: MountOptions, ready: Callable[[], None]) -> bool:
+def serve_here(
+    source: str, directory: str, options: MountOptions, ready: Callable[[], None], link: Link | None = None
+) -> bool:
     """Serves in this process; returns whether somebody else unmounted it. Raises HlfsError."""
     # Not above: a plain `hlfs --help` need not load the native core.
     from hlfsfs.fuse.server import serve  # noqa: PLC0415
 
     try:
-        return serve(source, directory, options, ready)
+        return serve(source, directory, options, ready, link)
     except NoSuchName as exc:
         if "%" not in os.path.basename(source):
             raise
@@ -149,7 +160,7 @@ def start_server(source: str, directory: str, options: MountOptions) -> int:
 
 
 def _server_process(source: str, directory: str, options: MountOptions, writing: int) -> NoReturn:
-    """The server: a session of its own, no terminal, and init's child once the first process is gone."""
+    """The keeper: a session of its own, no terminal, and init's child once the first process is gone."""
     status = EXIT_MOUNT
     try:
         os.setsid()
@@ -159,14 +170,14 @@ def _server_process(source: str, directory: str, options: MountOptions, writing:
         os.umask(0o022)
         _leave_terminal()
         log_to(_file_handler(), directory)
-        status, _ = _serve_and_tell(source, directory, options, _Teller(writing), str(log_path()))
+        status = _keep_and_tell(source, directory, options, _Teller(writing))
     finally:
         logging.shutdown()
         os._exit(status)
 
 
 class _Teller:
-    """The server's one word to the process that started it."""
+    """One word to the process that started this one."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -175,25 +186,49 @@ class _Teller:
         """Says it, unless something was said already."""
         if self._fd >= 0:
             os.write(self._fd, word)
+            self.close()
+
+    def close(self) -> None:
+        """Says nothing here any more."""
+        if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
-def _serve_and_tell(
-    source: str, directory: str, options: MountOptions, teller: _Teller, log_name: str
-) -> tuple[int, bool]:
-    """The exit status, and whether somebody else unmounted it."""
+def _keep_and_tell(source: str, directory: str, options: MountOptions, teller: _Teller) -> int:
+    """`keep` for a mount that nobody else looks after. The exit status."""
+
+    def tell(word: str, _: list[int]) -> None:
+        if word == "ready":
+            teller.say(READY)
+        elif word.startswith("failed "):
+            teller.say(word.removeprefix("failed ").encode(errors="surrogateescape"))
+
+    # Whoever waits for the word waits for all who might say it.
+    status, _ = keep(source, directory, options, tell, teller.close)
+    teller.say(f"{EXIT_MOUNT} {directory}: the server ended before the mount answered; see {log_path()}".encode())
+    return status
+
+
+def _serve_linked(source: str, directory: str, options: MountOptions, link: Link) -> int:
+    """A server of a keeper's; the exit status."""
+    name_process("hlfs-server")
     try:
-        return EXIT_OK, serve_here(source, directory, options, lambda: teller.say(READY))
+        serve_here(source, directory, options, link.ready, link)
     except HlfsError as exc:
         log.error("%s", exc)
         status = EXIT_USAGE if isinstance(exc, UsageError) else EXIT_MOUNT
-        teller.say(f"{status} {exc}".encode())
-    except BaseException:
-        log.exception("the server failed")
-        status = EXIT_FAILED
-        teller.say(f"{EXIT_MOUNT} {directory}: the server failed; see {log_name}".encode())
-    return status, False
+        link.failed(status, str(exc))
+        return status
+    return EXIT_OK
+
+
+def load_server() -> None:
+    """Has this process load what its servers need, so that they need not."""
+    import hlfsfs.engine  # noqa: PLC0415
+    import hlfsfs.fuse.server  # noqa: PLC0415
+    import hlfsfs.fuse.session  # noqa: PLC0415
+    import hlfsfs.store.local  # noqa: PLC0415, F401
 
 
 def _leave_terminal() -> None:

@@ -145,7 +145,8 @@ class Engine:
     def _write_lock_record(self, *, clean: bool) -> None:
         ring = None if clean else self._ring_path
         self._ring_named = True
-        record = LockRecord(boot_id=boot_id(), pid=os.getpid(), ring=ring, clean=clean, kept_rings=self._kept_rings)
+        pid = self._options.owner_pid or os.getpid()
+        record = LockRecord(boot_id=boot_id(), pid=pid, ring=ring, clean=clean, kept_rings=self._kept_rings)
         self._store.update_lock(record)
 
     def _abandon(self) -> None:

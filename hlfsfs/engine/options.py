@@ -22,6 +22,7 @@ class EngineOptions:
         max_overlay_entries: changed map entries of all volumes together; writers wait above it.
         max_open_segments: descriptors of sealed segments kept open.
         discard_ring: go on without acknowledged writes that were lost with the ring.
+        owner_pid: the process by whose end others are to tell that the store is not in use any more; None: this one.
     """
 
     ring_bytes: int = 128 * MIB
@@ -36,3 +37,4 @@ class EngineOptions:
     max_overlay_entries: int = 4 * 1024 * 1024
     max_open_segments: int = 4096
     discard_ring: bool = False
+    owner_pid: int | None = None

@@ -17,12 +17,14 @@ import pyfuse3
 import trio
 from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT, RequestContext, XAttrNameT
 
+from hlfsfs._core import INHERITED_PID
 from hlfsfs.errors import NotDurable, VolumeBusy, to_errno
 from hlfsfs.pool import CLONE_ATTRIBUTE, ROLLBACK_ATTRIBUTE
 from hlfsfs.pool.attributes import AttributeChanges, Attributes
 from hlfsfs.pool.attributes import EntryAttributes as PoolEntry
 from hlfsfs.pool.namespace import Namespace
 from hlfsfs.pool.node_ids import stable_id
+from hlfsfs.pool.repeats import Repeats
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class ControlOperations(pyfuse3.Operations):
         """
         super().__init__()
         self.namespace = namespace
+        self._repeats = Repeats(namespace)
         self._invalidate = invalidate
         namespace.tell_of_changes(invalidate)
         self._on_init = on_init
@@ -108,6 +111,10 @@ class ControlOperations(pyfuse3.Operations):
 
     def init(self) -> None:
         self._on_init()
+
+    def _asked(self, ctx: RequestContext) -> Namespace | Repeats:
+        """Who does what may have been done by an earlier server, where it was asked first."""
+        return self._repeats if ctx.pid == INHERITED_PID else self.namespace
 
     # --- finding ----------------------------------------------------------------------------------------------
 
@@ -191,14 +198,14 @@ class ControlOperations(pyfuse3.Operations):
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
-        made = await self.call(self.namespace.mkdir, parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid)
+        made = await self.call(self._asked(ctx).mkdir, parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid)
         return entry_of(made)
 
     async def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         made = await self.call(
-            self.namespace.create_open, parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid, flags
+            self._asked(ctx).create_open, parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid, flags
         )
         return self.opened(made.id, flags), entry_of(made)
 
@@ -207,14 +214,14 @@ class ControlOperations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         if not stat.S_ISREG(mode):
             raise pyfuse3.FUSEError(errno.EPERM)
-        made = await self.call(self.namespace.create, parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid)
+        made = await self.call(self._asked(ctx).create, parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid)
         return entry_of(made)
 
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        await self.change_names([(parent_inode, name)], self.namespace.unlink, parent_inode, name)
+        await self.change_names([(parent_inode, name)], self._asked(ctx).unlink, parent_inode, name)
 
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        await self.change_names([(parent_inode, name)], self.namespace.rmdir, parent_inode, name)
+        await self.change_names([(parent_inode, name)], self._asked(ctx).rmdir, parent_inode, name)
 
     async def rename(  # noqa: PLR0917
         self,
@@ -226,7 +233,7 @@ class ControlOperations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> None:
         places = [(parent_inode_old, name_old), (parent_inode_new, name_new)]
-        await self.change_names(places, self.namespace.rename, *places[0], *places[1], flags)
+        await self.change_names(places, self._asked(ctx).rename, *places[0], *places[1], flags)
 
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
@@ -261,14 +268,14 @@ class ControlOperations(pyfuse3.Operations):
 
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
         try:
-            await self.call(self.namespace.setxattr, inode, name, value, uid=ctx.uid)
+            await self.call(self._asked(ctx).setxattr, inode, name, value, uid=ctx.uid)
         finally:
             # Where it failed, too: it may have come about all the same.
             if name.decode("utf-8", "replace") in CHANGING_ATTRIBUTES:
                 await self.call(self._invalidate, stable_id(inode))
 
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
-        await self.call(self.namespace.removexattr, inode, name)
+        await self.call(self._asked(ctx).removexattr, inode, name)
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
         names = await self.call(self.namespace.listxattr, inode, privileged=ctx.uid == 0)

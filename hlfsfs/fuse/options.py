@@ -54,6 +54,7 @@ class MountOptions:
         commit_s: how long acknowledged data may stay in memory only.
         retain_s: how long what checkpoints held can be made snapshots of.
         discard_ring: go on without writes that were lost with the ring.
+        max_deaths: of servers within a minute; with so many, the mount is aborted.
         flags: MS_* flags for mount(2), MS_RDONLY apart.
         selinux: words handed on to the kernel.
         kept: words that mount(8) keeps for others.
@@ -73,6 +74,7 @@ class MountOptions:
     commit_s: float | None = None
     retain_s: float | None = None
     discard_ring: bool = False
+    max_deaths: int = 5
     flags: int = 0
     selinux: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
@@ -147,6 +149,7 @@ _VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "segment_size": ("segment_bytes", _segment_size),
     "commit": ("commit_s", _seconds),
     "retain": ("retain_s", _duration),
+    "max_deaths": ("max_deaths", _number(1, 1_000_000)),
 }
 
 _FLAGS: dict[str, tuple[str, bool]] = {

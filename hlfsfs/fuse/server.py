@@ -8,8 +8,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+from hlfsfs import _core
 from hlfsfs.engine import EngineOptions, session
 from hlfsfs.errors import MountFailed
+from hlfsfs.fuse.keeper import Link
 from hlfsfs.fuse.mountinfo import absolute, find_mount
 from hlfsfs.fuse.options import MountOptions
 from hlfsfs.fuse.process import prepare_process
@@ -20,8 +22,12 @@ from hlfsfs.store import locate, open_store, parse_uri
 log = logging.getLogger(__name__)
 
 
-def serve(source: str, mountpoint: str, options: MountOptions, ready: Callable[[], None]) -> bool:
+def serve(
+    source: str, mountpoint: str, options: MountOptions, ready: Callable[[], None], link: Link | None = None
+) -> bool:
     """Mounts `source` at `mountpoint` and serves it until it is unmounted; then everything is durable.
+
+    Killed, it loses nothing that was acknowledged. With a keeper the next server also answers what this one was asked.
 
     Returns whether somebody unmounted it, not this process by itself.
 
@@ -30,28 +36,34 @@ def serve(source: str, mountpoint: str, options: MountOptions, ready: Callable[[
         mountpoint: an existing directory.
         options: of the mount.
         ready: called once the mount answers.
+        link: to the keeper, which tells whether there is a mount to be taken over.
 
     Raises:
-        HlfsError: nothing was mounted, or the end was not clean; the store is unlocked either way.
+        HlfsError: nothing was mounted or taken over, or the end was not clean; the store is unlocked either way.
     """
-    check_mountpoint(source, mountpoint)
+    taken = link.taken if link else None
+    if taken is None:
+        check_mountpoint(source, mountpoint)
     prepare_process()
     # Loading pyfuse3 and trio takes Python as long as making the ring takes the kernel.
     loading = threading.Thread(target=importlib.import_module, args=("hlfsfs.fuse.session",))
     loading.start()
     with ExitStack() as stack:
         stack.callback(loading.join)
-        store = open_store(source, create=not options.read_only, read_only=options.read_only)
+        store = open_store(source, create=not options.read_only and taken is None, read_only=options.read_only)
         stack.callback(store.close)
-        engine = stack.enter_context(session(store, engine_options(options)))
+        engine = stack.enter_context(session(store, engine_options(options, link)))
         namespace = Namespace(store, engine, locate(source)[1], new_file_defaults(options))
         stack.callback(namespace.close)
-        namespace.sweep()
+        left = None if taken is None or taken.ring_fd < 0 else _core.OldRing(taken.ring_fd)
+        opened = [] if left is None else left.open_handles()
+        namespace.sweep(held={node_id for node_id, _ in opened})
+        namespace.count_opened(opened)
         loading.join()
         # Not above, as said there.
         from hlfsfs.fuse.session import Session  # noqa: PLC0415
 
-        unmounted = Session(engine, namespace, mountpoint, options).run(str(parse_uri(source)), ready)
+        unmounted = Session(engine, namespace, mountpoint, options, link, left).run(str(parse_uri(source)), ready)
     log.info("unmounted, everything is durable")
     return unmounted
 
@@ -73,8 +85,11 @@ def _holds(outer: bytes, inner: bytes) -> bool:
     return os.path.commonpath([outer, inner]) == outer
 
 
-def engine_options(options: MountOptions) -> EngineOptions:
-    """The engine's part of the mount options; what was not said is left to its defaults."""
+def engine_options(options: MountOptions, link: Link | None = None) -> EngineOptions:
+    """The engine's part of the mount options; what was not said is left to its defaults.
+
+    With a keeper, it is his end that tells that the store is not in use any more.
+    """
     said = {
         "ring_bytes": options.ring_bytes,
         "read_cache_bytes": options.read_cache_bytes,
@@ -83,7 +98,8 @@ def engine_options(options: MountOptions) -> EngineOptions:
         "retain_s": options.retain_s,
     }
     given: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
-    return EngineOptions(**given, discard_ring=options.discard_ring)
+    owner_pid = os.getpid() if link is None else os.getppid()
+    return EngineOptions(**given, discard_ring=options.discard_ring, owner_pid=owner_pid)
 
 
 def new_file_defaults(options: MountOptions) -> Defaults:

@@ -14,9 +14,11 @@ from contextlib import ExitStack
 import pyfuse3
 import trio
 
+from hlfsfs import _core
 from hlfsfs.engine import Engine
 from hlfsfs.errors import HlfsError, MountBusy, MountFailed
 from hlfsfs.fuse.holders import holders
+from hlfsfs.fuse.keeper import EXIT_DIED, Link
 from hlfsfs.fuse.mount import announce, mount, raise_read_ahead, unmount, withdraw
 from hlfsfs.fuse.mountinfo import find_mount
 from hlfsfs.fuse.operations import ControlOperations, DataOperations
@@ -34,11 +36,28 @@ MAX_TASKS = 64
 class Session:
     """One mount from mount(2) to its end."""
 
-    def __init__(self, engine: Engine, namespace: Namespace, mountpoint: str, options: MountOptions) -> None:
+    def __init__(  # noqa: PLR0917 - all that a mount consists of
+        self,
+        engine: Engine,
+        namespace: Namespace,
+        mountpoint: str,
+        options: MountOptions,
+        link: Link | None = None,
+        left: "_core.OldRing | None" = None,
+    ) -> None:
+        """
+        Args:
+            engine, namespace: what is served.
+            mountpoint, options: where and how.
+            link: to the keeper; None: nobody takes over if this process dies.
+            left: the ring of the server that died, where this one takes over.
+        """
         self._engine = engine
         self._namespace = namespace
         self._mountpoint = mountpoint
         self._options = options
+        self._link = link
+        self._left = left
         self._mounted_as: int | None = None
         self._answers = trio.Event()
         self._unmounted_here = False
@@ -48,13 +67,30 @@ class Session:
 
         Raises HlfsError if it could not be mounted.
         """
-        fuse_fd = mount(source, self._mountpoint, self._options)
-        found = find_mount(self._mountpoint)
-        self._mounted_as = found.mount_id if found else None
+        taken = self._link.taken if self._link else None
+        if taken is not None:
+            fuse_fd, self._mounted_as = taken.fuse_fd, taken.mount_id
+        else:
+            fuse_fd = mount(source, self._mountpoint, self._options)
+            found = find_mount(self._mountpoint)
+            self._mounted_as = found.mount_id if found else None
+            # All through pyfuse3, nothing tells what was asked and not answered.
+            if self._link is not None and self._options.dataplane and found is not None:
+                self._link.mounted(fuse_fd, found.mount_id)
         with ExitStack() as stack:
             # At its end nothing is under way any more, and no mount without a server stays.
             plane = self._prepare(stack, fuse_fd)
-            trio.run(self._serve, plane, source, ready)
+            try:
+                trio.run(self._serve, plane, source, ready)
+            except BaseException:
+                if self._link is None or not self._options.dataplane:
+                    raise
+                # Its successor answers what it would only fail.
+                log.exception("the server failed")
+                logging.shutdown()
+                os._exit(EXIT_DIED)
+        if self._link is not None:
+            self._link.over(by_others=not self._unmounted_here)
         return not self._unmounted_here
 
     def _prepare(self, stack: ExitStack, fuse_fd: int) -> NativePlane | None:
@@ -72,6 +108,11 @@ class Session:
         pyfuse3.init(ControlOperations(self._namespace, plane.channel.invalidate), f"/dev/fd/{plane.control_fd}", set())
         stack.callback(pyfuse3.close, unmount=False)
         stack.callback(self._stop, plane)
+        if self._left is not None:
+            count = plane.channel.inherit(self._left)
+            log.info("taking over: %d requests were not answered", count)
+        if self._link is not None:
+            self._link.ring(self._engine.core.ring_fd)
         return plane
 
     def _stop(self, plane: NativePlane) -> None:
@@ -104,9 +145,10 @@ class Session:
 
     async def _tell_ready(self, source: str, ready: Callable[[], None]) -> None:
         await self._answers.wait()
-        await trio.to_thread.run_sync(raise_read_ahead, self._mountpoint)
-        await trio.to_thread.run_sync(announce, source, self._mountpoint, self._options)
-        log.info("mounted")
+        if self._link is None or self._link.taken is None:
+            await trio.to_thread.run_sync(raise_read_ahead, self._mountpoint)
+            await trio.to_thread.run_sync(announce, source, self._mountpoint, self._options)
+            log.info("mounted")
         ready()
 
     async def _unmount_on_signal(self) -> None:

@@ -7,8 +7,9 @@ needs an earlier look-up in the same process.
 Threads: see `tree.Shared` for the two locks. Neither is held while a volume does I/O.
 """
 
+import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from hlfsfs.errors import HlfsError, NoSuchName, NotAPool, NotAVolume, NotPermitted, NotSupported, ReadOnly
@@ -39,6 +40,8 @@ from hlfsfs.store import Store, StoreSpace
 
 if TYPE_CHECKING:
     from hlfsfs.engine import CleanReport, Engine, Volume
+
+log = logging.getLogger(__name__)
 
 # renameat2(2)'s.
 RENAME_NOREPLACE = 1
@@ -101,6 +104,23 @@ class Namespace:
             held: ids of volumes without a name which still have open handles, after a restart of the server only.
         """
         return Sweep(self._shared, self._volumes, self._changes, self._clones, self._receiver, held).run()
+
+    def count_opened(self, handles: Iterable[tuple[int, bool]]) -> None:
+        """Counts handles from before a restart of the server: of which node, and whether for writing. After `sweep`."""
+        for node_id, writer in handles:
+            try:
+                if mark_of(node_id):
+                    self._snapshots.open(self._snapshots.node(node_id))
+                    if writer:
+                        # Nobody but who takes it can have a snapshot open so.
+                        self._snapshots.touched(node_id)
+                    continue
+                with self._shared.lock:
+                    node = self._shared.tree.by_id.get(node_id)
+                    if isinstance(node, VolumeNode):
+                        node.handles += 1
+            except HlfsError as exc:
+                log.warning("a file that is open is not there any more: %s", exc)
 
     def close(self) -> None:
         """Stops cleaning, deletes volumes that were kept only because they were open. The engine is its owner's."""
@@ -307,7 +327,10 @@ class Namespace:
         """
         if mark_of(parent_id) and flags & (os.O_EXCL | os.O_TRUNC):
             raise only_read(self._properties.what(self._node(parent_id)))
-        made = self.create(parent_id, name, mode, uid, gid)
+        return self.open_created(self.create(parent_id, name, mode, uid, gid), flags)
+
+    def open_created(self, made: Attributes, flags: int) -> Attributes:
+        """Opens what `create` made, as `create_open` does; the same attributes."""
         self.open(made.id, os.O_RDONLY if mark_of(made.id) else flags)
         if mark_of(made.id):
             self._snapshots.touched(made.id)

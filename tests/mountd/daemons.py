@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 from hlfsfs.fuse.mountinfo import find_mount
 from tests.fuse.mounts import run, take_away
+from tests.mountd.service_manager import ServiceManager
 
 TIMEOUT_S = 60
 PROGRAM = (sys.executable, "-m", "mountd.cli")
@@ -31,9 +31,7 @@ class Daemon:
         self.log = root / "log"
         self._root = root
         self._process: subprocess.Popen[bytes] | None = None
-        self._told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._told.bind(str(root / "notify"))
-        self._told.settimeout(TIMEOUT_S)
+        self.manager = ServiceManager(root / "notify")
         self.config.mkdir()
 
     # --- definitions ----------------------------------------------------------------------------------------------
@@ -63,10 +61,11 @@ class Daemon:
     def begin(self) -> None:
         """Returns once it says that it is ready."""
         with self.log.open("ab") as output:
+            command = [*PROGRAM, "--run-dir", str(self.run_dir), "run", "--config", str(self.config)]
+            command, fds = self.manager.begin(command)
             self._process = subprocess.Popen(
-                [*PROGRAM, "--run-dir", str(self.run_dir), "run", "--config", str(self.config)],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env={**os.environ, "NOTIFY_SOCKET": str(self._root / "notify")},
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=fds,
+                env={**os.environ, "NOTIFY_SOCKET": str(self.manager.path)},
             )  # fmt: skip
         assert self.told().startswith("READY=1"), self.log.read_text()
 
@@ -77,7 +76,7 @@ class Daemon:
 
     def told(self) -> str:
         """What systemd would be told next."""
-        return self._told.recv(4096).decode()
+        return self.manager.told(TIMEOUT_S)
 
     def end(self) -> None:
         """An orderly end."""
@@ -154,7 +153,7 @@ class Daemon:
         for note in self.run_dir.glob("*.json"):
             with suppress(OSError, ValueError):
                 os.kill(json.loads(note.read_text())["pid"], signal.SIGKILL)
-        self._told.close()
+        self.manager.close()
 
 
 @contextmanager

@@ -53,6 +53,13 @@ struct VolumeAttr {
     std::uint32_t gid = 0;
 };
 
+// What a write says of itself while it is under way, in memory that outlives the process: whoever finds it there can
+// tell whether it was published, and where its payload is if not.
+struct WriteNote {
+    std::atomic<std::uint64_t> sequence;     // its last, stored before anybody can see the write; 0: not yet
+    std::atomic<std::uint32_t> moved_bytes;  // at the payload's end, which stand where they fall in their blocks
+};
+
 class DataVolume {
   public:
     virtual ~DataVolume() = default;
@@ -62,12 +69,12 @@ class DataVolume {
     virtual void read(std::uint64_t offset, std::uint32_t size_bytes, bool may_wait, Completion& done) noexcept = 0;
 
     // Writes size_bytes that stand at the start of `payload` (page-aligned, whatever `offset` is), which has at least a
-    // page for each block that is touched. The pages belong to the volume from here on, whatever the outcome.
-    // `durable`: complete only after the data would survive power loss. `sequence_note`, if any, receives the write's
-    // sequence before it can be seen by anybody (takeover reads it). Completes with size_bytes (never fewer) or a
+    // page for each block that is touched. The pages belong to the volume from here on, whatever the outcome; none is
+    // free before the write is published, as `note` says, or has completed.
+    // `durable`: complete only after the data would survive power loss. Completes with size_bytes (never fewer) or a
     // negative errno.
-    virtual void write(std::uint64_t offset, std::uint32_t size_bytes, PageRun payload, bool durable,
-                       std::atomic<std::uint64_t>* sequence_note, Completion& done) noexcept = 0;
+    virtual void write(std::uint64_t offset, std::uint32_t size_bytes, PageRun payload, bool durable, WriteNote* note,
+                       Completion& done) noexcept = 0;
 
     // Everything acknowledged before this call survives power loss once it completes with 0. A no-op when clean.
     virtual void flush(Completion& done) noexcept = 0;

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "bindings/old_ring.hpp"
 #include "channel/channel.hpp"
 #include "volume/core.hpp"
 
@@ -41,6 +42,7 @@ nb::str text_of(const ChannelEvent& event) {
 }  // namespace
 
 void bind_channel(nb::module_& m) {
+    m.attr("INHERITED_PID") = static_cast<std::int32_t>(kInheritedPid);
     nb::enum_<ChannelEventKind>(m, "ChannelEventKind")
         .value("ATTACH", ChannelEventKind::attach, "Attach the volume `node_id`, then call Channel.attached.")
         .value("COPY", ChannelEventKind::copy, "Do what `copy` says, then call Channel.copied.")
@@ -70,6 +72,11 @@ void bind_channel(nb::module_& m) {
             nb::keep_alive<1, 2>(), nb::arg("core"), nb::arg("fuse_fd"), nb::arg("control_fd"), nb::kw_only(),
             nb::arg("threads") = 4, nb::arg("attr_timeout_s") = 60,
             "Descriptors are not owned: keep them open until stop() has returned.")
+        .def(
+            "inherit", [](Channel& channel, OldRing& old) { return channel.inherit(old.ring()); }, nb::arg("old"),
+            nb::call_guard<nb::gil_scoped_release>(),
+            "Takes over what a dead server was asked and did not answer; returns how many requests. Before start(). "
+            "Raises OSError, FormatError.")
         .def("start", &Channel::start, "Starts reading requests. Raises RuntimeError.")
         .def("stop", &Channel::stop, nb::call_guard<nb::gil_scoped_release>(),
              "Joins every thread, once the volumes have completed what they were given. Call before they are closed.")

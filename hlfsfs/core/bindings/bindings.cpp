@@ -18,6 +18,7 @@
 #include <tuple>
 
 #include "bindings/bind_bytes.hpp"
+#include "bindings/old_ring.hpp"
 #include "log/format.hpp"
 #include "ring/ring.hpp"
 #include "volume/core.hpp"
@@ -216,28 +217,6 @@ nb::dict stats_of(const Volume& volume) {
 }
 
 // A ring that a dead process left.
-class OldRing {
-  public:
-    explicit OldRing(int fd) : ring_(Ring::attach(fd)) {}
-
-    Ring& ring() { return *ring_; }
-    std::vector<std::uint64_t> volume_ids() {
-        std::vector<std::uint64_t> ids;
-        for (ChunkDescriptor& chunk : ring_->chunks()) {
-            if (chunk.state.load(std::memory_order_acquire) != ChunkState::free &&
-                chunk.count.load(std::memory_order_acquire) > 0) {
-                ids.push_back(chunk.volume_id);
-            }
-        }
-        std::sort(ids.begin(), ids.end());
-        ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
-        return ids;
-    }
-
-  private:
-    std::unique_ptr<Ring> ring_;
-};
-
 void bind_ring(nb::module_& m) {
     nb::class_<OldRing>(m, "OldRing")
         .def(nb::init<int>(), nb::arg("fd"))
@@ -249,7 +228,8 @@ void bind_ring(nb::module_& m) {
                          const auto& text = self.ring().identity().boot_id;
                          return std::string(text.begin(), std::find(text.begin(), text.end(), '\0'));
                      })
-        .def("volume_ids", &OldRing::volume_ids);
+        .def("volume_ids", &OldRing::volume_ids)
+        .def("open_handles", &OldRing::open_handles);
     m.def(
         "ring_file_bytes",
         [](std::size_t ring_bytes, std::size_t spill_bytes) {
@@ -314,6 +294,7 @@ void bind_core(nb::module_& m) {
         .def("stop_events", &Core::stop_events)
         .def("stop", &Core::stop, nb::call_guard<nb::gil_scoped_release>())
         .def("leave_ring", &Core::leave_ring)
+        .def_prop_ro("ring_fd", [](Core& core) { return core.ring().fd(); })
         .def("statistics", [](Core& core) {
             nb::dict out;
             out["ring_pages"] = core.ring().ring_pages();

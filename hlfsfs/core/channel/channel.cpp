@@ -12,11 +12,14 @@
 #include <chrono>
 #include <climits>
 #include <cstring>
+#include <iterator>
 #include <system_error>
 #include <utility>
 
+#include "base/failpoint.hpp"
 #include "channel/fuse_wire.hpp"
 #include "channel/handles.hpp"
+#include "ring/moving.hpp"
 
 namespace hlfs {
 
@@ -131,6 +134,10 @@ void Channel::start() {
     const SignalsBlocked blocked;
     started_ = true;
     relay_.start();
+    const auto is_init = [](const Request* request) { return request->opcode == FUSE_INIT; };
+    if (!ring_.kept_init().empty() && std::none_of(inherited_.begin(), inherited_.end(), is_init)) {
+        relay_.replay_init(ring_.kept_init());
+    }
     for (Reader& reader : readers_) {
         reader.thread = std::thread([this, &reader] { run_reader(reader); });
         pthread_setname_np(reader.thread.native_handle(), "hlfs-fuse");
@@ -187,6 +194,7 @@ std::vector<std::uint64_t> Channel::requests_by_opcode() const {
 // --- reading
 
 void Channel::run_reader(Reader& reader) noexcept {
+    serve_inherited();
     while (!stopping_.load(std::memory_order_relaxed) && read_one(reader)) {
     }
     reader.done.store(true);
@@ -233,8 +241,8 @@ Slot* Channel::prepare_slot(Reader& reader) noexcept {
     slot->length_bytes = 0;
     slot->unique = 0;
     slot->volume_id = 0;
-    slot->result = 0;
-    slot->sequence.store(0, std::memory_order_relaxed);
+    slot->note.sequence.store(0, std::memory_order_relaxed);
+    slot->note.moved_bytes.store(0, std::memory_order_relaxed);
     slot->state.store(SlotState::reading, std::memory_order_release);
     return slot;
 }
@@ -244,9 +252,10 @@ PageRun Channel::take_payload(Reader& reader, Slot& slot, std::uint32_t pages) n
     const std::uint32_t here = pages_left(reader.cursor);
     if (pages > here) {
         std::memcpy(ring_.at(reader.next), ring_.at(reader.cursor), std::size_t{here} * kBlockBytes);
+        // Before the memory that it was read into is free: where it stands now may be asked by who takes over.
+        list_pages(slot, 0, page_at(reader.next), pages);
         ring_.abandon(reader.cursor);
         reader.cursor = std::exchange(reader.next, {});
-        list_pages(slot, 0, page_at(reader.cursor), pages);
     }
     return pages > 0 ? ring_.take(reader.cursor, pages) : PageRun{};
 }
@@ -290,6 +299,7 @@ bool Channel::read_one(Reader& reader) noexcept {
     const int error = errno;
     listening_.fetch_sub(1, std::memory_order_relaxed);
     if (length >= static_cast<ssize_t>(wire::kInHeaderBytes)) {
+        Failpoint::pass("read");
         const std::uint64_t end_ns = now_ns();
         arrival.gap_ns = end_ns - answered_ns_.load(std::memory_order_relaxed);
         if (!arrival.looked) {
@@ -332,29 +342,126 @@ void Channel::end(int error) noexcept {
     mailbox_.post_ended();
 }
 
+namespace {
+
+// Pages for what was read beyond the slot's header, a WRITE's for each block that it touches.
+std::uint32_t pages_for(const Slot& slot, std::uint32_t opcode, std::size_t length_bytes) noexcept {
+    std::size_t in_pages = length_bytes > kRequestHeaderBytes ? length_bytes - kRequestHeaderBytes : 0;
+    if (opcode == FUSE_WRITE && in_pages > 0) {
+        in_pages += wire::arguments<fuse_write_in>(slot).offset % kBlockBytes;
+    }
+    return static_cast<std::uint32_t>((in_pages + kBlockBytes - 1) / kBlockBytes);
+}
+
+}  // namespace
+
 // Makes what was read a request. What stands beyond the slot's header keeps its pages until the reply.
 Request& Channel::accept(Reader& reader, Slot& slot, std::size_t length_bytes) noexcept {
     const auto header = wire::load<fuse_in_header>(slot.header);
     Request& request = requests_[static_cast<std::size_t>(&slot - ring_.slots().data())];
+    const std::uint32_t pages = pages_for(slot, header.opcode, length_bytes);
+    request.payload = take_payload(reader, slot, pages);
+    slot.page_count = pages;
+    begin_request(request, length_bytes);
+    slot.state.store(SlotState::open, std::memory_order_release);
+    Failpoint::pass("accepted");
+    reader.requests.add(header.opcode);
+    return request;
+}
+
+void Channel::begin_request(Request& request, std::size_t length_bytes) noexcept {
+    Slot& slot = *request.slot;
+    const auto header = wire::load<fuse_in_header>(slot.header);
     request.opcode = header.opcode;
     request.unique = header.unique;
     request.node_id = header.nodeid;
     request.length_bytes = static_cast<std::uint32_t>(length_bytes);
     request.sent = 0;
     request.active.store(true, std::memory_order_relaxed);
-    std::size_t in_pages = length_bytes > kRequestHeaderBytes ? length_bytes - kRequestHeaderBytes : 0;
-    if (header.opcode == FUSE_WRITE && in_pages > 0) {
-        in_pages += wire::arguments<fuse_write_in>(slot).offset % kBlockBytes;
-    }
-    const auto pages = static_cast<std::uint32_t>((in_pages + kBlockBytes - 1) / kBlockBytes);
-    request.payload = take_payload(reader, slot, pages);
-    slot.page_count = pages;
     slot.unique = header.unique;
     slot.volume_id = header.nodeid;
     slot.length_bytes = request.length_bytes;
-    slot.state.store(SlotState::open, std::memory_order_release);
-    reader.requests.add(header.opcode);
-    return request;
+}
+
+// --- what an earlier process was asked
+
+std::size_t Channel::inherit(Ring& old) {
+    ring_.keep_init(old.kept_init());
+    const std::vector<Handle> handles =
+        HandleTable::left_in(old.left_handles(), [this](std::uint64_t unique) { return device_.is_pending(unique); });
+    ring_.handles().inherit(handles);
+    for (const Handle& handle : handles) {
+        // Attached already, to recover it.
+        if (const std::shared_ptr<DataVolume> volume = volumes_.find(handle.node_id)) {
+            const HandleTable::Counts counts = ring_.handles().count(handle.node_id);
+            volume->open_handles.store(counts.handles);
+            volume->open_writers.store(counts.writers);
+        }
+    }
+    for (const Slot& left : old.slots()) {
+        const auto header = wire::load<fuse_in_header>(left.header);
+        // One that was killed on its way back from read(2) has not said so yet, but all of the request is there, or the
+        // kernel would not wait for its answer.
+        if (left.state.load(std::memory_order_acquire) != SlotState::free && header.len >= wire::kInHeaderBytes &&
+            device_.is_pending(header.unique)) {
+            inherit_request(old, left, header);
+        }
+    }
+    return inherited_.size();
+}
+
+void Channel::inherit_request(Ring& old, const Slot& left, const fuse_in_header& header) {
+    const std::size_t extra_bytes = header.len > kRequestHeaderBytes ? header.len - kRequestHeaderBytes : 0;
+    const std::uint32_t pages = pages_for(left, header.opcode, header.len);
+    const std::uint64_t sequence = left.note.sequence.load(std::memory_order_acquire);
+    const bool published = left.state.load(std::memory_order_acquire) == SlotState::published ||
+                           (header.opcode == FUSE_WRITE && sequence != 0 && old.published(header.nodeid, sequence));
+    if (extra_bytes > kMaxRequestBytes || pages > std::size(left.pages)) {
+        throw std::system_error(EBADMSG, std::generic_category(), "a request in a slot of the ring");
+    }
+    Slot& slot = *ring_.acquire_slot();
+    Request& request = requests_[static_cast<std::size_t>(&slot - ring_.slots().data())];
+    std::memcpy(slot.header, left.header, sizeof slot.header);
+    auto marked = header;
+    marked.pid = kInheritedPid;
+    wire::store(slot.header, marked);
+    slot.note.sequence.store(0, std::memory_order_relaxed);
+    slot.note.moved_bytes.store(0, std::memory_order_relaxed);
+    slot.page_count = 0;
+    request.payload = {};
+    request.published = published;
+    if (pages > 0 && !published) {
+        RunCursor cursor;
+        if (!ring_.reserve(cursor, pages)) {
+            ring_.release_slot(&slot);
+            throw std::system_error(ENOMEM, std::generic_category(), "taking over what was to be written");
+        }
+        request.payload = ring_.take(cursor, pages);
+        ring_.abandon(cursor);
+        list_pages(slot, 0, request.payload.first, pages);
+        slot.page_count = pages;
+        const auto by_bytes =
+            header.opcode == FUSE_WRITE
+                ? static_cast<std::uint32_t>(wire::arguments<fuse_write_in>(left).offset % kBlockBytes)
+                : 0;
+        copy_moved(ring_.page(request.payload.first), static_cast<std::uint32_t>(extra_bytes), by_bytes, left.note,
+                   [&](std::uint32_t page) { return old.left_page(left.pages[page]); });
+    }
+    begin_request(request, header.len);
+    slot.state.store(published ? SlotState::published : SlotState::open, std::memory_order_release);
+    inherited_.push_back(&request);
+    Failpoint::pass("inherited");
+}
+
+// By whichever readers come first.
+void Channel::serve_inherited() noexcept {
+    while (!stopping_.load(std::memory_order_relaxed)) {
+        const std::size_t next = inherited_served_.fetch_add(1);
+        if (next >= inherited_.size()) {
+            return;
+        }
+        dispatch(*inherited_[next]);
+    }
 }
 
 // --- what is not on the data of a volume
@@ -453,8 +560,9 @@ void Channel::ioctl(Request& request) noexcept {
 
 void Channel::release_handle(Request& request) noexcept {
     const std::shared_ptr<DataVolume> volume = volumes_.find(request.node_id);
-    if (volume != nullptr) {
-        count_released(*volume, wire::arguments<fuse_release_in>(*request.slot).flags);
+    const std::uint32_t flags = wire::arguments<fuse_release_in>(*request.slot).flags;
+    if (ring_.handles().releasing(request.node_id, opened_for_writing(flags), request.unique) && volume != nullptr) {
+        count_released(*volume, flags);
     }
     relay_.forward(request);
 }
@@ -486,7 +594,12 @@ void Channel::serve_on(Request& request, DataVolume& volume) noexcept {
             read(request, volume);
             return;
         case FUSE_WRITE:
-            write(request, volume);
+            if (request.published) {
+                // Recovered with its volume, it is durable already, unless that was damaged.
+                volume.flush(request);
+            } else {
+                write(request, volume);
+            }
             return;
         case FUSE_FSYNC:
         case FUSE_FLUSH:
@@ -531,7 +644,7 @@ void Channel::write(Request& request, DataVolume& volume) noexcept {
         return;
     }
     const PageRun payload = std::exchange(request.payload, {});
-    volume.write(in.offset, in.size, payload, (in.flags & O_DSYNC) != 0, &request.slot->sequence, request);
+    volume.write(in.offset, in.size, payload, (in.flags & O_DSYNC) != 0, &request.slot->note, request);
 }
 
 void Channel::completed(Request& request, std::int64_t result) noexcept {
@@ -542,7 +655,7 @@ void Channel::completed(Request& request, std::int64_t result) noexcept {
     switch (request.opcode) {
         case FUSE_WRITE: {
             const auto wanted = wire::arguments<fuse_write_in>(*request.slot).size;
-            if (result != wanted) {
+            if (result != wanted && !request.published) {
                 mailbox_.log("a WRITE of %u bytes ended short, at %lld", wanted, static_cast<long long>(result));
                 fail(request, -EIO);
                 return;

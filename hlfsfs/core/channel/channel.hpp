@@ -20,6 +20,7 @@
 #include "base/dataplane.hpp"
 #include "channel/channel_counters.hpp"
 #include "channel/device.hpp"
+#include "channel/fuse_wire.hpp"
 #include "channel/mailbox.hpp"
 #include "channel/relay.hpp"
 #include "channel/request.hpp"
@@ -27,6 +28,9 @@
 #include "ring/ring.hpp"
 
 namespace hlfs {
+
+// As which process's the control plane sees a request that an earlier server was asked.
+inline constexpr std::uint32_t kInheritedPid = UINT32_MAX;
 
 struct ChannelOptions {
     std::uint32_t threads = 4;
@@ -41,6 +45,12 @@ class Channel final : private RequestOwner {
     ~Channel();
     Channel(const Channel&) = delete;
     Channel& operator=(const Channel&) = delete;
+
+    // Takes over what a dead process that served this mount was asked and did not answer: as it stands in `old`, its
+    // ring, which nobody else uses. Before start(), which serves it; once this has returned, `old` is not needed any
+    // more. Kills it survives: whoever comes next finds the same in `old`. Returns how many requests there were.
+    // Throws std::system_error (ENOMEM: no memory for what was to be written; EBADMSG), FormatError.
+    std::size_t inherit(Ring& old);
 
     // Throws std::system_error.
     void start();
@@ -92,6 +102,9 @@ class Channel final : private RequestOwner {
     Slot* prepare_slot(Reader& reader) noexcept;
     PageRun take_payload(Reader& reader, Slot& slot, std::uint32_t pages) noexcept;
     Request& accept(Reader& reader, Slot& slot, std::size_t length_bytes) noexcept;
+    void begin_request(Request& request, std::size_t length_bytes) noexcept;
+    void inherit_request(Ring& old, const Slot& left, const fuse_in_header& header);
+    void serve_inherited() noexcept;
 
     void dispatch(Request& request) noexcept;
     void get_attributes(Request& request) noexcept;
@@ -124,6 +137,8 @@ class Channel final : private RequestOwner {
     Relay relay_;
     std::vector<Request> requests_;  // by slot
     std::vector<Reader> readers_;
+    std::vector<Request*> inherited_;  // constant after start()
+    std::atomic<std::size_t> inherited_served_{0};
     std::atomic<int> listening_{0};  // readers that wait for a request
     Spin spin_;
     std::atomic<bool> looking_{false};  // one reader at a time

@@ -1,5 +1,7 @@
 #include "channel/device.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -7,6 +9,7 @@
 #include <memory>
 #include <utility>
 
+#include "base/failpoint.hpp"
 #include "channel/fuse_wire.hpp"
 
 namespace hlfs {
@@ -29,7 +32,9 @@ iovec vector_of(const void* data, std::size_t size_bytes) noexcept {
 }  // namespace
 
 bool Device::write(Request& request, const iovec* vectors, int count) noexcept {
+    Failpoint::pass("reply");
     if (writev(fd_, vectors, count) >= 0) {
+        Failpoint::pass("replied");
         return true;
     }
     const int error = errno;
@@ -82,12 +87,21 @@ bool Device::pass(Request& request, const std::byte* reply, std::size_t size_byt
     return taken;
 }
 
+bool Device::is_pending(std::uint64_t unique) noexcept {
+    // "Interrupt it again": of a request that nobody interrupted the kernel says EINVAL and does nothing, of one that
+    // it does not wait for ENOENT (fs/fuse/dev.c: fuse_dev_do_write, queue_interrupt; 6.1 to 6.18).
+    constexpr std::uint64_t kInterrupt = 1;
+    const fuse_out_header again{.len = wire::kOutHeaderBytes, .error = -EAGAIN, .unique = unique | kInterrupt};
+    return ::write(fd_, &again, sizeof again) >= 0 || errno == EINVAL;
+}
+
 void Device::release(Request& request) noexcept {
     Slot* const slot = request.slot;
     Ring& ring = ring_;
     const PageRun payload = std::exchange(request.payload, {});
     const std::shared_ptr<DataVolume> volume = std::move(request.volume);
     request.volume.reset();
+    request.published = false;
     // The last touch of the request and of this: the channel may be gone, or the slot in use again, right after.
     request.active.store(false, std::memory_order_release);
     if (payload.count > 0) {

@@ -29,6 +29,9 @@ class Device {
     // A whole reply as the control plane wrote it. False: the kernel did not take it.
     bool pass(Request& request, const std::byte* reply, std::size_t size_bytes) noexcept;
 
+    // Whether the kernel waits for an answer to such a request, which it does once all of it was read.
+    [[nodiscard]] bool is_pending(std::uint64_t unique) noexcept;
+
     // Frees what the request holds. Its slot may serve another request before this returns.
     void release(Request& request) noexcept;
 

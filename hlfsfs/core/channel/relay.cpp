@@ -90,6 +90,7 @@ void Relay::forward(Request& request) noexcept {
     }
     if (request.opcode == FUSE_INIT) {
         offer_ = parse_init_request(request.slot->header);
+        keep_init(request);
     }
     if (answered(request.opcode)) {
         expect_reply(request);
@@ -110,6 +111,27 @@ void Relay::forward(Request& request) noexcept {
     }
     lock.unlock();
     sent_or_failed(request, outcome);
+}
+
+void Relay::keep_init(const Request& request) noexcept {
+    std::array<std::byte, kMaxInitBytes> whole;
+    const std::size_t size_bytes = std::min<std::size_t>(request.length_bytes, whole.size());
+    const std::size_t in_header = std::min<std::size_t>(size_bytes, kRequestHeaderBytes);
+    std::memcpy(whole.data(), request.slot->header, in_header);
+    if (size_bytes > in_header) {
+        std::memcpy(whole.data() + in_header, ring_.page(request.payload.first), size_bytes - in_header);
+    }
+    ring_.keep_init(std::span(whole).first(size_bytes));
+}
+
+void Relay::replay_init(std::span<const std::byte> request) {
+    const auto header = wire::load<fuse_in_header>(request.data());
+    const std::lock_guard lock(mutex_);
+    offer_ = parse_init_request(request);
+    replayed_init_ = header.unique;
+    if (::send(control_fd_, request.data(), request.size(), MSG_NOSIGNAL) < 0) {
+        throw std::system_error(errno, std::generic_category(), "telling the control plane what the kernel offered");
+    }
 }
 
 // A request that will get no reply from the control plane.
@@ -325,9 +347,25 @@ void Relay::handle_reply(std::span<std::byte> reply) noexcept {
         return;
     }
     Request* found = nullptr;
+    bool replayed = false;
     {
         const std::lock_guard lock(mutex_);
-        found = take_pending(header.unique);
+        replayed = replayed_init_ == header.unique;
+        if (replayed) {
+            replayed_init_.reset();
+        } else {
+            found = take_pending(header.unique);
+        }
+    }
+    if (replayed) {
+        // The kernel was answered by an earlier process.
+        protocol_minor_.store(offer_.minor);
+        if (header.error == 0) {
+            mailbox_.post_initialized();
+        } else {
+            mailbox_.log("the control plane refused what the kernel offered: %s", std::strerror(-header.error));
+        }
+        return;
     }
     if (found == nullptr) {
         mailbox_.log("the control plane answered request %llu, which is not pending",
@@ -359,7 +397,11 @@ void Relay::handle_reply(std::span<std::byte> reply) noexcept {
         device_.finish(request, -EIO);
         return;
     }
+    const std::uint64_t node_id = request.node_id;
     device_.pass(request, reply.data(), reply.size());
+    if (opcode == FUSE_RELEASE) {
+        ring_.handles().released(node_id, header.unique);
+    }
     if (opcode == FUSE_INIT && error == 0) {
         mailbox_.post_initialized();
     }
@@ -378,9 +420,16 @@ void Relay::handle_opened(Request& request, std::span<std::byte> reply) noexcept
     const std::uint64_t node_id =
         created ? wire::load<fuse_entry_out>(reply.data() + wire::kOutHeaderBytes).nodeid : request.node_id;
     const std::shared_ptr<DataVolume> volume = volumes_.find(node_id);
+    const std::uint64_t unique = request.unique;
+    const auto counted = ring_.handles().opened(node_id, opened_for_writing(flags), unique);
+    if (counted == HandleTable::Opened::no_room) {
+        mailbox_.log("more than %u files are open; a server that takes over will not know all of them", kHandles);
+    }
     bool writer_is_open = false;
     if (volume != nullptr) {
-        count_opened(*volume, flags);
+        if (counted != HandleTable::Opened::before) {
+            count_opened(*volume, flags);
+        }
         writer_is_open = volume->open_writers.load() > 0;
     }
     auto opened = wire::load<fuse_open_out>(reply.data() + open_at);
@@ -388,8 +437,11 @@ void Relay::handle_opened(Request& request, std::span<std::byte> reply) noexcept
     opened.open_flags =
         (opened.open_flags & ~kDecidedHere) | fopen_flags(flags, writer_is_open, protocol_minor_.load());
     wire::store(reply.data() + open_at, opened);
-    if (!device_.pass(request, reply.data(), reply.size()) && volume != nullptr) {
-        count_released(*volume, flags);
+    if (!device_.pass(request, reply.data(), reply.size())) {
+        ring_.handles().not_opened(node_id, unique);
+        if (volume != nullptr) {
+            count_released(*volume, flags);
+        }
     }
 }
 

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <deque>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <thread>
 #include <vector>
@@ -35,12 +36,17 @@ class Relay {
     // Passes the request on; the relay owns it from here on.
     void forward(Request& request) noexcept;
 
+    // Has the control plane hear what the kernel said first, and said to an earlier process. Before anything else is
+    // forwarded. Throws std::system_error.
+    void replay_init(std::span<const std::byte> request);
+
   private:
     enum class Sent { whole, later, failed };
     static constexpr std::size_t kBuckets = 2048;
     static constexpr std::size_t kReplyBytes = kMaxRequestBytes + 64 * kBlockBytes;
     static constexpr std::size_t kMaxNotifications = 1024;
 
+    void keep_init(const Request& request) noexcept;
     Sent send(Request& request) noexcept;
     Sent send_forgets(Request& request) noexcept;
     Sent send_vectors(const iovec* vectors, int count, std::uint32_t opcode) noexcept;
@@ -78,6 +84,7 @@ class Relay {
     Request* queue_tail_ = nullptr;
     bool gone_ = false;  // the control plane closed its end, or stop() was called
 
+    std::optional<std::uint64_t> replayed_init_;
     InitOffer offer_;  // written before INIT is forwarded, read after its reply: ordered by mutex_
     std::atomic<std::uint32_t> protocol_minor_{0};
     std::atomic<bool> stopping_{false};

@@ -27,7 +27,7 @@ namespace hlfs {
 namespace {
 
 constexpr std::uint64_t kRingMagic = 0x31474e4952464c48;  // "HLFRING1"
-constexpr std::uint32_t kRingVersion = 1;
+constexpr std::uint32_t kRingVersion = 2;
 constexpr std::size_t kExtentBytes = std::size_t{kExtentPages} * kBlockBytes;
 
 // Page 0 of the file. Layout: docs/FORMAT.md, "Ring".
@@ -42,10 +42,22 @@ struct RingHeader {
     char boot_id[40];
     std::uint32_t crc;
 };
-static_assert(sizeof(RingHeader) <= kBlockBytes);
+// Behind it in page 0.
+constexpr std::size_t kInitAt = 2048;
+static_assert(sizeof(RingHeader) <= kInitAt);
+struct KeptInit {
+    std::atomic<std::uint32_t> size_bytes;  // stored last
+    std::byte request[kMaxInitBytes];
+};
+static_assert(kInitAt + sizeof(KeptInit) <= kBlockBytes);
+
+KeptInit& kept_init_in(std::byte* base) noexcept {
+    return *reinterpret_cast<KeptInit*>(base + kInitAt);
+}
 
 struct Layout {
     std::size_t slots;
+    std::size_t handles;
     std::size_t chunks;
     std::size_t pages;
     std::size_t kept_end;  // of what is there from the start
@@ -59,7 +71,8 @@ constexpr std::size_t round_up(std::size_t value, std::size_t unit) {
 Layout layout_of(const RingGeometry& geometry) {
     Layout layout{};
     layout.slots = kBlockBytes;
-    layout.chunks = round_up(layout.slots + sizeof(Slot) * geometry.slots, kBlockBytes);
+    layout.handles = round_up(layout.slots + sizeof(Slot) * geometry.slots, kBlockBytes);
+    layout.chunks = layout.handles + sizeof(Handle) * kHandles;
     layout.pages = round_up(layout.chunks + sizeof(ChunkDescriptor) * geometry.chunks, kExtentBytes);
     layout.kept_end = layout.pages + kExtentBytes * std::min(geometry.ring_extents, kKeptExtents);
     layout.end = layout.pages + kExtentBytes * (std::size_t{geometry.ring_extents} + geometry.spill_extents);
@@ -207,9 +220,14 @@ std::unique_ptr<Ring> Ring::attach(int fd) {
 }
 
 Ring::Ring(std::unique_ptr<SharedFd> fd, const RingGeometry& geometry, const RingIdentity& identity, std::byte* base)
-    : fd_(std::move(fd)), geometry_(geometry), identity_(identity), base_(base) {
+    : fd_(std::move(fd)),
+      geometry_(geometry),
+      identity_(identity),
+      base_(base),
+      slots_(reinterpret_cast<Slot*>(base + layout_of(geometry).slots)),
+      handle_memory_(reinterpret_cast<Handle*>(base + layout_of(geometry).handles)),
+      handles_({handle_memory_, kHandles}) {
     const Layout layout = layout_of(geometry);
-    slots_ = reinterpret_cast<Slot*>(base + layout.slots);
     chunks_ = reinterpret_cast<ChunkDescriptor*>(base + layout.chunks);
     pages_ = base + layout.pages;
     const std::uint32_t extents = geometry.ring_extents + geometry.spill_extents;
@@ -271,6 +289,39 @@ void Ring::verify(const ChunkDescriptor& chunk) const {
         throw FormatError("the ring holds what no process of this version writes");
 }
 
+const std::byte* Ring::left_page(std::uint32_t index) const {
+    if (index >= ring_pages() + std::uint64_t{geometry_.spill_extents} * kExtentPages)
+        throw FormatError("a slot of the ring names a page that it does not have");
+    return pages_ + std::size_t{index} * kBlockBytes;
+}
+
+bool Ring::published(std::uint64_t volume_id, std::uint64_t sequence) const noexcept {
+    bool has_open = false;
+    std::uint64_t end = 0;
+    for (std::uint32_t i = 0; i < geometry_.chunks; ++i) {
+        const ChunkDescriptor& chunk = chunks_[i];
+        if (chunk.state.load(std::memory_order_acquire) != ChunkState::open || chunk.volume_id != volume_id)
+            continue;
+        has_open = true;
+        end = std::max(end, chunk.first_sequence + chunk.count.load(std::memory_order_acquire));
+    }
+    return !has_open || sequence < end;
+}
+
+void Ring::keep_init(std::span<const std::byte> request) noexcept {
+    KeptInit& kept = kept_init_in(base_);
+    if (request.empty() || request.size() > kMaxInitBytes)
+        return;
+    std::memcpy(kept.request, request.data(), request.size());
+    kept.size_bytes.store(static_cast<std::uint32_t>(request.size()), std::memory_order_release);
+}
+
+std::span<const std::byte> Ring::kept_init() const noexcept {
+    const KeptInit& kept = kept_init_in(base_);
+    const std::uint32_t size_bytes = kept.size_bytes.load(std::memory_order_acquire);
+    return {kept.request, size_bytes <= kMaxInitBytes ? size_bytes : 0};
+}
+
 Slot* Ring::acquire_slot() noexcept {
     std::unique_lock lock(mutex_);
     slot_freed_.wait(lock, [this] { return !free_slots_.empty(); });
@@ -282,7 +333,6 @@ Slot* Ring::acquire_slot() noexcept {
 void Ring::release_slot(Slot* slot) noexcept {
     slot->length_bytes = 0;
     slot->state.store(SlotState::free, std::memory_order_release);
-    slot->sequence.store(0, std::memory_order_relaxed);
     {
         const std::lock_guard lock(mutex_);
         free_slots_.push_back(slot);

@@ -1,6 +1,6 @@
 // Shared memory that outlives the process: request slots, chunks not yet durable, and the pages both point at.
 //
-// One file, mapped whole:   header | slots | chunk descriptors | extents of 512 pages
+// One file, mapped whole:   header | slots | open handles | chunk descriptors | extents of 512 pages
 // The first `ring_extents` extents are the ring proper, allocated when first used and given back after a while without
 // use, but for a few; those after it are spill, for the payload of parked requests, given back when free. What is
 // acknowledged lives here until it is durable in a segment, so a successor (same boot) finds it after the death of
@@ -20,6 +20,7 @@
 
 #include "base/dataplane.hpp"
 #include "log/segment.hpp"
+#include "ring/handle_table.hpp"
 
 namespace hlfs {
 
@@ -31,8 +32,10 @@ inline constexpr std::uint32_t kNoExtent = UINT32_MAX;
 // Each of the channel's threads may hold two that it reads into, and one is for what is copied.
 inline constexpr std::uint32_t kKeptExtents = 10;
 inline constexpr std::uint32_t kRequestHeaderBytes = 80;  // fuse_in_header + fuse_write_in
+inline constexpr std::uint32_t kMaxInitBytes = 512;
 
-enum class SlotState : std::uint32_t { free = 0, reading = 1, open = 2, torn = 3 };
+// `published`: a write that an earlier process published and did not answer; it has no payload any more.
+enum class SlotState : std::uint32_t { free = 0, reading = 1, open = 2, published = 3 };
 
 // One FUSE request that was read and not yet answered.
 struct Slot {
@@ -42,10 +45,9 @@ struct Slot {
     std::uint32_t length_bytes;  // what read(2) returned
     std::uint64_t unique;
     std::uint64_t volume_id;
-    std::atomic<std::uint64_t> sequence;  // of the write, noted before it is published; 0: not yet
+    WriteNote note;
     std::atomic<SlotState> state;
-    std::int32_t result;
-    std::uint32_t reserved[8];
+    std::uint32_t reserved[9];
 };
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 
@@ -113,12 +115,29 @@ class Ring {
     [[nodiscard]] const RingIdentity& identity() const noexcept { return identity_; }
     [[nodiscard]] std::byte* page(std::uint32_t index) noexcept { return pages_ + std::size_t{index} * kBlockBytes; }
     [[nodiscard]] std::span<Slot> slots() noexcept { return {slots_, geometry_.slots}; }
+    // Of a dead process's ring, not to be changed.
+    [[nodiscard]] std::span<const Handle> left_handles() const noexcept { return {handle_memory_, kHandles}; }
+    [[nodiscard]] HandleTable& handles() noexcept { return handles_; }
+    [[nodiscard]] const HandleTable& handles() const noexcept { return handles_; }
+    [[nodiscard]] int fd() const noexcept { return fd_->get(); }
     [[nodiscard]] std::span<ChunkDescriptor> chunks() noexcept { return {chunks_, geometry_.chunks}; }
 
     // Of a dead process's ring: throws FormatError unless all that the chunk says leads to places within the
     // descriptor, the ring and the largest volume. Nothing else guards it: whoever owns the file may have written to
     // it.
     void verify(const ChunkDescriptor& chunk) const;
+
+    // Of a dead process's ring: a page that a slot names. Throws FormatError where there is none.
+    [[nodiscard]] const std::byte* left_page(std::uint32_t index) const;
+
+    // Of a dead process's ring: whether a write that noted this sequence was published. All but the last that were
+    // noted are, so that one is told by its chunk, which is still open and ends before it.
+    [[nodiscard]] bool published(std::uint64_t volume_id, std::uint64_t sequence) const noexcept;
+
+    // What the kernel said first, once for all processes that serve the mount; empty: nothing yet. At most
+    // kMaxInitBytes are kept.
+    void keep_init(std::span<const std::byte> request) noexcept;
+    [[nodiscard]] std::span<const std::byte> kept_init() const noexcept;
 
     // --- slots. acquire_slot waits while all are taken (the kernel's own bounds make that rare).
     Slot* acquire_slot() noexcept;
@@ -187,8 +206,10 @@ class Ring {
     RingIdentity identity_;
     std::byte* base_;
     Slot* slots_;
+    Handle* handle_memory_;
     ChunkDescriptor* chunks_;
     std::byte* pages_;
+    HandleTable handles_;
 
     std::atomic<bool> left_{false};
 

@@ -144,11 +144,16 @@ class FakeKernel : public Messages {
     std::uint64_t next_unique() { return unique_ += 2; }
 
     std::optional<Reply> reply(int timeout_ms = 10000) {
-        const std::optional<Bytes> message = receive(timeout_ms);
-        if (!message) {
-            return std::nullopt;
-        }
-        const auto header = wire::load<fuse_out_header>(message->data());
+        std::optional<Bytes> message;
+        fuse_out_header header{};
+        do {
+            message = receive(timeout_ms);
+            if (!message) {
+                return std::nullopt;
+            }
+            header = wire::load<fuse_out_header>(message->data());
+            // What asks whether an answer is waited for: here always.
+        } while (header.error == -EAGAIN && header.unique % 2 == 1);
         if (header.len != message->size()) {
             throw std::runtime_error("a reply's length is not what its header says");
         }
@@ -251,8 +256,8 @@ class MemoryVolume final : public DataVolume {
             done.complete_data(vectors.data(), static_cast<int>(vectors.size()), data.size());
         });
     }
-    void write(std::uint64_t offset, std::uint32_t size_bytes, PageRun payload, bool durable,
-               std::atomic<std::uint64_t>* note, Completion& done) noexcept override {
+    void write(std::uint64_t offset, std::uint32_t size_bytes, PageRun payload, bool durable, WriteNote* note,
+               Completion& done) noexcept override {
         perform([this, offset, size_bytes, payload, durable, note, &done] {
             {
                 const std::lock_guard lock(mutex_);
@@ -260,7 +265,7 @@ class MemoryVolume final : public DataVolume {
                 std::memcpy(data_.data() + offset, ring_.page(payload.first), size_bytes);
                 durable_writes += durable ? 1 : 0;
                 payload_pages = payload.count;
-                note->store(++sequence_);
+                note->sequence.store(++sequence_);
             }
             ring_.free_pages(payload);
             done.complete(write_result.load() != 0 ? write_result.load() : size_bytes);
@@ -428,11 +433,15 @@ class RingFile {
 
 // A channel between a fake kernel and a fake control plane.
 struct Mount {
-    explicit Mount(std::uint32_t threads = 2, const RingGeometry& geometry = {64, 4, 8, 4})
+    // `left`: the ring of a server that died, which this one takes over.
+    explicit Mount(std::uint32_t threads = 2, const RingGeometry& geometry = {64, 4, 8, 4}, Ring* left = nullptr)
         : ring(geometry),
           kernel(device.far()),
           control(pair.far()),
           channel(*ring, table, device.near(), pair.near(), {.threads = threads, .attr_timeout_s = 60}) {
+        if (left != nullptr) {
+            inherited = channel.inherit(*left);
+        }
         channel.start();
     }
     // Replies, INIT's first, are as short as can be: the kernel's offers matter here.
@@ -490,6 +499,7 @@ struct Mount {
     FakeKernel kernel;
     FakeControl control;
     Channel channel;
+    std::size_t inherited = 0;
 };
 
 }  // namespace hlfs::testing

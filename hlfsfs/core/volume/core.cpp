@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <chrono>
+#include <cstring>
 #include <ctime>
 
 #include "volume/volume.hpp"
@@ -24,10 +25,15 @@ constexpr std::uint64_t kTrimNs = 10'000'000'000;
 // The ring's memory so many times as long: guests write in bursts, and to have it again costs milliseconds an extent.
 constexpr unsigned kRingTrims = 6;
 
+// Memory of its own: pages that were never written are the kernel's one page of zeros, which it does not find for a
+// process that is being killed; a reply from there would end with EIO (mm/gup.c: gup_fast_pte_range, __get_user_pages).
 const std::byte* map_zeros() {
-    void* memory = mmap(nullptr, kMaxRequestBytes + kBlockBytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    constexpr std::size_t kBytes = kMaxRequestBytes + kBlockBytes;
+    void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED)
         throw std::bad_alloc();
+    std::memset(memory, 0, kBytes);
+    mprotect(memory, kBytes, PROT_READ);
     return static_cast<const std::byte*>(memory);
 }
 
@@ -108,8 +114,15 @@ std::shared_ptr<Volume> Core::add_volume(const VolumeConfig& config) {
     return volume;
 }
 
+void Core::count_handles(std::uint64_t node_id, DataVolume& volume) {
+    const HandleTable::Counts counts = ring_->handles().count(node_id);
+    volume.open_handles.store(counts.handles);
+    volume.open_writers.store(counts.writers);
+}
+
 void Core::publish_volume(const std::shared_ptr<Volume>& volume) {
     const std::unique_lock lock(volumes_mutex_);
+    count_handles(volume->id(), *volume);
     findable_[volume->id()] = volume;
 }
 
@@ -119,7 +132,8 @@ bool Core::publish_snapshot(std::uint64_t node_id, const std::shared_ptr<Volume>
         return false;
     const std::unique_lock lock(volumes_mutex_);
     // One that is there counts the handles.
-    findable_.try_emplace(node_id, view);
+    if (findable_.try_emplace(node_id, view).second)
+        count_handles(node_id, *view);
     return true;
 }
 

@@ -46,7 +46,7 @@ struct Mutation {
     bool grow_only = false;
     std::optional<std::uint64_t> mtime_ns;
     std::optional<std::uint64_t> ctime_ns;
-    std::atomic<std::uint64_t>* note = nullptr;
+    WriteNote* note = nullptr;
     std::int64_t result = 0;
 
     PageRun payload;  // write: as it came; afterwards one page for each block touched

@@ -55,10 +55,11 @@ class SnapshotView final : public DataVolume {
     void read(std::uint64_t offset, std::uint32_t size_bytes, bool may_wait, Completion& done) noexcept override {
         volume_->read_from(snapshot_, offset, size_bytes, may_wait, done);
     }
-    void write(std::uint64_t, std::uint32_t, PageRun payload, bool, std::atomic<std::uint64_t>*,
-               Completion& done) noexcept override {
-        volume_->core_.ring().free_pages(payload);
+    void write(std::uint64_t, std::uint32_t, PageRun payload, bool, WriteNote*, Completion& done) noexcept override {
+        // The last that this does: its owner may close it once that is answered.
+        const std::shared_ptr<Volume> volume = volume_;
         done.complete(-EROFS);
+        volume->core_.ring().free_pages(payload);
     }
     // All of it is durable.
     void flush(Completion& done) noexcept override { done.complete(0); }

@@ -95,8 +95,8 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
 
     // --- DataVolume
     void read(std::uint64_t offset, std::uint32_t size_bytes, bool may_wait, Completion& done) noexcept override;
-    void write(std::uint64_t offset, std::uint32_t size_bytes, PageRun payload, bool durable,
-               std::atomic<std::uint64_t>* sequence_note, Completion& done) noexcept override;
+    void write(std::uint64_t offset, std::uint32_t size_bytes, PageRun payload, bool durable, WriteNote* note,
+               Completion& done) noexcept override;
     void flush(Completion& done) noexcept override;
     void fallocate(int mode, std::uint64_t offset, std::uint64_t size_bytes, Completion& done) noexcept override;
     void resize(std::uint64_t size_bytes, Completion& done) noexcept override;
@@ -397,7 +397,7 @@ class Volume final : public DataVolume, public std::enable_shared_from_this<Volu
 
     // publish (volume_publish.cpp), all under the lock
     Admission admit(std::size_t entries, std::size_t blocks, std::size_t side_bytes);
-    void publish(std::span<const PublishItem> items, std::atomic<std::uint64_t>* note);
+    void publish(std::span<const PublishItem> items, WriteNote* note);
     bool open_chunk();
     bool seal_open();
     void drop_unused();

@@ -437,7 +437,7 @@ Volume::Admission Volume::admit(std::size_t entries, std::size_t blocks, std::si
     return Admission::ok;
 }
 
-void Volume::publish(std::span<const PublishItem> items, std::atomic<std::uint64_t>* note) {
+void Volume::publish(std::span<const PublishItem> items, WriteNote* note) {
     ChunkDescriptor& chunk = *open_->descriptor;
     std::uint32_t count = chunk.count.load(std::memory_order_relaxed);
     const std::uint64_t entries_before = overlay_.entries();
@@ -508,7 +508,8 @@ void Volume::publish(std::span<const PublishItem> items, std::atomic<std::uint64
     ++publishes_;
     ++publishes_since_flush_;
     if (note != nullptr)
-        note->store(next_sequence_ - 1, std::memory_order_release);
+        note->sequence.store(next_sequence_ - 1, std::memory_order_release);
+    Failpoint::pass("noted");
     chunk.count.store(count + static_cast<std::uint32_t>(items.size()), std::memory_order_release);
     Failpoint::pass("published");
     live_pages_ += pages;

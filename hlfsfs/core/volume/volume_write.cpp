@@ -9,6 +9,7 @@
 #include <cstring>
 #include <utility>
 
+#include "ring/moving.hpp"
 #include "volume/mutation.hpp"
 #include "volume/read_op.hpp"
 #include "volume/volume.hpp"
@@ -50,8 +51,8 @@ void Mutation::edge_loaded(int index, const std::byte* old, bool hole) noexcept 
     edge.zero = is_zero(page, edge.crc);
 }
 
-void Volume::write(std::uint64_t offset, std::uint32_t size_bytes, PageRun payload, bool durable,
-                   std::atomic<std::uint64_t>* sequence_note, Completion& done) noexcept {
+void Volume::write(std::uint64_t offset, std::uint32_t size_bytes, PageRun payload, bool durable, WriteNote* note,
+                   Completion& done) noexcept {
     writes_.fetch_add(1, std::memory_order_relaxed);
     written_bytes_.fetch_add(size_bytes, std::memory_order_relaxed);
     Ring& ring = core_.ring();
@@ -60,8 +61,8 @@ void Volume::write(std::uint64_t offset, std::uint32_t size_bytes, PageRun paylo
                         : size_bytes > kMaxRequestBytes                                     ? EINVAL
                                                                                             : 0;
     if (refusal != 0 || size_bytes == 0) {
-        ring.free_pages(payload);
         done.complete(-refusal);
+        ring.free_pages(payload);
         return;
     }
     const bool aligned = (offset | size_bytes) % kBlockBytes == 0;
@@ -72,7 +73,7 @@ void Volume::write(std::uint64_t offset, std::uint32_t size_bytes, PageRun paylo
         mutation->offset = offset;
         mutation->size_bytes = size_bytes;
         mutation->durable = durable;
-        mutation->note = sequence_note;
+        mutation->note = note;
         mutation->result = size_bytes;
         mutation->payload = payload;
         mutation->aligned = aligned;
@@ -123,7 +124,7 @@ void Volume::write(std::uint64_t offset, std::uint32_t size_bytes, PageRun paylo
         park(mutation);
         return;
     }
-    publish({items.data(), count}, sequence_note);
+    publish({items.data(), count}, note);
     if (durable) {
         publishes_since_flush_ = 0;
         flush_waiters_.push_back({.end_number = next_number(), .done = &done, .result = size_bytes});
@@ -200,7 +201,7 @@ void Volume::start(Mutation* mutation) noexcept {
         // It has to stand where it falls in its blocks. In place: who holds memory and waits for more may wait for
         // others that do the same.
         if (head_from != 0)
-            std::memmove(ring.page(m.payload.first) + head_from, ring.page(m.payload.first), m.size_bytes);
+            move_up(ring.page(m.payload.first), static_cast<std::uint32_t>(m.size_bytes), head_from, m.note);
         if (m.payload.count > blocks) {
             ring.free_pages({m.payload.first + blocks, m.payload.count - blocks});
             m.payload.count = blocks;
@@ -447,6 +448,9 @@ bool Volume::try_publish(Lock&, Mutation* mutation, std::int64_t& result, bool& 
 
 void Volume::finish(Mutation* mutation, std::int64_t result) noexcept {
     const std::unique_ptr<Mutation> owner(mutation);
+    // Before its memory is free: until it is answered somebody may have to do all of it again.
+    if (mutation->done != nullptr)
+        mutation->done->complete(result);
     if (mutation->kind == Mutation::Kind::write) {
         if (mutation->payload.count > 0)
             core_.ring().free_pages(mutation->payload);
@@ -456,8 +460,6 @@ void Volume::finish(Mutation* mutation, std::int64_t result) noexcept {
                 core_.ring().free_page(edge.page);
         }
     }
-    if (mutation->done != nullptr)
-        mutation->done->complete(result);
 }
 
 void Volume::drain_parked(Lock& lock) {

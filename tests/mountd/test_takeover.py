@@ -1,0 +1,152 @@
+"""Mounts that never die: whatever is killed, who uses them waits for a moment, and no call of his fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.fuse.mounts import needs_fuse
+from tests.mountd.daemons import Daemon, daemon_in
+
+pytestmark = needs_fuse
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    with daemon_in(tmp_path) as found:
+        found.defined("a", "<options>max_deaths=1000</options>")
+        yield found
+
+
+@contextmanager
+def client(daemon: Daemon, seconds: float) -> Iterator[None]:
+    """`tests.crash.shadow` for so long: no call of it may fail, and all must be as it is to be."""
+    seed = int(os.environ.get("HLFS_SEED", "0")) or random.SystemRandom().randrange(1 << 32)
+    print(f"HLFS_SEED={seed}")
+    words = [
+        sys.executable,
+        "-m",
+        "tests.crash.shadow",
+        str(daemon.at("a") / "v"),
+        str(seed),
+        str(seconds),
+        str(32 << 20),
+    ]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield
+            said, failed = process.communicate(timeout=seconds + 60)
+            assert process.returncode == 0, failed + daemon.log.read_text()
+            assert json.loads(said)["calls"] > 10
+        finally:
+            process.kill()
+
+
+def another_keeper(daemon: Daemon, before: int) -> None:
+    daemon.until(lambda: daemon.status("a")["keeper"] not in {None, before})
+
+
+def another_server(daemon: Daemon, before: int) -> None:
+    daemon.until(lambda: daemon.status("a")["pid"] not in {None, before})
+
+
+def test_a_keeper_that_is_killed_is_followed_by_another(daemon: Daemon) -> None:
+    daemon.begin()
+    with client(daemon, 3):
+        for _ in range(3):
+            time.sleep(0.3)
+            before = daemon.status("a")["keeper"]
+            os.kill(before, signal.SIGKILL)
+            another_keeper(daemon, before)
+    assert daemon.status("a")["deaths"] == 3
+    daemon.end()
+
+
+def test_everything_is_killed(daemon: Daemon) -> None:
+    """Daemon, keeper and server: systemd has what the next ones need."""
+    daemon.begin()
+    with client(daemon, 6):
+        for _ in range(3):
+            time.sleep(0.3)
+            keeper = daemon.status("a")["keeper"]
+            daemon.kill()
+            os.kill(keeper, signal.SIGKILL)
+            daemon.begin()
+            another_keeper(daemon, keeper)
+    assert "nobody serves it; a keeper takes over" in daemon.log.read_text()
+    daemon.end()
+    assert not daemon.manager.kept
+
+
+def test_servers_and_keepers_by_turns(daemon: Daemon) -> None:
+    """Each time systemd must have the newest ring, and one only."""
+    daemon.begin()
+    with client(daemon, 6):
+        for _ in range(2):
+            before = daemon.status("a")["pid"]
+            os.kill(before, signal.SIGKILL)
+            another_server(daemon, before)
+            keeper = daemon.status("a")["keeper"]
+            daemon.kill()
+            os.kill(keeper, signal.SIGKILL)
+            daemon.begin()
+            another_keeper(daemon, keeper)
+            assert len(daemon.manager.kept) == 2, daemon.manager.kept
+    daemon.end()
+
+
+def test_a_keeper_finds_the_next_daemon(daemon: Daemon) -> None:
+    daemon.begin()
+    with client(daemon, 4):
+        keeper = daemon.status("a")["keeper"]
+        daemon.kill()
+        daemon.begin()
+        found = daemon.status("a")
+        assert (found["keeper"], found["adopted"]) == (keeper, True)
+        # It looks for one every second.
+        daemon.until(lambda: "cannot" not in daemon.command("upgrade")[2] and daemon.status("a")["keeper"] != keeper)
+        keeper = daemon.status("a")["keeper"]
+        os.kill(keeper, signal.SIGKILL)
+        another_keeper(daemon, keeper)
+    daemon.end()
+
+
+def test_upgrade(daemon: Daemon) -> None:
+    daemon.defined("b", attributes=' autostart="no"')
+    daemon.begin()
+    with client(daemon, 3):
+        for _ in range(3):
+            before = daemon.status("a")
+            assert daemon.done("upgrade") == "1 mounts go on\n"
+            after = daemon.status("a")
+            assert {before["pid"], before["keeper"]}.isdisjoint({after["pid"], after["keeper"]})
+            assert after["state"] == "mounted"
+            time.sleep(0.2)
+    # Nobody died.
+    assert daemon.status("a")["deaths"] == 0
+    daemon.end()
+
+
+def test_too_many_deaths_of_keepers(daemon: Daemon) -> None:
+    """The mount is aborted, so that nobody hangs, and then made anew."""
+    daemon.begin()
+    daemon.write("a", "durable")
+    with subprocess.Popen(["tail", "-f", str(daemon.at("a") / "v")], stdout=subprocess.DEVNULL) as reader:
+        for _ in range(5):
+            before = daemon.status("a")["keeper"]
+            os.kill(before, signal.SIGKILL)
+            another_keeper(daemon, before)
+        reader.kill()
+    assert "5 keepers died within a minute" in daemon.log.read_text()
+    assert daemon.read("a") == "durable"
+    daemon.end()
