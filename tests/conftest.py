@@ -36,6 +36,8 @@ LONGEST = (
     "system/test_fio.py",
     "system/test_coreutils.py",
     "mountd/test_daemon.py",
+    "system/test_takeover_kernels.py",
+    "crash/test_takeover.py",
 )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import lzma
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,26 +69,40 @@ class GuestKernel:
     def module(self, name: str) -> Path:
         """File of one module, whose name may have `-` where the kernel says `_`."""
         pattern = re.sub("[-_]", "[-_]", name) + ".ko"
-        return next(self.modules.rglob(pattern))
+        return next(path for ending in ("", ".xz") for path in self.modules.rglob(pattern + ending))
+
+    def _is_built_in(self, name: str) -> bool:
+        wanted = f"{name.replace('-', '_')}.ko"
+        listed = (self.modules / "modules.builtin").read_text(encoding="utf-8").splitlines()
+        return any(line.rpartition("/")[2].replace("-", "_") == wanted for line in listed)
 
     def load_order(self, names: Iterable[str]) -> list[str]:
-        """The named modules and all they depend on, each after what it needs."""
+        """The named modules and all they depend on, each after what it needs; not what is built in."""
         order: list[str] = []
         for name in names:
+            if self._is_built_in(name):
+                continue
             needed = [*self.load_order(_depends(self.module(name))), name]
             order.extend(module for module in needed if module not in order)
         return order
 
 
-def build_initramfs(kernel: GuestKernel, *, init: str = INIT, programs: Mapping[str, bytes] | None = None) -> bytes:
+def build_initramfs(
+    kernel: GuestKernel,
+    *,
+    init: str = INIT,
+    programs: Mapping[str, bytes] | None = None,
+    modules: Sequence[str] = MODULES,
+) -> bytes:
     """A gzipped cpio archive that boots with this kernel.
 
     Args:
         kernel: whose modules it gets.
         init: the script that is process 1.
         programs: further files of /bin, by name.
+        modules: those in /modules/order.
     """
-    orders = {"order": kernel.load_order(MODULES), "order-ide": kernel.load_order(IDE_MODULES)}
+    orders = {"order": kernel.load_order(modules), "order-ide": kernel.load_order(IDE_MODULES)}
     archive = CpioArchive()
     for directory in ("bin", "dev", "proc", "sys", "modules"):
         archive.add(directory, stat.S_IFDIR | 0o755)
@@ -99,7 +114,7 @@ def build_initramfs(kernel: GuestKernel, *, init: str = INIT, programs: Mapping[
     for file, order in orders.items():
         archive.add(f"modules/{file}", stat.S_IFREG | 0o644, "\n".join(order).encode())
     for name in sorted({name for order in orders.values() for name in order}):
-        archive.add(f"modules/{name}.ko", stat.S_IFREG | 0o644, kernel.module(name).read_bytes())
+        archive.add(f"modules/{name}.ko", stat.S_IFREG | 0o644, _content(kernel.module(name)))
     return gzip.compress(archive.finish(), compresslevel=6, mtime=0)
 
 
@@ -132,5 +147,11 @@ class CpioArchive:
 
 def _depends(module: Path) -> list[str]:
     """Modules that a module's own `.modinfo` section says it needs."""
-    found = re.search(rb"\0depends=([^\0]*)\0", module.read_bytes())
+    found = re.search(rb"\0depends=([^\0]*)\0", _content(module))
     return [name for name in found.group(1).decode().split(",") if name] if found else []
+
+
+def _content(module: Path) -> bytes:
+    """As the kernel loads it."""
+    data = module.read_bytes()
+    return lzma.decompress(data) if module.suffix == ".xz" else data

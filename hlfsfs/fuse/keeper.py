@@ -152,6 +152,8 @@ class Keeper:
             self._begin((wake, waker))
             status = self._watch(wake)
             if self._over or self.mount is None:
+                if status < 0:
+                    log.error("the server ended (%s)", _how(status))
                 return status
             now_s = time.monotonic()
             self._deaths_s = [death_s for death_s in self._deaths_s if now_s - death_s < DEATHS_S] + [now_s]

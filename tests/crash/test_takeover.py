@@ -64,33 +64,32 @@ def client(mount: KeptMount, name: str, seed: int, seconds: float) -> Iterator[s
         process.wait(30)
 
 
-def kill_at_random(mount: KeptMount, chance: random.Random, rounds: int) -> None:
-    """Kills whoever serves, at any moment, also while it takes over."""
-    for _ in range(rounds):
-        time.sleep(chance.choice((0.02, 0.1, 0.3, 0.6)) * chance.random() * 2)
-        if server := mount.server:
-            os.kill(server, signal.SIGKILL)
-
-
-def many_kills(store: Path, seed: int, rounds: int) -> None:
+def many_kills(store: Path, seed: int, seconds: float) -> None:
+    """Kills whoever serves two clients, at any moment, also while it takes over."""
     chance = random.Random(seed)
-    seconds = rounds * 0.3 + 1
     with (
         kept(store) as mount,
-        client(mount, "one", seed, seconds),
+        client(mount, "one", seed, seconds) as process,
         client(mount, "two", seed + 1, seconds),
     ):
-        kill_at_random(mount, chance, rounds)
-        mount.until(lambda: mount.count(FOLLOWED) >= rounds // 2, "servers that were followed")
+        killed = 0
+        while process.poll() is None:
+            time.sleep(chance.choice((0.02, 0.1, 0.3, 0.6)) * chance.random() * 2)
+            # Again and again while it starts, the next one is begun only after a while.
+            if (server := mount.server) and (mount.count(AGAIN) == mount.count(FOLLOWED) or chance.random() < 0.3):
+                os.kill(server, signal.SIGKILL)
+                killed += 1
+        assert mount.count(AGAIN) >= seconds
+        print(f"{killed} servers killed")
 
 
 def test_kills_at_random(store: Path, seed: int) -> None:
-    many_kills(store, seed, 20)
+    many_kills(store, seed, 5)
 
 
 @pytest.mark.hunt
 def test_hunt_for_kills_at_random(store: Path, seed: int) -> None:
-    many_kills(store, seed, 1000)
+    many_kills(store, seed, 300)
 
 
 # Of a request: read, noted in its slot, published (noted, not yet counted; then counted), moved, answered; of the log
@@ -106,9 +105,9 @@ def test_a_kill_at_a_named_point(store: Path, tmp_path: Path, seed: int, point: 
     token = tmp_path / "die"
     with (
         kept(store, environment={"HLFS_FAILPOINT": f"{point}@{token}"}) as mount,
-        client(mount, "volume", seed, 2.5) as process,
+        client(mount, "volume", seed, 1.2) as process,
     ):
-        for died in range(1, 4):
+        for died in range(1, 3):
             token.touch()
             mount.until(lambda died=died: mount.count(AGAIN) >= died or process.poll(), f"a death at {point}")
 
@@ -118,11 +117,11 @@ def test_a_kill_while_it_takes_over(store: Path, tmp_path: Path, seed: int, poin
     token = tmp_path / "die"
     with (
         kept(store, environment={"HLFS_FAILPOINT": f"{point}@{token}"}) as mount,
-        client(mount, "one", seed, 6),
-        client(mount, "two", seed + 1, 6) as process,
+        client(mount, "one", seed, 3),
+        client(mount, "two", seed + 1, 3) as process,
     ):
         deaths = 0
-        while deaths < 2:
+        while deaths < 1:
             # Its successor dies there, if it finds something to take over.
             token.touch()
             mount.until(lambda: mount.server or process.poll(), "a server")
@@ -193,7 +192,7 @@ def kills_at_calls(tmp_path: Path, control: Control, each: int, first: int) -> N
 
 
 def test_kills_at_calls_for_names(tmp_path: Path, seed: int) -> None:
-    kills_at_calls(tmp_path, Control(tmp_path / "control"), 17, seed % 17)
+    kills_at_calls(tmp_path, Control(tmp_path / "control"), 40, seed % 40)
 
 
 @pytest.mark.hunt

@@ -298,6 +298,22 @@ def test_an_unused_ring_of_a_start_that_was_cut_is_swept(store: Path) -> None:
     closed(engine)
 
 
+def test_a_ring_that_was_being_made_is_swept(store: Path) -> None:
+    """Killed again and again while they start, servers must not fill the memory."""
+    killed(store)
+    for _ in range(3):
+        cut = Remote(EngineHost, str(store), QUIET, environment={"HLFS_FAILPOINT": "ring:1"})
+        with pytest.raises(Died):
+            cut.call("")
+        cut.kill()
+    uuid = open_store(f"local://{store}", read_only=True).uuid
+    assert len(list_rings(uuid)) == 4
+    engine = opened(store)
+    expect_data(engine)
+    assert list_rings(uuid) == [ring_of(store)]
+    closed(engine)
+
+
 def test_what_a_dead_disk_did_not_take_waits_in_the_ring(store: Path) -> None:
     """The end comes although the disk stays dead, says so, and costs nothing that was acknowledged."""
     engine = opened(store, replace(QUIET, idle_checkpoint_s=0.2))

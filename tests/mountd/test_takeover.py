@@ -62,21 +62,21 @@ def another_server(daemon: Daemon, before: int) -> None:
 
 def test_a_keeper_that_is_killed_is_followed_by_another(daemon: Daemon) -> None:
     daemon.begin()
-    with client(daemon, 3):
-        for _ in range(3):
+    with client(daemon, 2):
+        for _ in range(2):
             time.sleep(0.3)
             before = daemon.status("a")["keeper"]
             os.kill(before, signal.SIGKILL)
             another_keeper(daemon, before)
-    assert daemon.status("a")["deaths"] == 3
+    assert daemon.status("a")["deaths"] == 2
     daemon.end()
 
 
 def test_everything_is_killed(daemon: Daemon) -> None:
     """Daemon, keeper and server: systemd has what the next ones need."""
     daemon.begin()
-    with client(daemon, 6):
-        for _ in range(3):
+    with client(daemon, 4):
+        for _ in range(2):
             time.sleep(0.3)
             keeper = daemon.status("a")["keeper"]
             daemon.kill()
@@ -91,7 +91,7 @@ def test_everything_is_killed(daemon: Daemon) -> None:
 def test_servers_and_keepers_by_turns(daemon: Daemon) -> None:
     """Each time systemd must have the newest ring, and one only."""
     daemon.begin()
-    with client(daemon, 6):
+    with client(daemon, 4):
         for _ in range(2):
             before = daemon.status("a")["pid"]
             os.kill(before, signal.SIGKILL)
@@ -124,8 +124,8 @@ def test_a_keeper_finds_the_next_daemon(daemon: Daemon) -> None:
 def test_upgrade(daemon: Daemon) -> None:
     daemon.defined("b", attributes=' autostart="no"')
     daemon.begin()
-    with client(daemon, 3):
-        for _ in range(3):
+    with client(daemon, 2):
+        for _ in range(2):
             before = daemon.status("a")
             assert daemon.done("upgrade") == "1 mounts go on\n"
             after = daemon.status("a")

@@ -60,10 +60,10 @@ def _kernel(host: Host, _: Subject) -> Said:
     found = re.match(r"(\d+)\.(\d+)", release)
     if found and (int(found[1]), int(found[2])) < MIN_KERNEL:
         yield "warning", f"kernel {release} is older than 6.1, with which HLFS is tested", "use a newer kernel"
-    limit_s = host.number("/proc/sys/fs/fuse/max_request_timeout")
-    if limit_s:
-        what = f"the kernel ends a mount one of whose requests takes more than {limit_s} s, as on a disk that hangs"
-        yield "warning", what, "sysctl fs.fuse.max_request_timeout=0"
+    for name in ("default_request_timeout", "max_request_timeout"):
+        if limit_s := host.number(f"/proc/sys/fs/fuse/{name}"):
+            what = f"the kernel ends a mount one of whose requests takes more than {limit_s} s, as on a disk that hangs"
+            yield "warning", what, f"sysctl fs.fuse.{name}=0"
 
 
 def _shared_memory(host: Host, _: Subject) -> Said:

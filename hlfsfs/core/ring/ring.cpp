@@ -12,6 +12,7 @@
 #include <system_error>
 #include <utility>
 
+#include "base/failpoint.hpp"
 #include "log/format.hpp"
 #include "log/snapshot_format.hpp"
 
@@ -163,15 +164,7 @@ std::unique_ptr<Ring> Ring::create(int fd, const RingGeometry& geometry, const R
     if (ftruncate(fd, static_cast<off_t>(layout.end)) != 0)
         fail(errno, "sizing the ring");
     std::byte* bytes = map_aligned(fd, layout.end);
-    try {
-        collapse(bytes, layout.kept_end);
-        if (fallocate(fd, 0, 0, static_cast<off_t>(layout.kept_end)) != 0)
-            fail(errno, "allocating the ring");
-        populate(bytes, layout.kept_end);
-    } catch (...) {
-        munmap(bytes, layout.end);
-        throw;
-    }
+    // First of all, so that who finds what a process left that was killed in here knows whose it is.
     RingHeader header{};
     header.magic = kRingMagic;
     header.version = kRingVersion;
@@ -182,7 +175,19 @@ std::unique_ptr<Ring> Ring::create(int fd, const RingGeometry& geometry, const R
     header.store_inode = identity.store_inode;
     std::memcpy(header.boot_id, identity.boot_id.data(), sizeof header.boot_id);
     header.crc = header_crc(header);
-    std::memcpy(bytes, &header, sizeof header);
+    try {
+        if (fallocate(fd, 0, 0, static_cast<off_t>(kBlockBytes)) != 0)
+            fail(errno, "allocating the ring");
+        std::memcpy(bytes, &header, sizeof header);
+        Failpoint::pass("ring");
+        collapse(bytes, layout.kept_end);
+        if (fallocate(fd, 0, 0, static_cast<off_t>(layout.kept_end)) != 0)
+            fail(errno, "allocating the ring");
+        populate(bytes, layout.kept_end);
+    } catch (...) {
+        munmap(bytes, layout.end);
+        throw;
+    }
     return std::unique_ptr<Ring>(new Ring(std::move(own), geometry, identity, bytes));
 }
 

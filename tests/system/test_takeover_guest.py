@@ -1,0 +1,51 @@
+"""A guest whose server is killed twenty times, and upgraded, while it writes: it sees no error and loses nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tests.fuse.mounts import needs_fuse, run
+from tests.mountd.daemons import daemon_in
+from tests.system.guests import build_guest, build_program, running_guest
+from tests.system.test_full_store import PIECE
+from tests.system.test_guests import CHECKER, WRITER
+from tests.system.tools import MIB, wait_for
+
+pytestmark = needs_fuse
+
+PIECES, AGAIN = 448 * MIB // PIECE, 2048
+KILLS = 20
+
+
+def test_a_guest_sees_no_error(tmp_path: Path) -> None:
+    chance = random.Random(seed := int(os.environ.get("HLFS_SEED", "0")) or random.SystemRandom().randrange(1 << 32))
+    print(f"HLFS_SEED={seed}")
+    initramfs = build_guest(tmp_path / "initramfs", build_program(WRITER, tmp_path / "program"))
+    with daemon_in(tmp_path) as daemon:
+        daemon.defined("a", "<options>max_deaths=1000</options>")
+        daemon.begin()
+        disk = daemon.at("a") / "disk"
+        run("truncate", "-s", str(PIECES * PIECE), disk)
+        with running_guest(initramfs, disk, tmp_path / "qmp") as guest:
+            guest.begin(7, PIECES, AGAIN)
+            wait_for(lambda: bool(guest.lines("flushed ")), "it writes")
+            for number in range(KILLS):
+                time.sleep(chance.random() * 0.2)
+                os.kill(daemon.status("a")["pid"], signal.SIGKILL)
+                if number % 8 == 7:
+                    assert daemon.done("upgrade") == "1 mounts go on\n"
+                assert guest.status() == "running", guest.console()
+            while guest.status() == "running":
+                time.sleep(0.1)
+            guest.close()
+            assert guest.lines("program: ") == ["0"], guest.console()
+            assert guest.lines("flushed ")[-1] == f"2 {AGAIN}"
+            assert not guest.events("BLOCK_IO_ERROR")
+        run(sys.executable, "-c", CHECKER, daemon.at("a"), "disk", *map(str, (7, PIECES, AGAIN, 2, AGAIN)))
+        assert daemon.status("a")["deaths"] >= KILLS // 2
+        daemon.end()
