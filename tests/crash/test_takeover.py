@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -77,8 +77,9 @@ def many_kills(store: Path, seed: int, seconds: float) -> None:
             time.sleep(chance.choice((0.02, 0.1, 0.3, 0.6)) * chance.random() * 2)
             # Again and again while it starts, the next one is begun only after a while.
             if (server := mount.server) and (mount.count(AGAIN) == mount.count(FOLLOWED) or chance.random() < 0.3):
-                os.kill(server, signal.SIGKILL)
-                killed += 1
+                with suppress(ProcessLookupError):
+                    os.kill(server, signal.SIGKILL)
+                    killed += 1
         assert mount.count(AGAIN) >= seconds
         print(f"{killed} servers killed")
 
