@@ -18,7 +18,7 @@ HUNT_ROUNDS := 20
 # Several people or jobs may build in one checkout: they take turns.
 LOCKED := flock build/.lock
 
-.PHONY: help setup build demo test check bench hunt clean packages native core-tests fuzzers fuzz
+.PHONY: help setup build demo test check bench manual hunt clean packages native core-tests fuzzers fuzz
 
 help:  ## List the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,9 @@ check: setup fuzzers  ## Lint, formatting, types and layering; the core by a sec
 bench: setup  ## Measure against the raw disk and qemu-storage-daemon
 	$(VENV_PYTHON) -m bench all
 	$(VENV_PYTHON) -m bench chart
+
+manual: setup  ## Make man pages, and completion for shells, in build/manual
+	$(VENV_PYTHON) -m contrib.manual build/manual
 
 hunt: setup  ## Search for faults at random, for longer than `make test` does
 	contrib/setup/fuzz.sh $(JOBS) $(HUNT_TIMES)

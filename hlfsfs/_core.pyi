@@ -12,6 +12,9 @@ def first_checkpoint(log_uuid: bytes, time_ns: int) -> bytes: ...
 def ring_file_bytes(ring_bytes: int, spill_bytes: int) -> int: ...
 def replay_start_segno(slot0: bytes, slot1: bytes) -> int: ...
 
+# Of a ring's layout, which is at byte 8 of the file, 4 bytes, whatever else changes.
+RING_VERSION: int
+
 class OldRing:
     """A ring that a dead process left."""
 

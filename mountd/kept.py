@@ -1,7 +1,9 @@
 """One mount that is kept as it is wanted: its server is begun, watched, replaced where it dies, and ended."""
 
 import logging
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -279,10 +281,10 @@ class Kept:
         self._set("mounted")
         return True
 
-    async def upgrade(self) -> bool:
+    async def upgrade(self, ring_version: int) -> bool:
         """Has another keeper and server go on with the mount, of the program that is installed now; False: not mounted.
 
-        Raises HlfsError: there is nothing that they could go on from.
+        Raises HlfsError: there is nothing that they could go on from, or not with rings of that version.
         """
         async with self._changing:
             server, definition = self._server, self._mounted_as
@@ -291,6 +293,8 @@ class Kept:
             what = f"{printable(definition.directory)}: not upgraded"
             if server.mount is None or server.mount.ring_fd < 0:
                 raise HlfsError(f"{what}: its keeper has not found this daemon; stop and start it")
+            if int.from_bytes(os.pread(server.mount.ring_fd, 4, 8), sys.byteorder) != ring_version:
+                raise HlfsError(f"{what}: the new program cannot go on from the old one's memory; stop and start it")
             self._server = None
             self._changes.announce()
             async with self._watching:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import msgspec
 import trio
 
+from hlfsfs import _core
 from hlfsfs.cli.mount import load_server
 from hlfsfs.errors import HlfsError
 from hlfsfs.fuse.keeper import Mount
@@ -27,6 +28,7 @@ MAX_ORDER_BYTES = 64 << 10
 ASK_TIMEOUT_S = 30
 _RETRIES = 1
 _MOST_FDS = 3
+_VERSION = b"version"
 
 
 class Nursery:
@@ -66,6 +68,19 @@ class Nursery:
         """Has it load everything now."""
         async with self._asking:
             self._start()
+
+    async def ring_version(self) -> int:
+        """Of the rings that its servers can take over. Raises HlfsError."""
+        answer = b""
+        async with self._asking:
+            with contextlib.suppress(OSError), trio.move_on_after(ASK_TIMEOUT_S):
+                stream = self._start()
+                await stream.send(_VERSION)
+                answer = await stream.recv(64)
+            if not answer:
+                self.close()
+                raise HlfsError("hlfs-mountd: the program that is installed now does not begin; see the log")
+        return int(answer)
 
     async def _ask(self, order: Order, fds: Sequence[int]) -> bytes:
         stream = self._start()
@@ -111,6 +126,9 @@ def main(fd: int) -> None:
             raw, fds, _, _ = socket.recv_fds(asked, MAX_ORDER_BYTES, _MOST_FDS)
             if not raw:
                 return
+            if raw == _VERSION:
+                asked.send(str(_core.RING_VERSION).encode())
+                continue
             order = msgspec.json.decode(raw, type=Order)
             pid = os.fork()
             if pid == 0:

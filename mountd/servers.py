@@ -317,10 +317,13 @@ class Servers:
         """Has what servers need be loaded ahead of the first."""
         await self._nursery.load()
 
-    async def load_again(self) -> None:
-        """Has servers that begin from here on be of the program that is installed now."""
+    async def load_again(self) -> int:
+        """Has servers that begin from here on be of the program that is installed now; the version of its rings.
+
+        Raises HlfsError: that does not begin.
+        """
         self._nursery.close()
-        await self._nursery.load()
+        return await self._nursery.ring_version()
 
     def close(self) -> None:
         """No more calls after it; keepers and servers go on."""

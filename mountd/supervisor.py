@@ -146,11 +146,11 @@ class Supervisor:
 
         Raises HlfsError: of the first that it failed for; the others were upgraded.
         """
-        await self._servers.load_again()
+        ring_version = await self._servers.load_again()
         count, failed = 0, None
         for kept in self._in_order():
             try:
-                count += await kept.upgrade()
+                count += await kept.upgrade(ring_version)
             except HlfsError as exc:
                 log.error("%s", exc)
                 failed = failed or exc

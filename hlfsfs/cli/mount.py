@@ -60,7 +60,7 @@ Exit status: 0 mounted, 2 usage, 32 not mounted.
 @click.argument("source")
 @click.argument("directory", metavar="DIR")
 @click.option("-o", "words", metavar="OPT,…", multiple=True, help="Mount options, see above.")
-@click.option("--foreground", is_flag=True, help="Stay, and log to standard error.")
+@click.option("--foreground", is_flag=True, help="Stay, and log to standard error; nobody goes on if it dies.")
 def mount(source: str, directory: str, words: tuple[str, ...], foreground: bool) -> None:
     """The command; see HELP."""
     sys.exit(run_mount(source, directory, words, foreground=foreground))

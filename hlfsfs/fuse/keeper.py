@@ -33,11 +33,14 @@ DEATHS_S = 60.0
 # After a server that did not come so far as to answer, the next one only after a while, which doubles with each.
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
+# So long a server's successor, too, is to unmount.
+ASKED_S = 10.0
 EXIT_DIED = 70
 WORD_BYTES = 4096
 PR_SET_PDEATHSIG = 1
 _IDLE_MS = 1000
 _HELD = b"held"
+_NOW = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 Tell = Callable[[str, list[int]], None]
 
@@ -117,8 +120,8 @@ class Keeper:
         Args:
             mountpoint: for people.
             serve: serves until the end of the mount, in a process of its own; the exit status.
-            tell: is told the words, each with the descriptors that belong to it: of the servers, `ready` and `failed`
-                only once; `server PID` of each that begins, and `died HOW` of each that died.
+            tell: is told the words, each with the descriptors that belong to it: of the servers, `ready` only once, and
+                `failed` if there is no mount; `server PID` of each that begins, and `died HOW` of each that died.
             load: what servers need, so that the next one need not.
             max_deaths: so many deaths within a minute have the mount aborted, so that nobody waits for ever.
             taken: the mount to go on with; none: the first server mounts.
@@ -140,7 +143,7 @@ class Keeper:
         self._ready = False
         self._told = False
         self._over = False
-        self._to_end = False
+        self._asked_to_end_s = -ASKED_S
 
     def run(self) -> int:
         """Returns the exit status once there is no mount and no server any more."""
@@ -229,7 +232,7 @@ class Keeper:
         """Takes one word of the server's; False: there is none, or will not be any more."""
         assert self._link is not None
         try:
-            word, fds, _, _ = socket.recv_fds(self._link, WORD_BYTES, 1, socket.MSG_DONTWAIT)
+            word, fds, _, _ = socket.recv_fds(self._link, WORD_BYTES, 1, _NOW)
         except OSError:
             return False
         kind, _, rest = word.decode(errors="surrogateescape").partition(" ")
@@ -251,7 +254,7 @@ class Keeper:
                     self._link.send(_HELD)
             case "ready":
                 self._now_ready()
-            case "failed":
+            case "failed" if self.mount is None:
                 self._say(f"failed {rest}")
             case "over":
                 self._over = True
@@ -264,7 +267,7 @@ class Keeper:
         if self._told:
             log.info("the mount answers again")
         self._say("ready")
-        if self._to_end:
+        if time.monotonic() - self._asked_to_end_s < ASKED_S:
             self._end_server()
         self._load()
         # Servers share what is there now.
@@ -276,9 +279,9 @@ class Keeper:
             self._tell(word, [])
 
     def _end_server(self) -> None:
-        """Has the server unmount; one that just takes over is not asked before it can."""
-        self._to_end = self.mount is not None and not self._ready
-        if not self._to_end:
+        """Has the server unmount. One that just takes over is not asked before it can; one that dies may not have."""
+        self._asked_to_end_s = time.monotonic()
+        if self.mount is None or self._ready:
             with suppress(ProcessLookupError):
                 os.kill(self.server_pid, signal.SIGTERM)
 

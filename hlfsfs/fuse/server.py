@@ -11,7 +11,7 @@ from typing import Any
 from hlfsfs import _core
 from hlfsfs.engine import EngineOptions, session
 from hlfsfs.errors import MountFailed
-from hlfsfs.fuse.keeper import Link
+from hlfsfs.fuse.keeper import Link, Mount
 from hlfsfs.fuse.mountinfo import absolute, find_mount
 from hlfsfs.fuse.options import MountOptions
 from hlfsfs.fuse.process import prepare_process
@@ -55,17 +55,29 @@ def serve(
         engine = stack.enter_context(session(store, engine_options(options, link)))
         namespace = Namespace(store, engine, locate(source)[1], new_file_defaults(options))
         stack.callback(namespace.close)
-        left = None if taken is None or taken.ring_fd < 0 else _core.OldRing(taken.ring_fd)
-        opened = [] if left is None else left.open_handles()
+        left, opened = _left_by(taken)
         namespace.sweep(held={node_id for node_id, _ in opened})
         namespace.count_opened(opened)
         loading.join()
         # Not above, as said there.
         from hlfsfs.fuse.session import Session  # noqa: PLC0415
 
-        unmounted = Session(engine, namespace, mountpoint, options, link, left).run(str(parse_uri(source)), ready)
+        mounted = Session(engine, namespace, mountpoint, options, link, left)
+        # It lets go of that as soon as it can.
+        del left
+        unmounted = mounted.run(str(parse_uri(source)), ready)
     log.info("unmounted, everything is durable")
     return unmounted
+
+
+def _left_by(taken: Mount | None) -> "tuple[_core.OldRing | None, list[tuple[int, bool]]]":
+    """The ring of the server before, and what is open."""
+    if taken is None or taken.ring_fd < 0:
+        return None, []
+    left = _core.OldRing(taken.ring_fd)
+    # It has a descriptor of its own.
+    os.close(taken.ring_fd)
+    return left, left.open_handles()
 
 
 def check_mountpoint(source: str, mountpoint: str) -> None:

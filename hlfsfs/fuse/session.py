@@ -79,8 +79,8 @@ class Session:
                 self._link.mounted(fuse_fd, found.mount_id)
         with ExitStack() as stack:
             # At its end nothing is under way any more, and no mount without a server stays.
-            plane = self._prepare(stack, fuse_fd)
             try:
+                plane = self._prepare(stack, fuse_fd)
                 trio.run(self._serve, plane, source, ready)
             except BaseException:
                 if self._link is None or not self._options.dataplane:
@@ -110,6 +110,8 @@ class Session:
         stack.callback(self._stop, plane)
         if self._left is not None:
             count = plane.channel.inherit(self._left)
+            # Its memory is not needed any more.
+            self._left = None
             log.info("taking over: %d requests were not answered", count)
         if self._link is not None:
             self._link.ring(self._engine.core.ring_fd)

@@ -189,8 +189,18 @@ def test_a_disk_with_more_than_losses(worker: Worker, directory: Path, once: Run
     """A recycled segment full of older valid chunks; the newer checkpoint destroyed, at any moment."""
     print(f"HLFS_CRASH_SEED={seed}")
     machine = Machine(worker, directory, seed)
-    machine.sweep(once, Plan(cuts=25, chances=(0.0, 0.5), again_every=15, spoil=spoil))
+    machine.sweep(once, Plan(cuts=12, chances=(0.0, 0.5), again_every=15, spoil=spoil))
     assert machine.images > 20
+
+
+@pytest.mark.hunt
+@pytest.mark.parametrize("spoil", [recycled, without_newest_checkpoints], ids=lambda spoil: spoil.__name__)
+def test_hunt_on_a_disk_with_more_than_losses(
+    worker: Worker, directory: Path, once: Run, seed: int, spoil: Spoil
+) -> None:
+    print(f"HLFS_CRASH_SEED={seed}")
+    machine = Machine(worker, directory, seed)
+    machine.sweep(once, Plan(cuts=200, chances=(0.0, 0.5), again_every=15, spoil=spoil))
 
 
 # --- the file of a segment in which something failed --------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_hunt_for_kills_at_random(store: Path, seed: int) -> None:
 # written for it; of a recovery; of taking over.
 POINTS = (
     *("read:150", "accepted:151", "noted:52", "published:53", "moving:300", "reply:154", "replied:155"),
-    *("chunk-write:20", "chunk-written:21", "segment:2"),
+    *("chunk-write:20", "chunk-written:21", "synced:12", "segment:2"),
 )
 
 

@@ -20,7 +20,7 @@ from tests.fuse.mounts import COMMAND_TIMEOUT_S, END_TIMEOUT_S, HLFS, run, take_
 FOLLOWED = "another one takes over"
 AGAIN = "the mount answers again"
 # What a server may say of what goes wrong.
-EXPECTED = (FOLLOWED, "not unmounted:")
+EXPECTED = ("the server ended", "not unmounted:")
 
 
 @dataclass

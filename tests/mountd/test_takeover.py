@@ -137,6 +137,25 @@ def test_upgrade(daemon: Daemon) -> None:
     daemon.end()
 
 
+def test_no_upgrade_to_what_cannot_go_on(daemon: Daemon) -> None:
+    """A ring of another version stays with the server that made it."""
+    daemon.begin()
+    before = daemon.status("a")
+    with Path(f"/proc/{before['pid']}/fd").joinpath(ring_of(before["pid"])).open("r+b") as ring:
+        ring.seek(8)
+        ring.write((99).to_bytes(4, sys.byteorder))
+    assert "cannot go on from the old one's memory; stop and start it" in daemon.failed("upgrade")
+    after = daemon.status("a")
+    assert (after["pid"], after["state"]) == (before["pid"], "mounted")
+    daemon.end()
+
+
+def ring_of(pid: int) -> str:
+    """The descriptor of its ring."""
+    links = {entry.name: os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    return next(name for name, link in links.items() if link.startswith("/dev/shm/hlfs-"))
+
+
 def test_too_many_deaths_of_keepers(daemon: Daemon) -> None:
     """The mount is aborted, so that nobody hangs, and then made anew."""
     daemon.begin()

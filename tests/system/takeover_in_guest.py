@@ -33,7 +33,7 @@ def main(seed: int, kills: int) -> None:
     options = "ring=16M,read_cache=16M,max_deaths=1000"
     subprocess.run([*HLFS, "mount", f"local://{STORE}", MOUNT, "-o", options], check=True)
     print(f"guest: mounted on Linux {platform.release()}", flush=True)
-    seconds = kills * 2
+    seconds = kills * 1.5
     words = [sys.executable, "-m", "tests.crash.shadow", f"{MOUNT}/volume", str(seed), str(seconds), str(8 << 20)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as client:
         for number in range(kills):

@@ -68,7 +68,7 @@ READ_SECOND_DISK = """sum=$(md5sum </dev/vdb)
 say "second disk ${sum%% *}"
 if dd if=/dev/zero of=/dev/vdb bs=512 count=1 conv=fsync 2>/dev/null; then say "written to"; false; fi
 """
-COUNT = """for i in $(seq 40); do
+COUNT = """for i in $(seq 24); do
   echo $i >>/data/count.txt && sync || exit 1
   say "count $i"
   sleep 1

@@ -96,7 +96,7 @@ def test_servers_follow_others(image: Path, tmp_path: Path, kernel: str) -> None
     seed = int(os.environ.get("HLFS_SEED", "0")) or random.SystemRandom().randrange(1 << 32)
     print(f"HLFS_SEED={seed}")
     found = GuestKernel.find(GUEST_KERNEL_DIR.with_name(kernel))
-    init = INIT.replace("SEED", str(seed)).replace("KILLS", os.environ.get("HLFS_KILLS", "4"))
+    init = INIT.replace("SEED", str(seed)).replace("KILLS", os.environ.get("HLFS_KILLS", "3"))
     initramfs = tmp_path / "initramfs"
     initramfs.write_bytes(build_initramfs(found, init=init, modules=(*MODULES, "fuse")))
     words = [

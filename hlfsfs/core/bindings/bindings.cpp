@@ -218,6 +218,7 @@ nb::dict stats_of(const Volume& volume) {
 
 // A ring that a dead process left.
 void bind_ring(nb::module_& m) {
+    m.attr("RING_VERSION") = kRingVersion;
     nb::class_<OldRing>(m, "OldRing")
         .def(nb::init<int>(), nb::arg("fd"))
         .def_prop_ro("store_uuid", [](OldRing& self) { return bytes_of(self.ring().identity().store_uuid); })

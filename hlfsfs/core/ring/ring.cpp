@@ -28,7 +28,6 @@ namespace hlfs {
 namespace {
 
 constexpr std::uint64_t kRingMagic = 0x31474e4952464c48;  // "HLFRING1"
-constexpr std::uint32_t kRingVersion = 2;
 constexpr std::size_t kExtentBytes = std::size_t{kExtentPages} * kBlockBytes;
 
 // Page 0 of the file. Layout: docs/FORMAT.md, "Ring".
@@ -45,7 +44,7 @@ struct RingHeader {
 };
 // Behind it in page 0.
 constexpr std::size_t kInitAt = 2048;
-static_assert(sizeof(RingHeader) <= kInitAt);
+static_assert(sizeof(RingHeader) <= kInitAt && offsetof(RingHeader, version) == 8);
 struct KeptInit {
     std::atomic<std::uint32_t> size_bytes;  // stored last
     std::byte request[kMaxInitBytes];

@@ -26,6 +26,8 @@ namespace hlfs {
 
 using Uuid = std::array<std::uint8_t, 16>;
 
+// Of the layout, at byte 8 of the file whatever else changes.
+inline constexpr std::uint32_t kRingVersion = 2;
 inline constexpr std::uint32_t kExtentPages = 512;
 inline constexpr std::uint32_t kNoExtent = UINT32_MAX;
 // Of the ring proper, so many extents are there from the start and never given back: a mount goes on with these alone.

@@ -379,6 +379,7 @@ void Volume::sync(Lock& lock) {
         if (fdatasync(fd->get()) != 0)
             error = errno;
     }
+    Failpoint::pass("synced");
     lock.lock();
     syncing_ = false;
     for (const auto& [segment, fd] : dirty) {
