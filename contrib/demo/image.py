@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from contrib.demo.initramfs import GuestKernel, build_initramfs
@@ -38,13 +39,20 @@ echo "$letter" >/data/letter.txt && sync && say "wrote $letter to letter.txt"
 """
 
 
-def build_image(path: Path, *, guest_script: str = WRITE_LETTER, kernel_dir: Path = GUEST_KERNEL_DIR) -> None:
+def build_image(
+    path: Path,
+    *,
+    guest_script: str = WRITE_LETTER,
+    kernel_dir: Path = GUEST_KERNEL_DIR,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     """Make the disk image at `path`, replacing what is there.
 
     Args:
         path: where the raw image goes; it takes 64 MiB, sparse.
         guest_script: shell text that the guest runs with its data partition at /data, before it powers off.
         kernel_dir: Debian's cloud kernel, unpacked.
+        files: what else is on the data partition, executable, by name.
 
     Raises:
         FileNotFoundError: no kernel, or one of Debian's tools is missing; `make setup` installs them.
@@ -57,7 +65,7 @@ def build_image(path: Path, *, guest_script: str = WRITE_LETTER, kernel_dir: Pat
             file.write(_boot_record())
             file.truncate(IMAGE_BYTES)
         _fill_boot_partition(image, kernel, Path(scratch))
-        _fill_data_partition(image, guest_script, Path(scratch))
+        _fill_data_partition(image, {"guest.sh": guest_script.encode(), **(files or {})}, Path(scratch))
         _run("cp", "--sparse=always", str(image), str(path))
 
 
@@ -109,10 +117,12 @@ def _fill_boot_partition(image: Path, kernel: GuestKernel, scratch: Path) -> Non
     _run("syslinux", "--install", "--offset", str(BOOT_START_BYTES), str(image))
 
 
-def _fill_data_partition(image: Path, guest_script: str, scratch: Path) -> None:
+def _fill_data_partition(image: Path, files: Mapping[str, bytes], scratch: Path) -> None:
     content = scratch / "data"
     content.mkdir()
-    (content / "guest.sh").write_text(guest_script)
+    for name, data in files.items():
+        (content / name).write_bytes(data)
+        (content / name).chmod(0o755)
     kib = (IMAGE_BYTES - DATA_START_BYTES) // 1024
     offset = f"offset={DATA_START_BYTES},lazy_itable_init=0"
     _run("mke2fs", "-q", "-t", "ext4", "-d", str(content), "-E", offset, str(image), f"{kib}k")

@@ -1,13 +1,15 @@
 """`hlfs snapshot`: takes, lists, renames, deletes and holds snapshots, through a mount or offline."""
 
+import sys
 import time
 from typing import Any
 
 import click
 
+from hlfsfs.cli.domain import Quiesce, take_domain
 from hlfsfs.cli.output import format_size, format_time, print_json, print_table
 from hlfsfs.cli.snapshot_places import snapshots_of, take_all, take_group
-from hlfsfs.errors import UsageError
+from hlfsfs.errors import UsageError, printable
 from hlfsfs.pool import format_moment, parse_moment
 
 volume_argument = click.argument("volume", metavar="VOLUME")
@@ -27,17 +29,32 @@ def snapshot() -> None:
 @click.option(
     "--at", "moment", metavar="TIME", help="Of what the last checkpoint held that is retained from then or before."
 )
-def create(words: tuple[str, ...], pools: tuple[str, ...], moment: str | None) -> None:
+@click.option("--domain", metavar="VM", help="Of all disks of a libvirt domain that are volumes.")
+@click.option(
+    "--quiesce", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
+    help="With --domain: have its guest agent freeze its file systems; yes: or take none.",
+)  # fmt: skip
+def create(
+    words: tuple[str, ...], pools: tuple[str, ...], moment: str | None, domain: str | None, quiesce: Quiesce
+) -> None:
     """Take a snapshot of VOLUME as NAME. It holds all that was written before, and is durable.
 
     Of several volumes, or of all in a pool, at one instant: all are taken or none.
+
+    With --domain, of a libvirt domain's disks, its file systems frozen meanwhile where it has a guest agent. Each
+    snapshot has what it is worth, the domain and its XML as the attributes user.consistency, user.domain and
+    user.domain.xml (getfattr(1)).
 
     In a mount with -o retain=1h, say, each checkpoint within that time is retained: `hlfs snapshot list --checkpoints`
     lists them, and with --at one of them becomes the snapshot. TIME is such as 2026-11-24T03:30Z, with its offset from
     UTC.
     """
     *volumes, name = words
-    if moment is not None:
+    if domain is not None:
+        if volumes or pools or moment is not None:
+            raise UsageError("hlfs snapshot create: --domain says which volumes; name only the snapshot")
+        _create_of_domain(domain, name, quiesce)
+    elif moment is not None:
         if pools or len(volumes) != 1:
             raise UsageError("hlfs snapshot create: --at is for one volume; name it and the snapshot")
         _create_of(volumes[0], name, moment)
@@ -52,6 +69,13 @@ def create(words: tuple[str, ...], pools: tuple[str, ...], moment: str | None) -
     else:
         with snapshots_of(volumes[0], f"hlfs snapshot create PATH {name}") as found:
             found.take(name)
+
+
+def _create_of_domain(domain: str, name: str, quiesce: Quiesce) -> None:
+    taken = take_domain(domain, name, quiesce)
+    for remark in taken.remarks:
+        print(f"hlfs: {remark}", file=sys.stderr)
+    print(f"{printable(domain)}: {len(taken.volumes)} disks, {taken.consistency}")
 
 
 def _create_of(volume: str, name: str, moment: str) -> None:

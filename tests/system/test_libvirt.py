@@ -18,14 +18,22 @@ from pathlib import Path
 import pytest
 
 from contrib.demo.guest import SUCCESS, boot
-from contrib.demo.image import build_image, check_guest_filesystem, read_guest_file
+from contrib.demo.image import (
+    DATA_START_BYTES,
+    GUEST_KERNEL_DIR,
+    build_image,
+    check_guest_filesystem,
+    read_guest_file,
+)
+from contrib.demo.initramfs import GuestKernel
 from hlfsfs.fuse.mountinfo import find_mount
-from tests.fuse.mounts import Mounted, hlfs, mounted, needs_fuse, run, take_away
+from tests.fuse.mounts import HLFS, Mounted, hlfs, mounted, needs_fuse, run, take_away
 from tests.mountd.daemons import Daemon, daemon_in
 from tests.mountd.walkthrough import DOMAIN as DOMAIN_XML
 from tests.mountd.walkthrough import POOL as POOL_XML
 from tests.mountd.walkthrough import SNAPSHOT_DOMAIN as SNAPSHOT_DOMAIN_XML
 from tests.mountd.walkthrough import VOLUME as VOLUME_XML
+from tests.system.guests import build_program
 from tests.system.libvirt_daemon import libvirt_daemons, virsh
 from tests.system.tools import KIB, MIB, random_file, sh, wait_for
 
@@ -386,6 +394,63 @@ def test_overlays_of_a_running_guest(pool: Path, scratch: Path) -> None:
     assert read_guest_file(scratch / "after", "count.txt").decode().split() == [str(n + 1) for n in range(counted())]
     check_guest_filesystem(scratch / "after")
     sh(pool, "rm second.qcow2")
+
+
+# --- snapshots of a domain, by its agent ----------------------------------------------------------------------------
+
+CHANNEL = "    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\n"
+# Writes all the time, and has an agent that freezes what it writes to.
+WRITE_WITH_AGENT = """insmod /data/virtio_console.ko
+for try in $(seq 100); do set -- /dev/vport*; [ -e "$1" ] && break; sleep 0.1; done
+/data/guest_agent "$1" /data &
+for i in $(seq 3000); do echo $i >>/data/count.txt && sync || exit 1; say "count $i"; sleep 0.05; done
+"""
+
+
+def needs_recovery(disk: Path) -> bool:
+    """Whether the journal of the file system on the data partition is to be replayed."""
+    return "needs_recovery" in run("dumpe2fs", "-h", f"{disk}?offset={DATA_START_BYTES}")
+
+
+def test_a_guest_is_frozen_for_its_snapshot(pool: Path, scratch: Path) -> None:
+    kernel = GuestKernel.find(GUEST_KERNEL_DIR)
+    agent = build_program(Path(__file__).with_name("guest_agent.c"), scratch / "guest_agent")
+    files = {"guest_agent": agent.read_bytes(), "virtio_console.ko": kernel.module("virtio_console").read_bytes()}
+    build_image(scratch / "image", guest_script=WRITE_WITH_AGENT, files=files)
+    virsh("vol-create-as", POOL, "disk", "64M")
+    in_pool("vol-upload", "disk", scratch / "image")
+    serial = scratch / "agent.log"
+    start_guest(GUEST, pool / "disk", serial, more=CHANNEL)
+
+    def counted() -> int:
+        return max((int(line.split()[-1]) for line in serial.read_text().splitlines() if "count" in line), default=0)
+
+    def create(name: str, quiesce: str) -> subprocess.CompletedProcess[str]:
+        command = [*HLFS, "snapshot", "create", "--domain", GUEST, f"--quiesce={quiesce}", name]
+        environment = {**os.environ, "LIBVIRT_DEFAULT_URI": "qemu:///system"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+    try:
+        early = create("early", "yes")
+        assert early.returncode == 1
+        assert "guest agent is not connected" in early.stderr
+        wait_for(lambda: counted() > 3, "the guest writes", BOOT_TIMEOUT_S)
+        for number in range(3):
+            done = create(f"frozen{number}", "yes")
+            assert (done.returncode, done.stderr) == (0, "")
+            assert done.stdout == f"{GUEST}: 1 disks, file systems frozen\n"
+            before = counted()
+            wait_for(lambda before=before: counted() > before, "the guest goes on")  # type: ignore[misc]
+        assert create("not", "no").stdout == f"{GUEST}: 1 disks, as after a power cut\n"
+    finally:
+        end_guest(GUEST)
+    snapshots = pool / ".snapshots/disk"
+    for number in range(3):
+        assert not needs_recovery(snapshots / f"frozen{number}")
+        check_guest_filesystem(snapshots / f"frozen{number}")
+    assert needs_recovery(snapshots / "not")
+    assert f"<name>{GUEST}</name>" in sh(pool, "getfattr --only-values -n user.domain.xml .snapshots/disk/frozen0")
+    sh(pool, "rm .snapshots/disk/frozen? .snapshots/disk/not disk")
 
 
 # --- the walkthrough of the original HLFS, by its own XML -----------------------------------------------------------
