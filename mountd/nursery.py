@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import msgspec
 import trio
 
-from hlfsfs import _core
 from hlfsfs.cli.mount import load_server
 from hlfsfs.errors import HlfsError
 from hlfsfs.fuse.keeper import Mount
@@ -115,6 +114,9 @@ class Nursery:
 
 def main(fd: int) -> None:
     """Forks a keeper for each order, until whoever asks is gone."""
+    # Not above: whoever asks need not load it.
+    from hlfsfs import _core  # noqa: PLC0415
+
     load_server()
     # What is there now is never freed, so that servers share it.
     gc.freeze()
