@@ -18,7 +18,7 @@ HUNT_ROUNDS := 20
 # Several people or jobs may build in one checkout: they take turns.
 LOCKED := flock build/.lock
 
-.PHONY: help setup build demo test check bench manual hunt clean packages native core-tests fuzzers fuzz
+.PHONY: help setup build demo test check bench manual package hunt clean packages native core-tests fuzzers fuzz
 
 help:  ## List the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,10 @@ bench: setup  ## Measure against the raw disk and qemu-storage-daemon
 
 manual: setup  ## Make man pages, and completion for shells, in build/manual
 	$(VENV_PYTHON) -m contrib.manual build/manual
+
+package: packages  ## Build the Debian package in build/package, and try it in a clean Debian 12 (root, 5 minutes)
+	contrib/setup/packages.sh package
+	contrib/debian/try.sh build/package
 
 hunt: setup  ## Search for faults at random, for longer than `make test` does
 	contrib/setup/fuzz.sh $(JOBS) $(HUNT_TIMES)

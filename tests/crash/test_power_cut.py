@@ -26,7 +26,7 @@ from tests.store.power_loss import RandomFate
 # How many shorter histories are tried once one has failed.
 SHRINKING = int(os.environ.get("HLFS_CRASH_SHRINK", "12"))
 THOROUGH = Plan(chances=(0.0, 0.5), again_every=30)
-EACH = Plan(each=5, chances=(0.0, 0.5), in_turn=True, again_every=15)
+EACH = Plan(each=4, chances=(0.0, 0.5), in_turn=True, again_every=15)
 SAMPLE = Plan(cuts=70, chances=(0.2, 0.8), again_every=40)
 
 
