@@ -31,7 +31,7 @@ demo: setup  ## Show it: a virtual machine boots from a volume, writes to it, an
 	@$(VENV_PYTHON) -m contrib.demo
 
 test: setup core-tests fuzz  ## Run all tests: the core's own under sanitizers, then the rest
-	timeout --foreground --signal=INT 900 $(VENV_PYTHON) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	timeout --foreground --signal=INT 1000 $(VENV_PYTHON) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 check: setup fuzzers  ## Lint, formatting, types and layering; the core by a second compiler
 	.venv/bin/ruff check $(PYTHON_SOURCES)

@@ -1,6 +1,7 @@
 """A client that knows what a file must hold: it changes it at random, reads it back, and none of its calls may fail.
 
 `python -m tests.crash.shadow FILE SEED SECONDS SIZE_BYTES` prints, in JSON, how many calls it made and the longest.
+SIGUSR1 has it end before.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import mmap
 import os
 import random
+import signal
 import sys
 import time
 
@@ -30,16 +32,21 @@ class Shadow:
         self.memory = mmap.mmap(-1, 1 << 20)
         self.calls = 0
         self.longest_s = 0.0
+        self.told_to_end = False
+        signal.signal(signal.SIGUSR1, self.end)
 
     def run(self, seconds: float) -> None:
         end_s = time.monotonic() + seconds
         kinds = (self.write, self.write, self.write_unaligned, self.read, self.punch, self.sync)
-        while time.monotonic() < end_s:
+        while time.monotonic() < end_s and not self.told_to_end:
             begin_s = time.monotonic()
             self.random.choice(kinds)()
             self.longest_s = max(self.longest_s, time.monotonic() - begin_s)
             self.calls += 1
         self.check(0, len(self.wanted))
+
+    def end(self, *_: object) -> None:
+        self.told_to_end = True
 
     def place(self, unit: int, most: int) -> tuple[int, int]:
         at = self.random.randrange(0, len(self.wanted) - unit, unit)

@@ -41,8 +41,10 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @contextmanager
-def client(mount: KeptMount, name: str, seed: int, seconds: float) -> Iterator[subprocess.Popen[str]]:
-    """`shadow` on a volume, for so long; at the end no call of it has failed and all is as it must be."""
+def client(
+    mount: KeptMount, name: str, seed: int, seconds: float, *, to_the_end: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """`shadow` on a volume, for so long at most; at the end no call of it has failed and all is as it must be."""
     words = [
         sys.executable,
         "-m",
@@ -55,6 +57,8 @@ def client(mount: KeptMount, name: str, seed: int, seconds: float) -> Iterator[s
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process
+        if not to_the_end:
+            process.send_signal(signal.SIGUSR1)
         said, failed = process.communicate(timeout=seconds + 60)
         assert process.returncode == 0, failed + "\n".join(mount.lines())
         print(name, said.strip())
@@ -69,8 +73,8 @@ def many_kills(store: Path, seed: int, seconds: float) -> None:
     chance = random.Random(seed)
     with (
         kept(store) as mount,
-        client(mount, "one", seed, seconds) as process,
-        client(mount, "two", seed + 1, seconds),
+        client(mount, "one", seed, seconds, to_the_end=True) as process,
+        client(mount, "two", seed + 1, seconds, to_the_end=True),
     ):
         killed = 0
         while process.poll() is None:
@@ -106,7 +110,7 @@ def test_a_kill_at_a_named_point(store: Path, tmp_path: Path, seed: int, point: 
     token = tmp_path / "die"
     with (
         kept(store, environment={"HLFS_FAILPOINT": f"{point}@{token}"}) as mount,
-        client(mount, "volume", seed, 1.2) as process,
+        client(mount, "volume", seed, 60) as process,
     ):
         for died in range(1, 3):
             token.touch()
@@ -118,8 +122,8 @@ def test_a_kill_while_it_takes_over(store: Path, tmp_path: Path, seed: int, poin
     token = tmp_path / "die"
     with (
         kept(store, environment={"HLFS_FAILPOINT": f"{point}@{token}"}) as mount,
-        client(mount, "one", seed, 3),
-        client(mount, "two", seed + 1, 3) as process,
+        client(mount, "one", seed, 60),
+        client(mount, "two", seed + 1, 60) as process,
     ):
         deaths = 0
         while deaths < 1:
