@@ -1,10 +1,12 @@
 """An HLFS mount of a store made for a measurement."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from bench.usage import process_cpu_s
@@ -52,9 +54,13 @@ class Mount:
     def kill(self) -> None:
         """Ends the server as a crash does, and takes the dead mount away."""
         pid = self.server()
-        os.kill(pid, signal.SIGKILL)
-        while Path(f"/proc/{pid}").exists():
-            time.sleep(0.01)
+        # The keeper first, or another server would follow.
+        for each in (self._keeper(), pid):
+            pidfd = os.pidfd_open(each)
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            select.select([pidfd], [], [])
+            os.close(pidfd)
         subprocess.run(["fusermount3", "-uz", self.directory], check=True, timeout=STOP_TIMEOUT_S)
 
     def rest(self, timeout_s: float = REST_TIMEOUT_S) -> None:
@@ -70,7 +76,12 @@ class Mount:
                 rested_at_s = time.monotonic() + REST_S
 
     def server(self) -> int:
-        """The process that serves it."""
+        """The process that serves it: the keeper's only child."""
+        keeper = self._keeper()
+        children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text(encoding="ascii").split()
+        return int(children[0]) if children else keeper
+
+    def _keeper(self) -> int:
         store = open_store(self.source, read_only=True)
         try:
             record = store.read_lock()
