@@ -250,10 +250,8 @@ class Kept:
 
     async def _hear_out(self, server: Server) -> None:
         """What it said last."""
-        if not server.linked:
-            return
         with trio.move_on_after(LAST_WORDS_S):
-            await server.listen(lambda: None)
+            await server.hear_out()
 
     async def _replaced(self, server: Server, definition: Definition, taken: keeper.Mount) -> bool:
         """Whether another keeper goes on with the mount."""
@@ -268,8 +266,7 @@ class Kept:
             await trio.to_thread.run_sync(keeper.give_up, definition.directory, taken.mount_id)
             return False
         log.error("%s: its keeper, process %d, ended; another one takes over", definition.directory, server.pid)
-        with trio.move_on_after(LAST_WORDS_S):
-            await server.servers_end()
+        await server.servers_end()
         try:
             follower = await self._servers.begin(definition, taken)
         except HlfsError as exc:

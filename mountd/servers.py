@@ -32,6 +32,7 @@ HELLO_TIMEOUT_S = 5.0
 # How long a mount that may be dead has to say so.
 PROBE_TIMEOUT_S = 10.0
 GIVE_UP_S = 5.0
+GONE_S = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class Server:
 
     def connect(self, link: socket.socket) -> None:
         """What it says comes from there."""
+        if self._link is not None:
+            self._link.close()
         self._link = trio.socket.from_stdlib_socket(link)
         self._linked.set()
 
@@ -122,10 +125,23 @@ class Server:
                 self.over = rest == "1"
         return word.decode(errors="replace")
 
+    async def hear_out(self) -> None:
+        """Hears what is left, of one that is gone."""
+        while self.linked and await self.hear():
+            pass
+
     async def listen(self, heard: Callable[[], None]) -> None:
-        """Hears all that it says; ends with it."""
-        while await self.hear():
-            heard()
+        """Hears all that it says, also where it finds this process again; ends only by cancellation."""
+        while True:
+            while await self.hear():
+                heard()
+            # It is gone, as whoever waits for that sees at once; or else what is known of it may be past.
+            await trio.sleep(GONE_S)
+            self._forget_mount()
+            self._linked = trio.Event()
+            if self._link is not None:
+                self._link.close()
+                self._link = None
 
     async def servers_end(self) -> None:
         """Its last server is gone, too: sees to that."""
@@ -349,6 +365,7 @@ class Servers:
         Raises:
             HlfsError: with the line that says why there is none.
         """
+        takes_over = taken is not None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             if taken is None:
@@ -365,12 +382,15 @@ class Servers:
                 ring_name=taken.ring_name if taken else "",
             )
             fds = [] if taken is None else [fd for fd in (taken.fuse_fd, taken.ring_fd) if fd >= 0]
-            pid = await self._nursery.begin(order, theirs.fileno(), *fds)
+            # Whatever is given up meanwhile, who uses the mount waits for a keeper.
+            with trio.CancelScope(shield=takes_over):
+                pid = await self._nursery.begin(order, theirs.fileno(), *fds)
             theirs.close()
             server = Server(pid, ours)
             if taken is not None:
                 server.learn(taken, 0)
                 taken = None
+                self.notes.write(definition, pid)
         except BaseException as exc:
             ours.close()
             close_mount(taken)
@@ -384,7 +404,11 @@ class Servers:
             while word and word != "ready" and not word.startswith("failed "):
                 word = await server.hear()
         except BaseException:
-            await _give_up(server, definition)
+            if takes_over:
+                # It goes on, and finds who looks for it.
+                server.close()
+            else:
+                await _give_up(server, definition)
             raise
         if word == "ready":
             self.notes.write(definition, server.pid)
@@ -392,11 +416,11 @@ class Servers:
         server.close()
         raise HlfsError(word.removeprefix("failed ").partition(" ")[2] or _ended_early(definition))
 
-    async def welcome(self, path_taken: Callable[[str], Server | None]) -> None:
+    async def welcome(self, known: Callable[[str], Server | None]) -> None:
         """Listens for keepers that lost their daemon; ends only by cancellation.
 
         Args:
-            path_taken: the server that is known under such a key, if any.
+            known: the one that is known under such a key, if any.
         """
         self._keepers.unlink(missing_ok=True)
         listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -409,7 +433,7 @@ class Servers:
         async with trio.open_nursery() as nursery:
             while True:
                 link, _ = await listener.accept()
-                nursery.start_soon(_greet, link, path_taken)
+                nursery.start_soon(_greet, link, known)
 
     async def find(self, definition: Definition) -> Server | None:
         """The process that serves the mount which is there: the noted one, or the one in the store's lock."""

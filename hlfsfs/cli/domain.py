@@ -9,7 +9,7 @@ process, the guest is thawed: another one waits for its end.
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -148,14 +148,18 @@ def _frozen(domain: str, state: str, quiesce: Quiesce, remarks: list[str]) -> It
         # Also where freezing failed: it may have come about in part.
         try:
             _virsh("domfsthaw", domain)
-            watch.stdin.write(b"\n")
-            watch.stdin.close()
-            watch.wait()
+            with suppress(BrokenPipeError):
+                watch.stdin.write(b"\n")
+                watch.stdin.flush()
         except VirshFailed as exc:
             # Without the line that one tries once more, for as long as it takes.
-            watch.stdin.close()
             if consistency == "file systems frozen":
                 remarks.append(f"check that the guest goes on: {exc}")
+        finally:
+            with suppress(BrokenPipeError):
+                watch.stdin.close()
+            with suppress(subprocess.TimeoutExpired):
+                watch.wait(1)
 
 
 def _record(volume: str, name: str, domain: str, consistency: Consistency, xml: str) -> Iterator[str]:

@@ -109,7 +109,11 @@ def keep(  # noqa: PLR0917
     keeper = Keeper(
         directory, serve, tell, load_server, options.max_deaths, taken, None if idle is None else lambda: idle(keeper)
     )
-    status = keeper.run()
+    try:
+        status = keeper.run()
+    except Exception:
+        log.exception("the keeper failed; its server goes on by itself, if it can")
+        status = EXIT_FAILED
     return EXIT_FAILED if status < 0 else status, keeper.unmounted_by_others
 
 

@@ -9,7 +9,6 @@ keeper hears the same words.
 This process has one thread and never touches the mount.
 """
 
-import ctypes
 import gc
 import logging
 import os
@@ -26,6 +25,7 @@ from typing import NoReturn
 from hlfsfs.errors import HlfsError
 from hlfsfs.fuse.mount import abort_path, unmount
 from hlfsfs.fuse.mountinfo import find_mount
+from hlfsfs.fuse.process import die_with
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ LONGEST_PAUSE_S = 2.0
 ASKED_S = 10.0
 EXIT_DIED = 70
 WORD_BYTES = 4096
-PR_SET_PDEATHSIG = 1
 _IDLE_MS = 1000
 _HELD = b"held"
 _NOW = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
@@ -184,7 +183,7 @@ class Keeper:
             for fd in own_fds:
                 os.close(fd)
             if self._idle is not None:
-                _die_with(keeper_pid)
+                die_with(keeper_pid)
             self._become_server(Link(theirs, self.mount))
         theirs.close()
         self.server_pid, self._link = pid, ours
@@ -312,10 +311,3 @@ def give_up(mountpoint: str, mount_id: int) -> None:
 
 def _how(status: int) -> str:
     return f"status {status}" if status >= 0 else signal.Signals(-status).name
-
-
-def _die_with(parent_pid: int) -> None:
-    """Has the kernel kill this process when its parent ends; at once if it did."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:
-        os.kill(os.getpid(), signal.SIGKILL)

@@ -4,12 +4,14 @@ import ctypes
 import logging
 import os
 import resource
+import signal
 from contextlib import suppress
 
 log = logging.getLogger(__name__)
 
 PR_SET_IO_FLUSHER = 57
 PR_SET_NAME = 15
+PR_SET_PDEATHSIG = 1
 OPEN_FILES = 65536
 
 
@@ -33,3 +35,10 @@ def prepare_process() -> None:
 def name_process(name: str) -> None:
     """What ps and top show of it; at most 15 characters."""
     ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
+def die_with(parent_pid: int) -> None:
+    """Has the kernel kill this process when its parent ends; at once if it did."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)

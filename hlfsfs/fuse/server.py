@@ -4,22 +4,25 @@ import importlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 from hlfsfs import _core
-from hlfsfs.engine import EngineOptions, session
-from hlfsfs.errors import MountFailed
+from hlfsfs.engine import Engine, EngineOptions, session
+from hlfsfs.errors import MountFailed, StoreLocked
 from hlfsfs.fuse.keeper import Link, Mount
 from hlfsfs.fuse.mountinfo import absolute, find_mount
 from hlfsfs.fuse.options import MountOptions
 from hlfsfs.fuse.process import prepare_process
 from hlfsfs.pool.attributes import Defaults
 from hlfsfs.pool.namespace import Namespace
-from hlfsfs.store import locate, open_store, parse_uri
+from hlfsfs.store import Store, locate, open_store, parse_uri
 
 log = logging.getLogger(__name__)
+
+LOCK_PAUSE_S = 0.02
 
 
 def serve(
@@ -52,7 +55,7 @@ def serve(
         stack.callback(loading.join)
         store = open_store(source, create=not options.read_only and taken is None, read_only=options.read_only)
         stack.callback(store.close)
-        engine = stack.enter_context(session(store, engine_options(options, link)))
+        engine = _enter_engine(stack, store, engine_options(options, link), wait=taken is not None)
         namespace = Namespace(store, engine, locate(source)[1], new_file_defaults(options))
         stack.callback(namespace.close)
         left, opened = _left_by(taken)
@@ -68,6 +71,25 @@ def serve(
         unmounted = mounted.run(str(parse_uri(source)), ready)
     log.info("unmounted, everything is durable")
     return unmounted
+
+
+def _enter_engine(stack: ExitStack, store: Store, options: EngineOptions, *, wait: bool) -> Engine:
+    """The engine of the store, closed with the stack.
+
+    With `wait` a lock of a process that is gone, or is the keeper, is waited for: a server that was killed holds it
+    until the disk lets go of the last of its threads. Raises as `Engine`.
+    """
+    told = False
+    while True:
+        try:
+            return stack.enter_context(session(store, options))
+        except StoreLocked as exc:
+            if not wait or (exc.pid not in {None, os.getppid()} and os.path.exists(f"/proc/{exc.pid}")):
+                raise
+            if not told:
+                log.warning("the server before is not gone yet: its disk holds it")
+            told = True
+            time.sleep(LOCK_PAUSE_S)
 
 
 def _left_by(taken: Mount | None) -> "tuple[_core.OldRing | None, list[tuple[int, bool]]]":

@@ -97,6 +97,11 @@ def test_hunt_for_kills_at_random(store: Path, seed: int) -> None:
     many_kills(store, seed, 300)
 
 
+def answers_again(mount: KeptMount, before: int, process: subprocess.Popen[str]) -> None:
+    """Waits for one more than so many followers to answer, or for the client's end, which tells why."""
+    mount.until(lambda: mount.count(AGAIN) > before or process.poll() is not None, "a server that follows")
+
+
 # Of a request: read, noted in its slot, published (noted, not yet counted; then counted), moved, answered; of the log
 # written for it; of a recovery; of taking over.
 POINTS = (
@@ -114,7 +119,7 @@ def test_a_kill_at_a_named_point(store: Path, tmp_path: Path, seed: int, point: 
     ):
         for died in range(1, 3):
             token.touch()
-            mount.until(lambda died=died: mount.count(AGAIN) >= died or process.poll(), f"a death at {point}")
+            answers_again(mount, died - 1, process)
 
 
 @pytest.mark.parametrize("point", ["ring-chunk:1", "ring-durable:1", "inherited:1"])
@@ -133,7 +138,7 @@ def test_a_kill_while_it_takes_over(store: Path, tmp_path: Path, seed: int, poin
             assert process.poll() is None, f"only {deaths} servers died at {point}"
             before = mount.count(AGAIN)
             os.kill(mount.server, signal.SIGKILL)
-            mount.until(lambda before=before: mount.count(AGAIN) > before or process.poll(), "a server that answers")
+            answers_again(mount, before, process)
             deaths += not token.exists()
             time.sleep(0.1)
 
@@ -312,6 +317,41 @@ def test_the_keepers_end_tells_that_the_store_is_free(store: Path) -> None:
         assert lock_record(store)["pid"] == mount.keeper
         mount.unmount()
         expect_unlocked(store)
+
+
+LOCKER = """
+import sys, time
+from hlfsfs.errors import StoreLocked
+from hlfsfs.store import open_store
+store = open_store(sys.argv[1])
+while True:
+    try:
+        store.lock()
+        break
+    except StoreLocked:
+        time.sleep(0.01)
+print("locked", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_server_that_dies_slowly_is_waited_for(store: Path) -> None:
+    """One whose disk hangs holds the store's lock long after it was killed: that is no death of its successor."""
+    with kept(store, ["max_deaths=2"]) as mount:
+        sh(mount.path, "echo data >volume")
+        os.kill(mount.keeper, signal.SIGSTOP)
+        os.kill(mount.server, signal.SIGKILL)
+        words = [sys.executable, "-c", LOCKER, f"local://{store}"]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as locker:
+            assert locker.stdout is not None
+            assert locker.stdout.readline() == "locked\n"
+            os.kill(mount.keeper, signal.SIGCONT)
+            mount.until(lambda: mount.count("is not gone yet"), "the next one waits")
+            time.sleep(0.3)
+            assert mount.count(AGAIN) == 0
+            locker.communicate("\n", timeout=30)
+        mount.until(lambda: mount.count(AGAIN), "the next one goes on")
+        assert sh(mount.path, "cat volume") == "data\n"
 
 
 def test_sigterm_unmounts_also_while_another_server_takes_over(store: Path) -> None:

@@ -8,7 +8,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +53,8 @@ class KeptMount:
         os.kill(self.server, signal.SIGKILL)
         self.until(lambda: self.count(AGAIN) > before, "another server")
 
-    def until(self, condition: object, what: str, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
+    def until(self, condition: Callable[[], object], what: str, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
         """Raises AssertionError, with the log, if that does not come true in time."""
-        assert callable(condition)
         end_s = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < end_s, f"{what} within {timeout_s} s\n" + "\n".join(self.lines())

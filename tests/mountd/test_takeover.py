@@ -56,6 +56,15 @@ def another_keeper(daemon: Daemon, before: int) -> None:
     daemon.until(lambda: daemon.status("a")["keeper"] not in {None, before})
 
 
+def everything_dies(daemon: Daemon) -> None:
+    """And another daemon begins."""
+    keeper = daemon.status("a")["keeper"]
+    daemon.kill()
+    os.kill(keeper, signal.SIGKILL)
+    daemon.begin()
+    another_keeper(daemon, keeper)
+
+
 def another_server(daemon: Daemon, before: int) -> None:
     daemon.until(lambda: daemon.status("a")["pid"] not in {None, before})
 
@@ -78,11 +87,7 @@ def test_everything_is_killed(daemon: Daemon) -> None:
     with client(daemon, 4):
         for _ in range(2):
             time.sleep(0.3)
-            keeper = daemon.status("a")["keeper"]
-            daemon.kill()
-            os.kill(keeper, signal.SIGKILL)
-            daemon.begin()
-            another_keeper(daemon, keeper)
+            everything_dies(daemon)
     assert "nobody serves it; a keeper takes over" in daemon.log.read_text()
     daemon.end()
     assert not daemon.manager.kept
@@ -96,11 +101,7 @@ def test_servers_and_keepers_by_turns(daemon: Daemon) -> None:
             before = daemon.status("a")["pid"]
             os.kill(before, signal.SIGKILL)
             another_server(daemon, before)
-            keeper = daemon.status("a")["keeper"]
-            daemon.kill()
-            os.kill(keeper, signal.SIGKILL)
-            daemon.begin()
-            another_keeper(daemon, keeper)
+            everything_dies(daemon)
             assert len(daemon.manager.kept) == 2, daemon.manager.kept
     daemon.end()
 

@@ -17,13 +17,16 @@ from contrib.demo.initramfs import GuestKernel, build_initramfs
 from tests.fuse.mounts import run
 from tests.system.tools import wait_for
 
-# The program begins when the host says a line, and ends with "program: STATUS".
-INIT = """#!/bin/busybox sh
+# How every guest begins.
+INIT_START = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin
 mount -t devtmpfs none /dev
 exec </dev/console >/dev/console 2>&1
 for module in $(cat /modules/order); do insmod /modules/$module.ko || echo "no module $module"; done
+"""
+# The program begins when the host says a line, and ends with "program: STATUS".
+INIT = f"""{INIT_START}
 stty -echo
 echo ready
 read line

@@ -16,6 +16,7 @@ from contrib.demo.guest import QEMU
 from contrib.demo.image import GUEST_KERNEL_DIR
 from contrib.demo.initramfs import MODULES, GuestKernel, build_initramfs
 from tests.fuse.mounts import run
+from tests.system.guests import INIT_START
 
 ROOT = Path(__file__).parents[2]
 # What a server and the client import, beside Python's own.
@@ -24,12 +25,7 @@ SINGLE = ("typing_extensions.py", "_pyfuse3.py")
 UNUSED = ("test", "idlelib", "lib2to3", "ensurepip", "pydoc_data", "distutils", "turtledemo", "tkinter")
 TIMEOUT_S = 240
 
-INIT = """#!/bin/busybox sh
-/bin/busybox --install -s /bin
-export PATH=/bin
-mount -t devtmpfs none /dev
-exec </dev/console >/dev/console 2>&1
-for module in $(cat /modules/order); do insmod /modules/$module.ko || echo "no module $module"; done
+INIT = f"""{INIT_START}
 mkdir /image
 mount -t ext4 /dev/vda /image
 cd /image

@@ -216,7 +216,6 @@ nb::dict stats_of(const Volume& volume) {
     return out;
 }
 
-// A ring that a dead process left.
 void bind_ring(nb::module_& m) {
     m.attr("RING_VERSION") = kRingVersion;
     nb::class_<OldRing>(m, "OldRing")

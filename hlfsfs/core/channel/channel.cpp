@@ -393,9 +393,7 @@ std::size_t Channel::inherit(Ring& old) {
     for (const Handle& handle : handles) {
         // Attached already, to recover it.
         if (const std::shared_ptr<DataVolume> volume = volumes_.find(handle.node_id)) {
-            const HandleTable::Counts counts = ring_.handles().count(handle.node_id);
-            volume->open_handles.store(counts.handles);
-            volume->open_writers.store(counts.writers);
+            ring_.handles().count_into(handle.node_id, *volume);
         }
     }
     for (const Slot& left : old.slots()) {

@@ -93,6 +93,12 @@ HandleTable::Counts HandleTable::count(std::uint64_t node_id) const noexcept {
     return counts;
 }
 
+void HandleTable::count_into(std::uint64_t node_id, DataVolume& volume) const noexcept {
+    const Counts counts = count(node_id);
+    volume.open_handles.store(counts.handles);
+    volume.open_writers.store(counts.writers);
+}
+
 std::vector<Handle> HandleTable::left_in(std::span<const Handle> memory,
                                          const std::function<bool(std::uint64_t)>& is_pending) {
     std::vector<Handle> left;

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "base/dataplane.hpp"
+
 namespace hlfs {
 
 // In shared memory. Layout: docs/FORMAT.md, "Ring".
@@ -48,6 +50,8 @@ class HandleTable {
     void released(std::uint64_t node_id, std::uint64_t unique) noexcept;
 
     [[nodiscard]] Counts count(std::uint64_t node_id) const noexcept;
+    // Has a volume that was just attached, or whose handles were just inherited, know of them.
+    void count_into(std::uint64_t node_id, DataVolume& volume) const noexcept;
 
     // What a dead process left in such memory: all that is open, or whose RELEASE is still to be answered.
     static std::vector<Handle> left_in(std::span<const Handle> memory,

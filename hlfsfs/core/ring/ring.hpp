@@ -120,7 +120,6 @@ class Ring {
     // Of a dead process's ring, not to be changed.
     [[nodiscard]] std::span<const Handle> left_handles() const noexcept { return {handle_memory_, kHandles}; }
     [[nodiscard]] HandleTable& handles() noexcept { return handles_; }
-    [[nodiscard]] const HandleTable& handles() const noexcept { return handles_; }
     [[nodiscard]] int fd() const noexcept { return fd_->get(); }
     [[nodiscard]] std::span<ChunkDescriptor> chunks() noexcept { return {chunks_, geometry_.chunks}; }
 

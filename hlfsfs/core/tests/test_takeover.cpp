@@ -48,6 +48,14 @@ Slot& slot_of(Ring& ring, std::uint64_t unique) {
     throw std::runtime_error("no such slot");
 }
 
+// The volume that its requests wait for.
+std::shared_ptr<MemoryVolume> attach(Mount& mount) {
+    auto volume = std::make_shared<MemoryVolume>(*mount.ring, kNode);
+    mount.table.add(kNode, volume);
+    mount.channel.attached(kNode, 0);
+    return volume;
+}
+
 }  // namespace
 
 TEST_CASE("what was asked and not answered is answered by the next server", "[takeover]") {
@@ -61,9 +69,7 @@ TEST_CASE("what was asked and not answered is answered by the next server", "[ta
 
     Mount next(2, kGeometry, &*dead.ring);
     CHECK(next.inherited == 3);
-    const auto volume = std::make_shared<MemoryVolume>(*next.ring, kNode);
-    next.table.add(kNode, volume);
-    next.channel.attached(kNode, 0);
+    attach(next);
     std::map<std::uint64_t, Reply> replies;
     for (int i = 0; i < 3; ++i) {
         const Reply reply = next.kernel.reply().value();
@@ -89,9 +95,7 @@ TEST_CASE("one that dies while it takes over leaves the same to the next", "[tak
     wait_for_slots(second, 1);
     Mount third(2, kGeometry, &*second.ring);
     REQUIRE(third.inherited == 1);
-    const auto volume = std::make_shared<MemoryVolume>(*third.ring, kNode);
-    third.table.add(kNode, volume);
-    third.channel.attached(kNode, 0);
+    attach(third);
     REQUIRE(third.kernel.reply()->error == 0);
     third.kernel.ask_read(kNode, 512, static_cast<std::uint32_t>(data.size()));
     CHECK(third.kernel.reply()->body == data);
@@ -116,9 +120,7 @@ TEST_CASE("a write that was published is not written again", "[takeover]") {
     REQUIRE(second.inherited == 3);
     // Told from their own rings, by whoever comes next.
     Mount third(2, kGeometry, &*second.ring);
-    const auto volume = std::make_shared<MemoryVolume>(*third.ring, kNode);
-    third.table.add(kNode, volume);
-    third.channel.attached(kNode, 0);
+    const auto volume = attach(third);
     for (int i = 0; i < 3; ++i) {
         const Reply reply = third.kernel.reply().value();
         CHECK(reply.error == 0);
@@ -193,9 +195,7 @@ TEST_CASE("a request that was read whole counts although nobody noted so", "[tak
     slot.state.store(SlotState::reading);
     Mount next(2, kGeometry, &*dead.ring);
     REQUIRE(next.inherited == 1);
-    const auto volume = std::make_shared<MemoryVolume>(*next.ring, kNode);
-    next.table.add(kNode, volume);
-    next.channel.attached(kNode, 0);
+    attach(next);
     CHECK(next.kernel.reply()->as<fuse_write_out>().size == 5000);
     slot.state.store(SlotState::open);
     slot.unique = unique;

@@ -114,15 +114,9 @@ std::shared_ptr<Volume> Core::add_volume(const VolumeConfig& config) {
     return volume;
 }
 
-void Core::count_handles(std::uint64_t node_id, DataVolume& volume) {
-    const HandleTable::Counts counts = ring_->handles().count(node_id);
-    volume.open_handles.store(counts.handles);
-    volume.open_writers.store(counts.writers);
-}
-
 void Core::publish_volume(const std::shared_ptr<Volume>& volume) {
     const std::unique_lock lock(volumes_mutex_);
-    count_handles(volume->id(), *volume);
+    ring_->handles().count_into(volume->id(), *volume);
     findable_[volume->id()] = volume;
 }
 
@@ -133,7 +127,7 @@ bool Core::publish_snapshot(std::uint64_t node_id, const std::shared_ptr<Volume>
     const std::unique_lock lock(volumes_mutex_);
     // One that is there counts the handles.
     if (findable_.try_emplace(node_id, view).second)
-        count_handles(node_id, *view);
+        ring_->handles().count_into(node_id, *view);
     return true;
 }
 

@@ -133,8 +133,6 @@ class Core final : public VolumeTable {
     std::atomic<std::uint32_t> open_descriptors{0};  // of sealed segments
 
   private:
-    // Those that there are already: opened before it was attached, or before this process.
-    void count_handles(std::uint64_t node_id, DataVolume& volume);
     void run_worker() noexcept;
     void run_timer() noexcept;
     void trim() noexcept;
