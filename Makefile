@@ -23,7 +23,7 @@ LOCKED := flock build/.lock
 help:  ## List the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-setup: build build/guest/stamp  ## Install packages, make .venv, build the native core, fetch the test guest's kernel
+setup: build build/guest/stamp build/promtool  ## Install packages, make .venv, build the core, fetch what tests need
 
 build: packages .venv/stamp native  ## Build the native core again where needed
 
@@ -76,6 +76,9 @@ native: .venv/stamp | packages build/.lock
 build/guest/stamp: contrib/setup/guest-kernel.sh | packages build/.lock
 	$(LOCKED) contrib/setup/guest-kernel.sh build/guest
 	@touch $@
+
+build/promtool: contrib/setup/promtool.sh | packages build/.lock
+	$(LOCKED) contrib/setup/promtool.sh $@
 
 core-tests: | packages build/.lock
 	@contrib/setup/core-tests.sh $(JOBS) address thread

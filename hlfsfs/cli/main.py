@@ -47,6 +47,12 @@ def _flatten() -> click.Command:
     return flatten
 
 
+def _metrics() -> click.Command:
+    from hlfsfs.cli.watch.metrics import metrics  # noqa: PLC0415
+
+    return metrics
+
+
 def _mount() -> click.Command:
     from hlfsfs.cli.mount import mount  # noqa: PLC0415 - see LazyGroup
 
@@ -89,6 +95,12 @@ def _stat() -> click.Command:
     return stat
 
 
+def _top() -> click.Command:
+    from hlfsfs.cli.watch.top import top  # noqa: PLC0415
+
+    return top
+
+
 def _umount() -> click.Command:
     from hlfsfs.cli.umount import umount  # noqa: PLC0415
 
@@ -108,6 +120,7 @@ COMMANDS: dict[str, Callable[[], click.Command]] = {
     "diff": _diff,
     "doctor": _doctor,
     "flatten": _flatten,
+    "metrics": _metrics,
     "mount": _mount,
     "pool": _pool,
     "receive": _receive,
@@ -115,6 +128,7 @@ COMMANDS: dict[str, Callable[[], click.Command]] = {
     "send": _send,
     "snapshot": _snapshot,
     "stat": _stat,
+    "top": _top,
     "umount": _umount,
     "volume": _volume,
 }

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 from uuid import UUID
 
 from hlfsfs import _core
@@ -600,6 +601,14 @@ class Engine:
         """Has checkpoints be retained as the options say."""
         volume.retention_stopped = False
         volume.retain(self._options.retain_s)
+
+    def metrics(self) -> dict[str, Any]:
+        """Figures of what all volumes share, and up to how long the requests took that each bucket but the last counts.
+
+        `bounds_ns` is for `requests` of `Volume.metrics`.
+        """
+        bounds_ns = [_core.FIRST_TIME_BOUND_NS << bucket for bucket in range(_core.TIME_BUCKETS - 1)]
+        return {"bounds_ns": bounds_ns, **self.core.statistics()}
 
     def snapshot_space(self, volume: Volume) -> SnapshotSpace:
         """`Volume.snapshot_space` that knows every snapshot, which takes a checkpoint where one is new."""

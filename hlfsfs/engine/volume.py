@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID
@@ -127,6 +127,33 @@ class SnapshotSpace:
     alone_bytes: dict[int, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class LogSpace:
+    """What a volume's log takes, and for what.
+
+    Attributes:
+        log_bytes: all that it takes on the disk.
+        live_bytes: what lives in it, as the newest checkpoint says.
+        snapshot_bytes: what only snapshots and retained checkpoints lead to.
+        dead_bytes: what the cleaner can give back, or will two checkpoints later.
+        pinned_bytes: dead, prepared or too young to be judged, in segments that the cleaner may not touch yet.
+        checkpoint_bytes: the slots of the checkpoints.
+    """
+
+    log_bytes: int
+    live_bytes: int
+    snapshot_bytes: int
+    dead_bytes: int
+    pinned_bytes: int
+    checkpoint_bytes: int
+
+
+# Of the native volume's statistics.
+_WATCHED = (
+    *("size_bytes", "mapped_bytes", "dirty_bytes", "read_bytes", "written_bytes", "appended_bytes", "parked"),
+    *("cleaned_bytes", "moved_bytes", "damaged_blocks", "checkpoint_time_ns", "read_only"),
+)
+
 _SNAPSHOT_FIELDS = [each.name for each in fields(Snapshot)]
 
 
@@ -173,10 +200,12 @@ class Volume:
         self.damage = ""
         self.retention_stopped = False
         self._store = store
-        self._space_lock = threading.Lock()  # guards the next three
+        self._space_lock = threading.Lock()  # guards the next three, and the two after them
         self._space = SnapshotSpace()
         self._space_of: tuple[int, ...] = ()
         self._space_until_s = 0.0
+        self._log_space: LogSpace | None = None
+        self._log_space_until_s = 0.0
 
     def log_of(self, log_no: int) -> UUID:
         """The log that has this number in the volume's segment table."""
@@ -527,35 +556,70 @@ class Volume:
     def stats(self) -> dict[str, Any]:
         """Figures for people and tools; sizes in bytes, times in nanoseconds since the epoch.
 
-        The log's space, `log_allocated_bytes`, is what lives in it as the newest checkpoint says (`live_bytes`), what
-        the cleaner can give back or will two checkpoints later (`dead_bytes`), what is dead, prepared or too young
-        to be judged in segments it may not touch yet (`pinned_bytes`), the slots of the checkpoints
-        (`checkpoint_bytes`), and what only its `snapshots` and `retained_checkpoints` lead to (`snapshot_bytes`).
-        Of what the volume holds, `shared_bytes` stand in the logs of others, which it is a clone of.
-        `appended_bytes` is what was written to the log since it was attached, with what its recovery replayed.
+        The log's space, `log_allocated_bytes`, is divided as in LogSpace. Of what the volume holds, `shared_bytes`
+        stand in the logs of others, which it is a clone of. `appended_bytes` is what was written to the log
+        since it was attached, with what its recovery replayed.
         """
         native = self.native.stats()
-        first_pinned, live_there = native.pop("first_pinned_segno"), native.pop("pinned_live_bytes")
-        log_bytes = self._store.log_allocated_bytes(self.log_uuid)
-        checkpoint_bytes = self._store.checkpoint_allocated_bytes(self.log_uuid)
-        pinned_bytes = max(self._allocated_bytes_from(first_pinned) - live_there, 0)
-        snapshot_bytes = shared_bytes = 0
+        space = self._log_space_of(native)
+        shared_bytes = 0
         with suppress(LogDamaged, StoreFailed):
-            snapshot_bytes = self.snapshot_space().snapshot_bytes
             shared_bytes = self._walk(self.native.shared_bytes)
-        kept_bytes = native["live_bytes"] + snapshot_bytes + pinned_bytes + checkpoint_bytes
+        for only_here in ("first_pinned_segno", "pinned_live_bytes", "live_bytes"):
+            del native[only_here]
         return {
             "uuid": str(self.uuid),
             "log_uuid": str(self.log_uuid),
-            "log_allocated_bytes": log_bytes,
-            "dead_bytes": max(log_bytes - kept_bytes, 0),
+            "log_allocated_bytes": space.log_bytes,
+            "live_bytes": space.live_bytes,
+            "dead_bytes": space.dead_bytes,
             "snapshots": self.snapshot_summary().count,
-            "snapshot_bytes": snapshot_bytes,
+            "snapshot_bytes": space.snapshot_bytes,
             "shared_bytes": min(shared_bytes, native["mapped_bytes"]),
-            "pinned_bytes": pinned_bytes,
-            "checkpoint_bytes": checkpoint_bytes,
+            "pinned_bytes": space.pinned_bytes,
+            "checkpoint_bytes": space.checkpoint_bytes,
             "damage": self.damage,
             **native,
+        }
+
+    def _log_space_of(self, native: dict[str, int | bool]) -> LogSpace:
+        log_bytes = self._store.log_allocated_bytes(self.log_uuid)
+        checkpoint_bytes = self._store.checkpoint_allocated_bytes(self.log_uuid)
+        pinned_bytes = max(self._allocated_bytes_from(native["first_pinned_segno"]) - native["pinned_live_bytes"], 0)
+        snapshot_bytes = 0
+        with suppress(LogDamaged, StoreFailed):
+            snapshot_bytes = self.snapshot_space().snapshot_bytes
+        kept_bytes = native["live_bytes"] + snapshot_bytes + pinned_bytes + checkpoint_bytes
+        return LogSpace(
+            log_bytes=log_bytes,
+            live_bytes=native["live_bytes"],
+            snapshot_bytes=snapshot_bytes,
+            dead_bytes=max(log_bytes - kept_bytes, 0),
+            pinned_bytes=pinned_bytes,
+            checkpoint_bytes=checkpoint_bytes,
+        )
+
+    def metrics(self) -> dict[str, Any]:
+        """Figures for who watches it all the time; `requests` is by kind: counts of buckets, nanoseconds, failures.
+
+        Its space is looked at again only once that has rested so long that it takes a tenth of the time at most.
+        """
+        native = self.native.stats()
+        with self._space_lock:
+            known, until_s = self._log_space, self._log_space_until_s
+        began_s = time.monotonic()
+        if known is None or began_s >= until_s:
+            known = self._log_space_of(native)
+            now_s = time.monotonic()
+            with self._space_lock:
+                self._log_space, self._log_space_until_s = known, now_s + SPACE_REST * (now_s - began_s)
+        told = {name: native[name] for name in _WATCHED}
+        return {
+            **told,
+            "requests": self.native.request_times(),
+            "space": asdict(known),
+            "snapshots": self.snapshot_summary().count,
+            "damaged": bool(self.damage),
         }
 
     def _allocated_bytes_from(self, first_segno: int) -> int:

@@ -17,6 +17,7 @@ from hlfsfs.pool.xattrs import FORGET as FORGET_ATTRIBUTE
 from hlfsfs.pool.xattrs import GROUP as GROUP_ATTRIBUTE
 from hlfsfs.pool.xattrs import HOLD as HOLD_ATTRIBUTE
 from hlfsfs.pool.xattrs import LIST as LIST_PREFIX
+from hlfsfs.pool.xattrs import METRICS as METRICS_PREFIX
 from hlfsfs.pool.xattrs import PROMOTE as PROMOTE_ATTRIBUTE
 from hlfsfs.pool.xattrs import RECEIVE as RECEIVE_ATTRIBUTE
 from hlfsfs.pool.xattrs import RELEASE as RELEASE_ATTRIBUTE
@@ -38,6 +39,7 @@ __all__ = [
     "GROUP_ATTRIBUTE",
     "HOLD_ATTRIBUTE",
     "LIST_PREFIX",
+    "METRICS_PREFIX",
     "PROMOTE_ATTRIBUTE",
     "RECEIVE_ATTRIBUTE",
     "RELEASE_ATTRIBUTE",

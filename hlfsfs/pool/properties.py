@@ -20,6 +20,7 @@ from hlfsfs.pool.snapshots import Snapshots, VolumeSnapshots
 from hlfsfs.pool.time_travel import TimeTravel
 from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
+from hlfsfs.pool.watching import Watching
 from hlfsfs.store.records import PoolRecord, VolumeRecord
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Properties:
         self._time_travel = TimeTravel(shared, volumes, snapshots)
         self._orders = SnapshotOrders(shared, volumes, snapshots, self._time_travel)
         self._diffs = Diffs(shared.engine, volumes, snapshots)
+        self._watching = Watching(shared)
         self._root = snapshots.root
 
     def shown_id(self, node: AnyNode) -> int:
@@ -175,6 +177,8 @@ class Properties:
             return json.dumps(self._run_state(node, text)).encode()
         if text.startswith(xattrs.CHANGES):
             return self._diffs.page(node, text)
+        if text.startswith(xattrs.METRICS):
+            return self._watching.page(node, text)
         if text.startswith((xattrs.LIST, xattrs.CHECKPOINTS)) and not isinstance(node, Node):
             pages = self._snapshots if text.startswith(xattrs.LIST) else self._time_travel
             return pages.page(node, text)

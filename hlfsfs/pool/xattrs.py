@@ -18,10 +18,11 @@ CLEAN = "user.hlfs.clean"
 FLATTEN = "user.hlfs.flatten"
 # An order to a pool; see `Properties`.
 CLONE = "user.hlfs.clone"
-# Followed by what is asked for; see `diffs`, `Snapshots.page` and `time_travel`.
+# Followed by what is asked for; see `diffs`, `Snapshots.page`, `time_travel` and `watching`.
 CHANGES = "user.hlfs.changes."
 LIST = "user.hlfs.snapshots."
 CHECKPOINTS = "user.hlfs.checkpoints."
+METRICS = "user.hlfs.metrics."
 # Orders to directories of snapshots; see `SnapshotOrders`.
 GROUP = "user.hlfs.snapshot"
 HOLD = "user.hlfs.hold"

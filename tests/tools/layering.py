@@ -27,6 +27,7 @@ HOMES = {
     "trio": {"fuse", "mountd"},
     "click": {"cli", "mountd"},
     "rich": {"cli", "mountd"},
+    "prometheus_client": {"cli"},
 }
 
 # Never imported by the program, whatever the layer.

@@ -7,11 +7,14 @@
 
 #include <sys/uio.h>
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
+
+#include "base/request_times.hpp"
 
 namespace hlfs {
 
@@ -111,6 +114,9 @@ class DataVolume {
     // Handles, counted by the channel: on OPEN and CREATE replies, and on RELEASE.
     std::atomic<std::int32_t> open_handles{0};
     std::atomic<std::int32_t> open_writers{0};
+
+    // By RequestKind, of what the channel was asked.
+    std::array<RequestTimes, kRequestKinds> times;
 };
 
 // How the channel finds the volume a node id names. nullptr: not a volume, or not attached: forward the request.

@@ -216,8 +216,24 @@ nb::dict stats_of(const Volume& volume) {
     return out;
 }
 
+// By kind: how many requests each bucket counts, how long all of them took, and how many failed.
+nb::dict times_of(const Volume& volume) {
+    static constexpr std::array<const char*, kRequestKinds> kNames = {"read", "write", "flush", "discard"};
+    nb::dict out;
+    for (std::size_t kind = 0; kind < kRequestKinds; ++kind) {
+        const RequestTimes& times = volume.times[kind];
+        nb::list counts;
+        for (const std::uint64_t count : times.counts())
+            counts.append(count);
+        out[kNames[kind]] = nb::make_tuple(counts, times.sum_ns(), times.failed());
+    }
+    return out;
+}
+
 void bind_ring(nb::module_& m) {
     m.attr("RING_VERSION") = kRingVersion;
+    m.attr("FIRST_TIME_BOUND_NS") = std::uint64_t{1} << kFirstBucketShift;
+    m.attr("TIME_BUCKETS") = kTimeBuckets;
     nb::class_<OldRing>(m, "OldRing")
         .def(nb::init<int>(), nb::arg("fd"))
         .def_prop_ro("store_uuid", [](OldRing& self) { return bytes_of(self.ring().identity().store_uuid); })
@@ -529,6 +545,7 @@ void bind_control(nb::class_<Volume>& volume) {
             "close_log", [](Volume& self, bool only_if_idle) { return self.close_log(only_if_idle).discard_segno; },
             nb::kw_only(), nb::arg("only_if_idle"), nb::call_guard<nb::gil_scoped_release>())
         .def("stats", &stats_of)
+        .def("request_times", &times_of)
         .def("attr",
              [](Volume& self) {
                  VolumeAttr attr;

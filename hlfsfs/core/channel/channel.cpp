@@ -16,6 +16,7 @@
 #include <system_error>
 #include <utility>
 
+#include "base/clock.hpp"
 #include "base/failpoint.hpp"
 #include "channel/fuse_wire.hpp"
 #include "channel/handles.hpp"
@@ -42,11 +43,6 @@ void list_pages(Slot& slot, std::uint32_t at, std::uint32_t first, std::uint32_t
     for (std::uint32_t i = 0; i < count; ++i) {
         slot.pages[at + i] = first + i;
     }
-}
-
-std::uint64_t now_ns() noexcept {
-    return static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch() /
-                                      std::chrono::nanoseconds(1));
 }
 
 // Gets a reader out of read(2); does nothing else.
@@ -241,6 +237,7 @@ Slot* Channel::prepare_slot(Reader& reader) noexcept {
     slot->length_bytes = 0;
     slot->unique = 0;
     slot->volume_id = 0;
+    slot->read_ns = 0;
     slot->note.sequence.store(0, std::memory_order_relaxed);
     slot->note.moved_bytes.store(0, std::memory_order_relaxed);
     slot->state.store(SlotState::reading, std::memory_order_release);
@@ -267,9 +264,10 @@ bool Channel::look_for_request(std::uint64_t& passed_ns) noexcept {
         return false;
     }
     pollfd device{.fd = fuse_fd_, .events = POLLIN, .revents = 0};
-    const std::uint64_t begin_ns = now_ns();
+    const std::uint64_t begin_ns = monotonic_ns();
     bool found = false;
-    for (passed_ns = 0; !(found = poll(&device, 1, 0) != 0) && passed_ns < window_ns; passed_ns = now_ns() - begin_ns) {
+    for (passed_ns = 0; !(found = poll(&device, 1, 0) != 0) && passed_ns < window_ns;
+         passed_ns = monotonic_ns() - begin_ns) {
         // Whoever writes the chunk that was begun may need this processor.
         sched_yield();
     }
@@ -294,13 +292,14 @@ bool Channel::read_one(Reader& reader) noexcept {
     listening_.fetch_add(1, std::memory_order_relaxed);
     Spin::Arrival arrival{};
     arrival.looked = reader.answered && look_for_request(arrival.waited_ns);
-    const std::uint64_t begin_ns = now_ns();
+    const std::uint64_t begin_ns = monotonic_ns();
     const ssize_t length = readv(fuse_fd_, vectors, here < kReadPages ? 3 : 2);
     const int error = errno;
     listening_.fetch_sub(1, std::memory_order_relaxed);
     if (length >= static_cast<ssize_t>(wire::kInHeaderBytes)) {
         Failpoint::pass("read");
-        const std::uint64_t end_ns = now_ns();
+        const std::uint64_t end_ns = monotonic_ns();
+        slot->read_ns = end_ns;
         arrival.gap_ns = end_ns - answered_ns_.load(std::memory_order_relaxed);
         if (!arrival.looked) {
             arrival.waited_ns = end_ns - begin_ns;
@@ -312,7 +311,7 @@ bool Channel::read_one(Reader& reader) noexcept {
         // Another reader may have taken its slot again by now; then this one sleeps.
         reader.answered = !is_sync && !request.active.load(std::memory_order_relaxed);
         if (reader.answered) {
-            answered_ns_.store(now_ns(), std::memory_order_relaxed);
+            answered_ns_.store(monotonic_ns(), std::memory_order_relaxed);
         }
         spin_.came(arrival, reader.answered);
         return true;
@@ -397,11 +396,13 @@ std::size_t Channel::inherit(Ring& old) {
         }
     }
     for (const Slot& left : old.slots()) {
+        if (left.state.load(std::memory_order_acquire) == SlotState::free) {
+            continue;
+        }
         const auto header = wire::load<fuse_in_header>(left.header);
         // One that was killed on its way back from read(2) has not said so yet, but all of the request is there, or the
         // kernel would not wait for its answer.
-        if (left.state.load(std::memory_order_acquire) != SlotState::free && header.len >= wire::kInHeaderBytes &&
-            device_.is_pending(header.unique)) {
+        if (header.len >= wire::kInHeaderBytes && device_.is_pending(header.unique)) {
             inherit_request(old, left, header);
         }
     }
@@ -426,6 +427,8 @@ void Channel::inherit_request(Ring& old, const Slot& left, const fuse_in_header&
     slot.note.sequence.store(0, std::memory_order_relaxed);
     slot.note.moved_bytes.store(0, std::memory_order_relaxed);
     slot.page_count = 0;
+    // Whoever asked has waited since then.
+    slot.read_ns = left.read_ns != 0 ? left.read_ns : monotonic_ns();
     request.payload = {};
     request.published = published;
     if (pages > 0 && !published) {

@@ -7,8 +7,10 @@
 #include <cerrno>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <utility>
 
+#include "base/clock.hpp"
 #include "base/failpoint.hpp"
 #include "channel/fuse_wire.hpp"
 
@@ -27,6 +29,23 @@ fuse_out_header header_for(const Request& request, std::int32_t error, std::size
 
 iovec vector_of(const void* data, std::size_t size_bytes) noexcept {
     return {const_cast<void*>(data), size_bytes};
+}
+
+// Of what is counted.
+std::optional<RequestKind> kind_of(std::uint32_t opcode) noexcept {
+    switch (opcode) {
+        case FUSE_READ:
+            return RequestKind::read;
+        case FUSE_WRITE:
+            return RequestKind::write;
+        case FUSE_FSYNC:
+        case FUSE_FLUSH:
+            return RequestKind::flush;
+        case FUSE_FALLOCATE:
+            return RequestKind::discard;
+        default:
+            return std::nullopt;
+    }
 }
 
 }  // namespace
@@ -50,6 +69,7 @@ bool Device::write(Request& request, const iovec* vectors, int count) noexcept {
 void Device::finish(Request& request, std::int32_t error) noexcept {
     if (error != 0) {
         counters_.errors.add(request.opcode);
+        request.failed = true;
     }
     const fuse_out_header header = header_for(request, error, 0);
     const iovec vector = vector_of(&header, sizeof header);
@@ -101,7 +121,10 @@ void Device::release(Request& request) noexcept {
     const PageRun payload = std::exchange(request.payload, {});
     const std::shared_ptr<DataVolume> volume = std::move(request.volume);
     request.volume.reset();
-    request.published = false;
+    if (const auto kind = kind_of(request.opcode); kind && volume != nullptr) {
+        volume->times[static_cast<std::size_t>(*kind)].add(monotonic_ns() - slot->read_ns, request.failed);
+    }
+    request.failed = request.published = false;
     // The last touch of the request and of this: the channel may be gone, or the slot in use again, right after.
     request.active.store(false, std::memory_order_release);
     if (payload.count > 0) {

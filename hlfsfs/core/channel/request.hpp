@@ -41,6 +41,7 @@ class Request final : public Completion {
     std::uint64_t node_id = 0;
     PageRun payload;  // pages that hold what did not fit the slot's header; count 0: none, or given to the volume
     std::uint32_t sent = 0;  // of a BATCH_FORGET: nodes passed on so far
+    bool failed = false;     // it is answered with an error
     bool published = false;  // a write that an earlier process published: it is done once it is durable
     std::shared_ptr<DataVolume> volume;
 

@@ -49,7 +49,9 @@ struct Slot {
     std::uint64_t volume_id;
     WriteNote note;
     std::atomic<SlotState> state;
-    std::uint32_t reserved[9];
+    std::uint32_t reserved[1];
+    std::uint64_t read_ns;  // when read(2) had returned, of CLOCK_MONOTONIC; 0: not yet
+    std::uint32_t reserved_too[6];
 };
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 

@@ -2,8 +2,10 @@
 #include <linux/falloc.h>
 #include <sys/stat.h>
 
+#include <bit>
 #include <catch2/catch.hpp>
 #include <chrono>
+#include <numeric>
 #include <thread>
 
 #include "channel/handles.hpp"
@@ -704,6 +706,55 @@ TEST_CASE("a slot tells what was read, until the reply", "[channel]") {
     mount.channel.attached(kNode, 0);
     REQUIRE(mount.kernel.reply()->error == 0);
     CHECK(mount.slots_become_free());
+}
+
+TEST_CASE("requests of a volume are counted by how long they took", "[channel]") {
+    const auto counted = [](const MemoryVolume& volume, RequestKind kind) {
+        const auto counts = volume.times[static_cast<std::size_t>(kind)].counts();
+        return std::accumulate(counts.begin(), counts.end(), std::uint64_t{0});
+    };
+    Mount mount;
+    // It waits until there is a volume.
+    mount.kernel.ask_write(kNode, 0, pattern(4096, 1));
+    ChannelEvent event;
+    mount.channel.next_event(event);
+    std::this_thread::sleep_for(std::chrono::milliseconds(40));
+    const auto volume = attach(mount);
+    mount.channel.attached(kNode, 0);
+    REQUIRE(mount.kernel.reply()->error == 0);
+    REQUIRE(mount.slots_become_free());
+    const RequestTimes& writes = volume->times[static_cast<std::size_t>(RequestKind::write)];
+    CHECK(counted(*volume, RequestKind::write) == 1);
+    // Less than 33.6 ms are below that bucket.
+    CHECK(std::bit_width(writes.sum_ns() >> kFirstBucketShift) >= 15);
+    const auto slow = static_cast<std::size_t>(std::bit_width(writes.sum_ns() >> kFirstBucketShift));
+    CHECK(writes.counts()[std::min(slow, kTimeBuckets - 1)] == 1);
+    CHECK(writes.failed() == 0);
+
+    volume->write_result = -ENOSPC;
+    mount.kernel.ask_write(kNode, 0, pattern(4096, 1));
+    REQUIRE(mount.kernel.reply()->error == -ENOSPC);
+    volume->write_result = 0;
+    mount.kernel.ask_write(kNode, 0, pattern(4096, 1));
+    REQUIRE(mount.kernel.reply()->error == 0);
+    mount.kernel.ask_read(kNode, 0, 4096);
+    REQUIRE(mount.kernel.reply()->error == 0);
+    fuse_fsync_in sync{};
+    sync.fh = kNode;
+    REQUIRE(mount.kernel.call(FUSE_FSYNC, kNode, sync).error == 0);
+    fuse_fallocate_in punch{};
+    punch.fh = kNode;
+    punch.length = 4096;
+    punch.mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+    REQUIRE(mount.kernel.call(FUSE_FALLOCATE, kNode, punch).error == 0);
+    REQUIRE(mount.kernel.call(FUSE_GETATTR, kNode, fuse_getattr_in{}).error == 0);
+    REQUIRE(mount.slots_become_free());
+    CHECK(counted(*volume, RequestKind::write) == 3);
+    CHECK(writes.failed() == 1);
+    for (const RequestKind kind : {RequestKind::read, RequestKind::flush, RequestKind::discard}) {
+        CHECK(counted(*volume, kind) == 1);
+        CHECK(volume->times[static_cast<std::size_t>(kind)].failed() == 0);
+    }
 }
 
 TEST_CASE("payloads stand in one run wherever an extent ends", "[channel]") {

@@ -86,6 +86,20 @@ TEST_CASE("what was asked and not answered is answered by the next server", "[ta
     CHECK(next.ring->pages_in_use() == 0);
 }
 
+TEST_CASE("what was taken over has waited since it was read first", "[takeover]") {
+    Mount dead;
+    dead.kernel.ask_write(kNode, 0, payload_of(4096, 1));
+    wait_for_slots(dead, 1);
+    std::this_thread::sleep_for(std::chrono::milliseconds(40));
+    Mount second(2, kGeometry, &*dead.ring);
+    wait_for_slots(second, 1);
+    Mount third(2, kGeometry, &*second.ring);
+    const auto volume = attach(third);
+    REQUIRE(third.kernel.reply()->error == 0);
+    REQUIRE(third.slots_become_free());
+    CHECK(volume->times[static_cast<std::size_t>(RequestKind::write)].sum_ns() >= 40'000'000);
+}
+
 TEST_CASE("one that dies while it takes over leaves the same to the next", "[takeover]") {
     Mount dead;
     const Bytes data = payload_of(70000, 3);

@@ -14,12 +14,6 @@ namespace hlfs {
 
 namespace {
 
-std::uint64_t clock_ns(clockid_t clock) noexcept {
-    timespec now{};
-    clock_gettime(clock, &now);
-    return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<std::uint64_t>(now.tv_nsec);
-}
-
 // How long read buffers are kept that nobody needs.
 constexpr std::uint64_t kTrimNs = 10'000'000'000;
 // The ring's memory so many times as long: guests write in bursts, and to have it again costs milliseconds an extent.
@@ -38,13 +32,6 @@ const std::byte* map_zeros() {
 }
 
 }  // namespace
-
-std::uint64_t realtime_ns() noexcept {
-    return clock_ns(CLOCK_REALTIME);
-}
-std::uint64_t monotonic_ns() noexcept {
-    return clock_ns(CLOCK_MONOTONIC);
-}
 
 Core::Core(std::unique_ptr<Ring> ring, const CoreOptions& options)
     : ring_(std::move(ring)),

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/clock.hpp"
 #include "base/dataplane.hpp"
 #include "cache/block_cache.hpp"
 #include "log/buffer_pool.hpp"
@@ -67,9 +68,6 @@ struct Event {
     std::uint64_t kept_bytes = 0;
     std::string header;
 };
-
-std::uint64_t realtime_ns() noexcept;
-std::uint64_t monotonic_ns() noexcept;
 
 class Core final : public VolumeTable {
   public:

@@ -1,0 +1,1 @@
+"""Watching mounts: `hlfs top` for people, `hlfs metrics` for Prometheus."""

@@ -1,0 +1,78 @@
+"""What the attached volumes of a pool are doing, as an attribute that is read page by page."""
+
+import os
+import re
+import time
+from contextlib import suppress
+from typing import Any
+
+from hlfsfs.errors import HlfsError, NoAttribute, printable
+from hlfsfs.pool import snapshots, xattrs
+from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
+
+PAGE_BYTES = 32768
+_START = re.compile(r"[0-9a-f]{1,16}")
+
+
+class Watching:
+    """Answers `user.hlfs.metrics.START` of pools."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._started_ns = time.time_ns()
+
+    def page(self, node: Node | snapshots.Node, attribute: str) -> bytes:
+        """The volumes in a pool and in those below it, by id, from START on, in hexadecimal.
+
+        Nothing is attached for it: what nobody has used since the mount is not listed. JSON: {"server": of the whole
+        mount, with "started_ns" since the epoch and "bounds_ns" of all buckets but the last, "volumes":
+        [`Volume.metrics` with "name" and "uuid"], "next": START of the next page or null}.
+
+        Raises:
+            NoAttribute: it is no such question, or not one to a pool.
+        """
+        start = attribute.removeprefix(xattrs.METRICS)
+        if not isinstance(node, PoolNode) or _START.fullmatch(start) is None:
+            what = self._shared.what(node) if isinstance(node, Node) else attribute
+            raise NoAttribute(what, attribute)
+        following: int | None = None
+        told: list[bytes] = []
+        size_bytes = len(server := xattrs.as_json(self._server()))
+        for each in self._volumes(node, int(start, 16)):
+            if size_bytes >= PAGE_BYTES:
+                following = each.id
+                break
+            with suppress(HlfsError):
+                if (found := self._metrics(each)) is not None:
+                    told.append(xattrs.as_json(found))
+                    size_bytes += len(told[-1]) + 1
+        shown = b"null" if following is None else b'"%x"' % following
+        return b'{"server": %s, "volumes": [%s], "next": %s}' % (server, b",".join(told), shown)
+
+    def _volumes(self, pool: PoolNode, first_id: int) -> list[VolumeNode]:
+        with self._shared.lock:
+            found = [each for each in self._shared.tree.volumes() if each.id >= first_id and _is_below(each, pool)]
+        return sorted(found, key=lambda each: each.id)
+
+    def _metrics(self, node: VolumeNode) -> dict[str, Any] | None:
+        volume = self._shared.engine.attached(node.id)
+        if volume is None:
+            return None
+        return {"name": printable(node.path), "uuid": str(volume.uuid), **volume.metrics()}
+
+    def _server(self) -> dict[str, Any]:
+        space = self._shared.store.statfs()
+        return {
+            "pid": os.getpid(),
+            "started_ns": self._started_ns,
+            "store_total_bytes": space.total_bytes,
+            "store_available_bytes": space.available_bytes,
+            **self._shared.engine.metrics(),
+        }
+
+
+def _is_below(node: Node, pool: PoolNode) -> bool:
+    at: Node | None = node.parent
+    while at is not None and at is not pool:
+        at = at.parent
+    return at is not None
