@@ -223,6 +223,12 @@ SCALE = (
     Figure(
         "memory", "map", "server's memory beyond the ring, read cache of 16 MiB included", "bytes", at_most=200 * MIB
     ),
+    Figure("mountd_empty", "map", "`hlfs-mountd start` of an empty store", "s"),
+    Figure("mountd", "map", "`hlfs-mountd start` of its store", "s", at_most=0.3),
+    Figure("takeover_large", "map", "its server killed at rest: until a read is answered", "s", at_most=1.0),
+    Figure("takeover_rest", "takeover", "server killed at rest: until a read is answered", "s", at_most=1.0),
+    Figure("takeover_busy", "takeover", "killed under 4k writes 32 deep: longest write, median of 7", "s", at_most=1.0),
+    Figure("takeover_busy_longest", "takeover", "the longest of all", "s"),
     Figure("replay_4k_log", "replay", "log of 4k random writes behind the last checkpoint", "bytes"),
     Figure("replay_4k", "replay", "its crash replay", "bytes/s", at_least=1e9),
     Figure("replay_1m_log", "replay", "log of 1 MiB writes behind the last checkpoint", "bytes"),

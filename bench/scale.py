@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,6 +22,7 @@ from rich.console import Console
 from bench.commands import run_command
 from bench.fio import run_fio
 from bench.jobs import MIB, SCALE
+from bench.mountd import NAME, daemon
 from bench.mounts import Mount
 from bench.pokes import poke
 from bench.report import BUILD, figures_content, host, print_figures, save, wide_console
@@ -41,6 +44,7 @@ REPLAY_WRITES = {
     "replay_4k": ({"rw": "randwrite", "bs": "4k"}, 1 << 40),
     "replay_1m": ({"rw": "randwrite", "bs": "1m"}, 1 << 40),
 }
+KILLS = 7
 # For what HLFS gives back only after a while at rest.
 REST_S = 75
 
@@ -75,9 +79,14 @@ def mounted(place: Path, stack: ExitStack, options: str = "") -> Mount:
 
 
 def large_map(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict[str, float]:
-    empty, mount = (mounted(place / name, stack, f"read_cache={READ_CACHE_MIB}M") for name in ("empty", "large"))
+    options = f"read_cache={READ_CACHE_MIB}M,max_deaths=1000"
+    empty, mount = (mounted(place / name, stack, options) for name in ("empty", "large"))
     values = make(mount, plan.size, plan.mapped, console)
     values |= times(mount, empty, plan.rounds, console)
+    mount.down()
+    values |= {"mountd_empty": start_s(empty, place, plan.rounds), "mountd": start_s(mount, place, plan.rounds)}
+    mount.up()
+    values["takeover_large"] = pause_s(mount, console)
     return {**values, "memory": memory(mount, plan.touches, console)}
 
 
@@ -136,6 +145,57 @@ def memory(mount: Mount, touches: int, console: Console) -> float:
     poke(mount.file, -1, touches, "read")
     poke(mount.file, -2, touches, "write")
     return float(memory_bytes(mount.server())["private"])
+
+
+# --- another server -------------------------------------------------------------------------------------------------
+
+
+def takeover(plan: Plan, place: Path, stack: ExitStack, console: Console) -> dict[str, float]:
+    """Of a server that is killed: until its successor answers who reads, and how long a write waits at most."""
+    mount = mounted(place / "takeover", stack, "max_deaths=1000")
+    mount.up()
+    run_command(["truncate", "-s", str(plan.traffic), mount.file], mount.file)
+    values = {"takeover_rest": pause_s(mount, console)}
+    longest = []
+    for _ in range(KILLS):
+        options = {"rw": "randwrite", "bs": "4k", "iodepth": "32", "ioengine": "libaio", "runtime": "4"}
+        kill = threading.Timer(2.0, lambda: os.kill(mount.server(), signal.SIGKILL))
+        kill.start()
+        try:
+            job = run_fio(mount.file, plan.traffic, {**options, "time_based": "1"})
+        finally:
+            kill.join()
+        longest.append(job["write"]["lat_ns"]["max"] / 1e9)
+    console.print(f"under writes: {', '.join(f'{each:.3f}' for each in longest)} s")
+    return {**values, "takeover_busy": median(longest), "takeover_busy_longest": max(longest)}
+
+
+def pause_s(mount: Mount, console: Console) -> float:
+    """From the death of a server at rest until a read is answered by the next one; of several, the median."""
+    read = ["dd", f"if={mount.file}", "of=/dev/null", "bs=4k", "count=1", "iflag=direct", "status=none"]
+    found = []
+    for _ in range(KILLS):
+        run_command(read, mount.file)
+        server = mount.server()
+
+        def die(server: int = server) -> None:
+            os.kill(server, signal.SIGKILL)
+            run_command(read, mount.file)
+
+        found.append(seconds(die))
+    console.print(f"takeover at rest: {', '.join(f'{each:.3f}' for each in found)} s")
+    return median(found)
+
+
+def start_s(mount: Mount, place: Path, rounds: int) -> float:
+    """Of `hlfs-mountd start` and a look at the volume, if there is one; the mount is down."""
+    found = []
+    with daemon(mount, place) as mountd:
+        for _ in range(rounds):
+            drop_caches()
+            found.append(seconds(lambda: mountd.ask("start", NAME)))
+            mountd.ask("stop", NAME)
+    return median(found)
 
 
 # --- a long log ---------------------------------------------------------------------------------------------------
@@ -204,6 +264,7 @@ def rest_figures(name: str, mount: Mount) -> dict[str, float]:
 PARTS: dict[str, Callable[[Plan, Path, ExitStack, Console], dict[str, float]]] = {
     "map": large_map,
     "replay": replay,
+    "takeover": takeover,
     "rest": at_rest,
 }
 
@@ -219,7 +280,7 @@ PARTS: dict[str, Callable[[Plan, Path, ExitStack, Console], dict[str, float]]] =
 @click.option("--parts", multiple=True, type=click.Choice(list(PARTS)), help="Again for more.  [default: all]")
 @click.option("--json", "output", type=click.Path(path_type=Path), default=BUILD / "bench.json", show_default=True)
 def scale(*, parent: Path, rounds: int, touches: int, parts: tuple[str, ...], output: Path, **sizes: str) -> None:
-    """Measure what grows: a large map, a long log to replay, a server's memory."""
+    """Measure what grows: a large map, a long log to replay, a takeover, a server's memory."""
     parent.mkdir(parents=True, exist_ok=True)
     console = wide_console()
     plan = Plan(**{name: parse_size(size) for name, size in sizes.items()}, rounds=rounds, touches=touches)
