@@ -264,7 +264,7 @@ class ControlOperations(pyfuse3.Operations):
     # --- extended attributes ----------------------------------------------------------------------------------
 
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        return await self.call(self.namespace.getxattr, inode, name)
+        return await self.call(self.namespace.getxattr, inode, name, uid=ctx.uid)
 
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
         try:

@@ -433,9 +433,12 @@ class Namespace:
 
     # --- extended attributes ----------------------------------------------------------------------------------
 
-    def getxattr(self, node_id: int, name: bytes) -> bytes:
-        """Value of an attribute. Raises NoAttribute, NotSupported, RefusedName, StaleId, Damaged."""
-        return self._properties.getxattr(self._node(node_id), name)
+    def getxattr(self, node_id: int, name: bytes, uid: int = 0) -> bytes:
+        """Value of an attribute. Raises NoAttribute, NotSupported, RefusedName, StaleId, Damaged.
+
+        `uid` says who asks, for what tells each of his own.
+        """
+        return self._properties.getxattr(self._node(node_id), name, uid)
 
     def setxattr(self, node_id: int, name: bytes, value: bytes, flags: int = 0, uid: int = 0) -> None:
         """Sets an attribute; durable. Raises as `xattrs.with_attribute`, and StaleId, Damaged, ReadOnly.

@@ -168,7 +168,7 @@ class Properties:
 
     # --- extended attributes ----------------------------------------------------------------------------------
 
-    def getxattr(self, node: AnyNode, name: bytes) -> bytes:
+    def getxattr(self, node: AnyNode, name: bytes, uid: int) -> bytes:
         """See `Namespace.getxattr`."""
         text = xattrs.parse_name(name)
         if text == xattrs.STATS:
@@ -178,7 +178,7 @@ class Properties:
         if text.startswith(xattrs.CHANGES):
             return self._diffs.page(node, text)
         if text.startswith(xattrs.METRICS):
-            return self._watching.page(node, text)
+            return self._watching.page(node, text, uid)
         if text.startswith((xattrs.LIST, xattrs.CHECKPOINTS)) and not isinstance(node, Node):
             pages = self._snapshots if text.startswith(xattrs.LIST) else self._time_travel
             return pages.page(node, text)

@@ -21,12 +21,13 @@ class Watching:
         self._shared = shared
         self._started_ns = time.time_ns()
 
-    def page(self, node: Node | snapshots.Node, attribute: str) -> bytes:
+    def page(self, node: Node | snapshots.Node, attribute: str, uid: int) -> bytes:
         """The volumes in a pool and in those below it, by id, from START on, in hexadecimal.
 
-        Nothing is attached for it: what nobody has used since the mount is not listed. JSON: {"server": of the whole
-        mount, with "started_ns" since the epoch and "bounds_ns" of all buckets but the last, "volumes":
-        [`Volume.metrics` with "name" and "uuid"], "next": START of the next page or null}.
+        Root, and who the server runs as, are told of all, anybody else of his own. Nothing is attached for it: what
+        nobody has used since the mount is not listed. JSON: {"server": of the whole mount, with "started_ns" since the
+        epoch and "bounds_ns" of all buckets but the last, "volumes": [`Volume.metrics` with "name" and "uuid"],
+        "next": START of the next page or null}.
 
         Raises:
             NoAttribute: it is no such question, or not one to a pool.
@@ -38,7 +39,7 @@ class Watching:
         following: int | None = None
         told: list[bytes] = []
         size_bytes = len(server := xattrs.as_json(self._server()))
-        for each in self._volumes(node, int(start, 16)):
+        for each in self._volumes(node, int(start, 16), uid):
             if size_bytes >= PAGE_BYTES:
                 following = each.id
                 break
@@ -49,9 +50,17 @@ class Watching:
         shown = b"null" if following is None else b'"%x"' % following
         return b'{"server": %s, "volumes": [%s], "next": %s}' % (server, b",".join(told), shown)
 
-    def _volumes(self, pool: PoolNode, first_id: int) -> list[VolumeNode]:
+    def _volumes(self, pool: PoolNode, first_id: int, uid: int) -> list[VolumeNode]:
+        everybodys = uid in {0, os.geteuid()}
         with self._shared.lock:
-            found = [each for each in self._shared.tree.volumes() if each.id >= first_id and _is_below(each, pool)]
+            found = [
+                each
+                for each in self._shared.tree.volumes()
+                if each.id >= first_id
+                and each.record is not None
+                and (everybodys or each.record.uid == uid)
+                and _is_below(each, pool)
+            ]
         return sorted(found, key=lambda each: each.id)
 
     def _metrics(self, node: VolumeNode) -> dict[str, Any] | None:

@@ -240,6 +240,19 @@ def test_what_is_no_pool_has_no_metrics(mount: Mounted) -> None:
         assert said == "61\n", (path, attribute)
 
 
+@needs_fuse
+def test_others_are_told_of_their_own(mount: Mounted) -> None:
+    mount.run("mkdir", "--mode=0700", mount.path / "secret")
+    mount.run("truncate", "--size=1M", mount.path / "roots", mount.path / "secret" / "roots", mount.path / "users")
+    mount.run("chown", "4321", mount.path / "users")
+    code = (
+        "import json, os, sys; os.chdir(sys.argv[1]); os.setgid(4321); os.setuid(4321)\n"
+        "page = json.loads(os.getxattr('.', 'user.hlfs.metrics.0'))\n"
+        "print([each['name'] for each in page['volumes']])"
+    )
+    assert run("/usr/bin/python3", "-c", code, mount.path) == "['users']\n"
+
+
 @contextmanager
 def exporter(*words: str | Path) -> Iterator[str]:
     """`hlfs metrics` that listens; where."""
