@@ -91,7 +91,7 @@ def _wait() -> None:
 
 
 def kept() -> dict[str, Mount]:
-    """What systemd kept, by key, for this process to own. What is incomplete or superfluous is closed."""
+    """What systemd kept, by key, for this process to own. What is incomplete or superfluous it keeps no more."""
     try:
         names = os.environ.get("LISTEN_FDNAMES", "").split(":")
         count = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
@@ -114,11 +114,16 @@ def kept() -> dict[str, Mount]:
         newer, older = sorted([(int(match[4] or 0), fd, name), rings.get(place, (-1, -1, ""))], reverse=True)
         rings[place] = newer
         if older[1] >= 0:
-            os.close(older[1])
+            _give_back(*older[1:])
     found: dict[str, Mount] = {}
     for place, fd in devices.items():
         _, ring_fd, ring_name = rings.pop(place, (0, -1, ""))
         found[place[0]] = Mount(fd, place[1], ring_fd, ring_name)
-    for _, ring_fd, _ in rings.values():
-        os.close(ring_fd)
+    for _, ring_fd, ring_name in rings.values():
+        _give_back(ring_fd, ring_name)
     return found
+
+
+def _give_back(fd: int, name: str) -> None:
+    os.close(fd)
+    _send(["FDSTOREREMOVE=1", f"FDNAME={name}"], [])

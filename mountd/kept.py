@@ -13,7 +13,6 @@ import trio
 from hlfsfs.errors import HlfsError, MountFailed, NoSuchName, printable
 from hlfsfs.fuse import keeper
 from mountd.definitions import Definition
-from mountd.fd_store import FdStore
 from mountd.servers import Server, Servers, answers, close_mount, is_mounted, is_ours, key_of, look, take_away
 
 FIRST_PAUSE_S = 1.0
@@ -216,6 +215,7 @@ class Kept:
 
             nursery.start_soon(ended)
             nursery.start_soon(server.listen, self._changes.announce)
+            nursery.start_soon(server.forget_past)
             await self._changes.until(lambda: self._server is not server)
             nursery.cancel_scope.cancel()
         async with self._changing:
@@ -246,7 +246,7 @@ class Kept:
             self._pause_s = self._first_pause_s
         self._set("failed")
         if there and is_ours(definition, there[-1]):
-            take_away(definition)
+            await take_away(definition, there[-1].mount_id, taken.ring_name if taken else "")
 
     async def _hear_out(self, server: Server) -> None:
         """What it said last."""
@@ -259,11 +259,7 @@ class Kept:
         self._keepers_died_s = [each for each in self._keepers_died_s if now_s - each < keeper.DEATHS_S] + [now_s]
         if len(self._keepers_died_s) >= MAX_DEATHS:
             log.error("%s: %d keepers died within a minute", printable(definition.directory), MAX_DEATHS)
-            store = FdStore(key_of(definition))
-            store.go_on(taken.mount_id, taken.ring_name)
-            store.forget()
             close_mount(taken)
-            await trio.to_thread.run_sync(keeper.give_up, definition.directory, taken.mount_id)
             return False
         log.error("%s: its keeper, process %d, ended; another one takes over", definition.directory, server.pid)
         await server.servers_end()
@@ -288,7 +284,7 @@ class Kept:
             if server is None or definition is None or self.state != "mounted":
                 return False
             what = f"{printable(definition.directory)}: not upgraded"
-            if server.mount is None or server.mount.ring_fd < 0:
+            if not server.linked or server.mount is None or server.mount.ring_fd < 0:
                 raise HlfsError(f"{what}: its keeper has not found this daemon; stop and start it")
             if int.from_bytes(os.pread(server.mount.ring_fd, 4, 8), sys.byteorder) != ring_version:
                 raise HlfsError(f"{what}: the new program cannot go on from the old one's memory; stop and start it")
@@ -360,11 +356,10 @@ class Kept:
             )
         taken = self._servers.take_left(definition, there[-1].mount_id)
         if taken is not None:
-            server = await self._servers.find(definition)
+            server = await self._servers.find(definition, taken)
             if server is None:
                 log.error("%s: nobody serves it; a keeper takes over", printable(definition.directory))
                 return await self._servers.begin(definition, taken)
-            close_mount(taken)
             return server
         if await answers(definition.directory):
             server = await self._servers.find(definition)
@@ -373,5 +368,5 @@ class Kept:
                     definition.directory, "it is mounted, but its server cannot be found; unmount it first"
                 )
             return server
-        take_away(definition)
+        await take_away(definition, there[-1].mount_id)
         return None

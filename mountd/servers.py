@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import struct
@@ -19,10 +20,10 @@ import trio
 
 from hlfsfs.errors import HlfsError, MountFailed, StoreLocked, printable
 from hlfsfs.fuse import keeper
-from hlfsfs.fuse.mount import unmount
 from hlfsfs.fuse.mountinfo import FSTYPE, Mount, absolute, mounts
 from hlfsfs.store import open_store, parse_uri
 from mountd.definitions import Definition
+from mountd.fd_store import FdStore
 from mountd.keeping import KEEPERS, Hello, Order
 from mountd.nursery import Nursery
 
@@ -33,6 +34,8 @@ HELLO_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 10.0
 GIVE_UP_S = 5.0
 GONE_S = 0.5
+# A server that dies as its keeper does is not dead much before it.
+DIES_WITH_S = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +96,15 @@ class Server:
         return self.pid
 
     def _serves(self, pid: int) -> None:
-        if self._server is not None:
-            os.close(self._server[1])
-        self._server = None
+        self._forget_server()
         with contextlib.suppress(OSError):
             self._server = pid, os.pidfd_open(pid)
+
+    def _forget_server(self) -> None:
+        if self._server is not None:
+            trio.lowlevel.notify_closing(self._server[1])
+            os.close(self._server[1])
+        self._server = None
 
     async def hear(self) -> str:
         """The next word; empty: there is none any more."""
@@ -143,6 +150,17 @@ class Server:
                 self._link.close()
                 self._link = None
 
+    async def forget_past(self) -> None:
+        """What it was found with is not its last server's any more once that one is gone and it is not."""
+        if self.linked or self.mount is None or self._server is None:
+            return
+        with contextlib.suppress(trio.ClosedResourceError):
+            await trio.lowlevel.wait_readable(self._server[1])
+        await trio.sleep(DIES_WITH_S)
+        if not self.is_gone() and not self.linked:
+            self._forget_mount()
+            self._forget_server()
+
     async def servers_end(self) -> None:
         """Its last server is gone, too: sees to that."""
         if self._server is not None:
@@ -159,6 +177,21 @@ class Server:
     def _forget_mount(self) -> None:
         close_mount(self.take_mount())
 
+    def trust(self, left: keeper.Mount) -> None:
+        """Goes on from what was left of its mount, if that is its server's: not, if that began after this process."""
+        try:
+            current = int(_ticks(self.server_pid)) < int(_ticks(os.getpid()))
+        except (OSError, ValueError):
+            current = False
+        if current:
+            self.learn(left, self.server_pid)
+        else:
+            close_mount(left)
+
+    def is_gone(self) -> bool:
+        """Whether it has ended, also where nobody has taken notice of that yet."""
+        return bool(select.select([self._pidfd], [], [], 0)[0])
+
     async def ended(self) -> None:
         """Returns when the process is gone, or it is not waited for any more."""
         with contextlib.suppress(trio.ClosedResourceError):
@@ -173,9 +206,7 @@ class Server:
         """No more calls after it; the processes go on."""
         trio.lowlevel.notify_closing(self._pidfd)
         os.close(self._pidfd)
-        if self._server is not None:
-            trio.lowlevel.notify_closing(self._server[1])
-            os.close(self._server[1])
+        self._forget_server()
         if self._link is not None:
             self._link.close()
         self._forget_mount()
@@ -274,8 +305,13 @@ def key_of(definition: Definition) -> str:
 def _started(pid: int) -> str:
     """When a process began, in ticks since boot, with the boot's own id. Raises OSError."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot_id}/{_ticks(pid)}"
+
+
+def _ticks(pid: int) -> str:
+    """The same without the boot. Raises OSError."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    return f"{boot_id}/{fields[19]}"
+    return fields[19]
 
 
 def _lock_pid(source: str) -> int | None:
@@ -351,6 +387,7 @@ class Servers:
         """What is left of that mount of an earlier daemon's; the caller's then."""
         mount = self._left.pop(key_of(definition), None)
         if mount is not None and mount.mount_id != mount_id:
+            _forget(definition, mount.mount_id, mount.ring_name)
             close_mount(mount)
             return None
         return mount
@@ -435,17 +472,26 @@ class Servers:
                 link, _ = await listener.accept()
                 nursery.start_soon(_greet, link, known)
 
-    async def find(self, definition: Definition) -> Server | None:
-        """The process that serves the mount which is there: the noted one, or the one in the store's lock."""
+    async def find(self, definition: Definition, left: keeper.Mount | None = None) -> Server | None:
+        """The process that serves the mount which is there: the noted one, or the one in the store's lock.
+
+        With what was left of the mount, if there is a process, it can be followed before it has found this one.
+        """
         pid = self.notes.pid(definition)
         if pid is None:
             pid = await trio.to_thread.run_sync(_lock_pid, definition.source, abandon_on_cancel=True)
         if pid is None:
             return None
         try:
-            return Server(pid, adopted=True)
+            server = Server(pid, adopted=True)
         except OSError:
             return None
+        if server.is_gone():
+            server.close()
+            return None
+        if left is not None:
+            server.trust(left)
+        return server
 
     def take_unmounted(self, definition: Definition) -> bool:
         """Whether its server, which is gone, ended because somebody unmounted it."""
@@ -509,8 +555,9 @@ async def _give_up(server: Server, definition: Definition) -> None:
                 await server.ended()
         server.close()
         with contextlib.suppress(HlfsError), trio.move_on_after(GIVE_UP_S):
-            if await is_mounted(definition):
-                take_away(definition)
+            there = await look(definition)
+            if there and is_ours(definition, there[-1]):
+                await take_away(definition, there[-1].mount_id)
 
 
 def _make_directory(directory: str) -> None:
@@ -522,7 +569,18 @@ def _make_directory(directory: str) -> None:
         raise MountFailed(directory, f"cannot be made: {os.strerror(exc.errno or 0)}") from exc
 
 
-def take_away(definition: Definition) -> None:
-    """Has a mount without a server out of the way of the next one; who has files of it open keeps getting errors."""
+async def take_away(definition: Definition, mount_id: int, ring_name: str = "") -> None:
+    """Has a mount without a server out of the way of the next one; who has files of it open gets errors.
+
+    Nobody waits for a server then, although systemd may have kept its device.
+    """
     log.warning("%s: the mount of a server that is gone is taken away", printable(definition.directory))
-    unmount(definition.directory, lazy=True)
+    _forget(definition, mount_id, ring_name)
+    await trio.to_thread.run_sync(keeper.give_up, definition.directory, mount_id)
+
+
+def _forget(definition: Definition, mount_id: int, ring_name: str) -> None:
+    """Has systemd keep nothing of a mount any more."""
+    store = FdStore(key_of(definition))
+    store.go_on(mount_id, ring_name)
+    store.forget()

@@ -15,6 +15,8 @@ _HAND_OVER = """
 import fcntl, json, os, sys
 kept = json.loads(sys.argv[1])
 high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 500) for _, fd in kept]
+for _, fd in kept:
+    os.close(fd)
 for place, fd in enumerate(high):
     os.dup2(fd, 3 + place, inheritable=True)
     os.close(fd)

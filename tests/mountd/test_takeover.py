@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -19,6 +20,8 @@ from tests.fuse.mounts import needs_fuse
 from tests.mountd.daemons import Daemon, daemon_in
 
 pytestmark = needs_fuse
+
+PR_SET_CHILD_SUBREAPER = 36
 
 
 @pytest.fixture
@@ -120,6 +123,87 @@ def test_a_keeper_finds_the_next_daemon(daemon: Daemon) -> None:
         os.kill(keeper, signal.SIGKILL)
         another_keeper(daemon, keeper)
     daemon.end()
+
+
+def test_a_keeper_that_dies_before_it_has_found_the_next_daemon(daemon: Daemon) -> None:
+    """That one goes on from what systemd kept."""
+    daemon.begin()
+    with client(daemon, 3):
+        time.sleep(0.3)
+        keeper = daemon.status("a")["keeper"]
+        daemon.kill()
+        daemon.begin()
+        os.kill(keeper, signal.SIGKILL)
+        another_keeper(daemon, keeper)
+    assert daemon.status("a")["deaths"] == 1
+    daemon.end()
+    assert not daemon.manager.kept
+
+
+@contextmanager
+def orphans_stay() -> Iterator[None]:
+    """Processes whose parents are gone are this one's, and once they end nobody takes notice."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        assert libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
+
+
+def test_a_keeper_that_is_dead_and_still_listed(daemon: Daemon) -> None:
+    with orphans_stay():
+        daemon.begin()
+        with client(daemon, 3):
+            time.sleep(0.3)
+            keeper = daemon.status("a")["keeper"]
+            daemon.kill()
+            daemon.until(lambda: f"\nPPid:\t{os.getpid()}\n" in Path(f"/proc/{keeper}/status").read_text())
+            os.kill(keeper, signal.SIGKILL)
+            daemon.begin()
+            assert Path(f"/proc/{keeper}").exists()
+            another_keeper(daemon, keeper)
+        daemon.end()
+    assert not daemon.manager.kept
+    assert os.waitpid(keeper, os.WNOHANG) == (keeper, signal.SIGKILL)
+
+
+READER = """
+import mmap, os, sys
+memory = mmap.mmap(-1, 4096)
+fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
+while True:
+    os.preadv(fd, [memory], 0)
+"""
+
+
+def test_what_cannot_be_gone_on_from_hangs_nobody(daemon: Daemon) -> None:
+    """Its server was followed by another, then keeper and server died, all before the next daemon heard of it."""
+    daemon.begin()
+    daemon.write("a", "durable")
+    before = daemon.status("a")
+    daemon.kill()
+    daemon.begin()
+    # So that its keeper does not find this daemon.
+    (daemon.run_dir / "keepers").unlink()
+    os.kill(before["pid"], signal.SIGKILL)
+    another_server(daemon, before["pid"])
+    time.sleep(1)
+    with subprocess.Popen([sys.executable, "-c", READER, daemon.at("a") / "v"], stderr=subprocess.PIPE) as reader:
+        try:
+            time.sleep(0.5)
+            assert reader.poll() is None
+            os.kill(before["keeper"], signal.SIGKILL)
+            assert b"[Errno " in reader.communicate(timeout=30)[1]
+        finally:
+            reader.kill()
+    another_keeper(daemon, before["keeper"])
+    assert daemon.read("a") == "durable"
+    # What nobody could name stays until the next daemon is given it.
+    daemon.kill()
+    daemon.begin()
+    daemon.end()
+    assert not daemon.manager.kept
 
 
 def test_upgrade(daemon: Daemon) -> None:
