@@ -61,7 +61,7 @@ def libvirt_daemons(directory: Path) -> Iterator[None]:
 
 
 def others() -> list[str]:
-    """Daemons of libvirt that run here."""
+    """Daemons of libvirt that ours would meet."""
     found = []
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
@@ -70,9 +70,17 @@ def others() -> list[str]:
             name = (process / "comm").read_text().strip()
         except OSError:
             continue
-        if name in DAEMONS:
+        if name in DAEMONS and has_our_directories(process):
             found.append(f"{name} (pid {process.name})")
     return found
+
+
+def has_our_directories(process: Path) -> bool:
+    """Whether a daemon keeps its files where one of ours would: not in another mount namespace."""
+    try:
+        return os.path.samefile(process / "root/run/libvirt", "/run/libvirt")
+    except OSError:
+        return False
 
 
 def stop(daemon: str, pid_file: Path) -> None:
