@@ -37,6 +37,8 @@ def daemon(mount: Mount, place: Path) -> Iterator[Daemon]:
         f"<directory>{mount.directory}</directory></mount>",
         encoding="utf-8",
     )
+    # An earlier one's.
+    (run_directory / "control").unlink(missing_ok=True)
     command = [str(PROGRAM), "--run-dir", str(run_directory), "run", "--config", str(config)]
     with (place / "mountd.log").open("wb") as log, subprocess.Popen(command, stderr=log) as process:
         try:

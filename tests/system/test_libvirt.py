@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import tempfile
@@ -33,7 +34,6 @@ from tests.mountd.walkthrough import DOMAIN as DOMAIN_XML
 from tests.mountd.walkthrough import POOL as POOL_XML
 from tests.mountd.walkthrough import SNAPSHOT_DOMAIN as SNAPSHOT_DOMAIN_XML
 from tests.mountd.walkthrough import VOLUME as VOLUME_XML
-from tests.system.guests import build_program
 from tests.system.libvirt_daemon import libvirt_daemons, virsh
 from tests.system.tools import KIB, MIB, random_file, sh, wait_for
 
@@ -399,10 +399,11 @@ def test_overlays_of_a_running_guest(pool: Path, scratch: Path) -> None:
 # --- snapshots of a domain, by its agent ----------------------------------------------------------------------------
 
 CHANNEL = "    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\n"
-# Writes all the time, and has an agent that freezes what it writes to.
+QEMU_GA = Path("/usr/sbin/qemu-ga")
+# Writes all the time, and has QEMU's agent that freezes what it writes to, with its libraries.
 WRITE_WITH_AGENT = """insmod /data/virtio_console.ko
 for try in $(seq 100); do set -- /dev/vport*; [ -e "$1" ] && break; sleep 0.1; done
-/data/guest_agent "$1" /data &
+/data/ld-linux-x86-64.so.2 --library-path /data /data/qemu-ga --path="$1" --statedir=/dev &
 for i in $(seq 3000); do echo $i >>/data/count.txt && sync || exit 1; say "count $i"; sleep 0.05; done
 """
 
@@ -414,8 +415,9 @@ def needs_recovery(disk: Path) -> bool:
 
 def test_a_guest_is_frozen_for_its_snapshot(pool: Path, scratch: Path) -> None:
     kernel = GuestKernel.find(GUEST_KERNEL_DIR)
-    agent = build_program(Path(__file__).with_name("guest_agent.c"), scratch / "guest_agent")
-    files = {"guest_agent": agent.read_bytes(), "virtio_console.ko": kernel.module("virtio_console").read_bytes()}
+    needed = re.findall(r"(/\S+) \(0x", run("ldd", QEMU_GA))
+    files = {Path(each).name: Path(each).read_bytes() for each in (QEMU_GA, *needed)}
+    files["virtio_console.ko"] = kernel.module("virtio_console").read_bytes()
     build_image(scratch / "image", guest_script=WRITE_WITH_AGENT, files=files)
     virsh("vol-create-as", POOL, "disk", "64M")
     in_pool("vol-upload", "disk", scratch / "image")
