@@ -1,6 +1,7 @@
 """The `hlfs-mountd` command: the daemon, and what it is asked for."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import click
 from hlfsfs.cli.output import format_time, print_json, print_table
 from hlfsfs.cli.program import Program
 from hlfsfs.errors import HlfsError, UsageError, printable
-from mountd.control import SOCKET, Order, Request, ask
+from mountd.control import SOCKET, NotRunning, Order, Request, ask
 
 CONFIG = Path("/etc/hlfs/mountd.d")
 DIRECTORY = Path("/run/hlfs/mountd")
+# Until another daemon answers, which has to be loaded.
+BEGIN_TIMEOUT_S = 30.0
 
 _names = click.argument("names", metavar="NAME...", nargs=-1, required=True)
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -168,11 +171,32 @@ def undefine(context: click.Context, names: tuple[str, ...]) -> None:
         _ask(context, "undefine", name=name)
 
 
-@main.command("upgrade", short_help="Have mounts served by the program installed now.")
+@main.command("upgrade", short_help="Have all go on with the program installed now.")
 @click.pass_context
 def upgrade(context: click.Context) -> None:
-    """Have all mounts go on with servers of the program that is installed now. Who uses them waits for a moment."""
-    print(f"{_ask(context, 'upgrade')['mounts']} mounts go on")
+    """Have all mounts go on with servers of the program that is installed now, and the daemon become that program.
+
+    Who uses the mounts waits for a moment.
+    """
+    before = _ask(context, "status")["began_ns"]
+    try:
+        count = _ask(context, "upgrade")["mounts"]
+    finally:
+        _wait_for_another(context, before)
+    print(f"{count} mounts go on")
+
+
+def _wait_for_another(context: click.Context, before_ns: int) -> None:
+    """Than the daemon that began then. Raises NotRunning: there is none within its time."""
+    end_s = time.monotonic() + BEGIN_TIMEOUT_S
+    while True:
+        try:
+            if _ask(context, "status")["began_ns"] != before_ns:
+                return
+        except NotRunning:
+            if time.monotonic() > end_s:
+                raise
+        time.sleep(0.02)
 
 
 @main.command("libvirt-xml", short_help="Translate the original HLFS's libvirt XML.")

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -59,8 +60,11 @@ class NotRunning(HlfsError):
 class Control:
     """Answers requests to a supervisor."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Supervisor, upgraded: trio.Event) -> None:
+        """`upgraded`: set once who asked for that was answered."""
         self._supervisor = supervisor
+        self._upgraded = upgraded
+        self._began_ns = time.time_ns()
         self._orders: dict[Order, Callable[[Request], Awaitable[Any]]] = {
             "status": self._status,
             "start": lambda request: supervisor.start(request.name),
@@ -81,32 +85,38 @@ class Control:
     async def _answer(self, stream: trio.SocketStream) -> None:
         try:
             async with stream:
-                await stream.send_all(await self._answer_to(stream) + b"\n")
+                request, answer = await self._answer_to(stream)
+                await stream.send_all(answer + b"\n")
+            if request is not None and request.do == "upgrade":
+                self._upgraded.set()
         except trio.BrokenResourceError:
             return  # who asked went away
 
-    async def _answer_to(self, stream: trio.SocketStream) -> bytes:
+    async def _answer_to(self, stream: trio.SocketStream) -> tuple[Request | None, bytes]:
+        """What was asked, if it was read and may be asked, and the answer."""
+        request = None
         try:
             _require_ours(stream)
             request = await _read(stream)
-            return msgspec.json.encode(Answer(result=await self._orders[request.do](request)))
+            answer = Answer(result=await self._orders[request.do](request))
         except HlfsError as exc:
-            return msgspec.json.encode(Answer(error=printable(str(exc)), exit_code=exc.exit_code))
+            answer = Answer(error=printable(str(exc)), exit_code=exc.exit_code)
         except trio.BrokenResourceError:
             raise
         except OSError as exc:
             what = printable(str(exc.filename)) if exc.filename else "hlfs-mountd"
-            return msgspec.json.encode(Answer(error=f"{what}: {os.strerror(exc.errno or 0)}", exit_code=1))
+            answer = Answer(error=f"{what}: {os.strerror(exc.errno or 0)}", exit_code=1)
         except Exception as exc:
             log.exception("a request failed")
-            error = f"unexpected {type(exc).__name__}; see the daemon's log"
-            return msgspec.json.encode(Answer(error=error, exit_code=1))
+            answer = Answer(error=f"unexpected {type(exc).__name__}; see the daemon's log", exit_code=1)
+        return request, msgspec.json.encode(answer)
 
     async def _status(self, request: Request) -> Any:
         supervisor = self._supervisor
         if request.name:
             return {"mounts": [supervisor.kept(request.name).as_json()], "wrong": []}
-        return {"mounts": supervisor.status(), "wrong": [str(each) for each in supervisor.wrong]}
+        wrong = [str(each) for each in supervisor.wrong]
+        return {"mounts": supervisor.status(), "wrong": wrong, "began_ns": self._began_ns}
 
     async def _reload(self, _: Request) -> None:
         self._supervisor.reload()

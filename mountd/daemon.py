@@ -11,6 +11,7 @@ from pathlib import Path
 import trio
 
 from hlfsfs.errors import HlfsError, VolumeBusy
+from hlfsfs.fuse.keeper import Mount
 from mountd import fd_store
 from mountd.control import SOCKET, Control
 from mountd.notify import notify, notify_reloading
@@ -59,7 +60,8 @@ def _only_one(directory: Path) -> Iterator[None]:
 def run(config: Path, directory: Path) -> None:
     """Keeps what `config` defines mounted until SIGTERM or SIGINT, then unmounts all; SIGHUP has it read again.
 
-    Killed, it leaves the mounts to their servers, and the next one goes on with them.
+    Killed, it leaves the mounts to their servers, and the next one goes on with them. After an upgrade this process
+    becomes the next one: it is called as it was before, and what is installed now is loaded.
 
     Raises:
         VolumeBusy: another one runs at `directory`, where the control socket is.
@@ -67,7 +69,10 @@ def run(config: Path, directory: Path) -> None:
     """
     try:
         with _only_one(directory):
-            trio.run(_run, config, directory)
+            left = trio.run(_run, config, directory)
+            if left is not None:
+                notify_reloading()
+                fd_store.hand_over(left)
     except OSError as exc:
         raise HlfsError(f"{exc.filename or directory}: {os.strerror(exc.errno or 0)}") from exc
     except HlfsError:
@@ -77,32 +82,40 @@ def run(config: Path, directory: Path) -> None:
         raise HlfsError(f"{directory}: the daemon failed; see its log") from exc
 
 
-async def _run(config: Path, directory: Path) -> None:
+async def _run(config: Path, directory: Path) -> dict[str, Mount] | None:
+    """What there is of its mounts, by key, if another one is to go on with them."""
     servers = Servers(directory, fd_store.kept())
     supervisor = Supervisor(config, servers)
     try:
         await servers.load()
-        await _serve(supervisor, servers, directory)
+        upgraded = await _serve(supervisor, servers, directory)
     finally:
         servers.close()
+    return supervisor.left() if upgraded else None
 
 
-async def _serve(supervisor: Supervisor, servers: Servers, directory: Path) -> None:
+async def _serve(supervisor: Supervisor, servers: Servers, directory: Path) -> bool:
+    """Whether it was upgraded."""
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            ended = trio.Event()
+            ended, upgraded = trio.Event(), trio.Event()
             nursery.start_soon(_obey, signals, supervisor, ended, nursery.cancel_scope)
             # Before mounts are tried, which may take long.
-            await nursery.start(Control(supervisor).serve, directory / SOCKET)
+            await nursery.start(Control(supervisor, upgraded).serve, directory / SOCKET)
             nursery.start_soon(servers.welcome, supervisor.server_of)
             async with trio.open_nursery() as mounting:
                 mounting.start_soon(_mount, nursery, supervisor, mounting)
                 mounting.start_soon(_leave, ended, mounting)
-            await ended.wait()
-            notify("STOPPING=1", "STATUS=unmounting")
-            log.info("unmounting everything")
-            await supervisor.stop_all(for_good=True)
+                mounting.start_soon(_leave, upgraded, mounting)
+            async with trio.open_nursery() as waiting:
+                for event in (ended, upgraded):
+                    waiting.start_soon(_leave, event, waiting)
+            if not upgraded.is_set():
+                notify("STOPPING=1", "STATUS=unmounting")
+                log.info("unmounting everything")
+                await supervisor.stop_all(for_good=True)
         nursery.cancel_scope.cancel()
+    return upgraded.is_set() and not ended.is_set()
 
 
 async def _mount(nursery: trio.Nursery, supervisor: Supervisor, mounting: trio.Nursery) -> None:
@@ -113,10 +126,10 @@ async def _mount(nursery: trio.Nursery, supervisor: Supervisor, mounting: trio.N
     mounting.cancel_scope.cancel()
 
 
-async def _leave(ended: trio.Event, mounting: trio.Nursery) -> None:
-    """Who is asked to end does not wait for what cannot be mounted."""
-    await ended.wait()
-    mounting.cancel_scope.cancel()
+async def _leave(event: trio.Event, waiting: trio.Nursery) -> None:
+    """Once that has come, nobody waits for anything else: not for what cannot be mounted."""
+    await event.wait()
+    waiting.cancel_scope.cancel()
 
 
 async def _obey(

@@ -1,13 +1,17 @@
 """Descriptors that systemd keeps for its service while none of its processes lives (sd_notify(3), FDSTORE).
 
-What they are called tells what they are: a key, and for its ring a number that grows with each server.
+What they are called tells what they are: a key, the mount's id, and of a ring when it came, in nanoseconds since boot.
 """
 
 import array
+import fcntl
 import os
 import re
 import socket
+import sys
 import time
+from collections.abc import Mapping
+from typing import NoReturn
 
 from hlfsfs.fuse.keeper import Mount
 from mountd.notify import address
@@ -30,11 +34,11 @@ class FdStore:
     def keep_mount(self, mount_id: int, fuse_fd: int) -> None:
         """Has the device kept, until `forget`."""
         self._mount_id = mount_id
-        _send(["FDSTORE=1", "FDPOLL=0", f"FDNAME={self._name('fuse')}"], [fuse_fd])
+        _send(["FDSTORE=1", "FDPOLL=0", f"FDNAME={self.device_name}"], [fuse_fd])
 
     def keep_ring(self, ring_fd: int) -> str:
         """Has the ring kept instead of the one before; returns its name once that is so."""
-        before, self._ring = self._ring, self._name(f"ring{time.monotonic_ns()}")
+        before, self._ring = self._ring, self._name(f"ring{time.clock_gettime_ns(time.CLOCK_BOOTTIME)}")
         _send(["FDSTORE=1", f"FDNAME={self._ring}"], [ring_fd])
         _wait()
         if before:
@@ -47,9 +51,14 @@ class FdStore:
 
     def forget(self) -> None:
         """The mount is gone."""
-        for name in (self._name("fuse"), self._ring):
+        for name in (self.device_name, self._ring):
             if name:
                 _send(["FDSTOREREMOVE=1", f"FDNAME={name}"], [])
+
+    @property
+    def device_name(self) -> str:
+        """What systemd calls its device."""
+        return self._name("fuse")
 
     def _name(self, what: str) -> str:
         return f"hlfs-{self._key}-{self._mount_id}-{what}"
@@ -90,8 +99,33 @@ def _wait() -> None:
             os.close(writing)
 
 
+def hand_over(left: Mapping[str, Mount]) -> NoReturn:
+    """Becomes the program anew, which finds that by `kept`, by key. Raises OSError."""
+    fds, names = [], []
+    for key, mount in left.items():
+        store = FdStore(key)
+        store.go_on(mount.mount_id, mount.ring_name)
+        for fd, name in ((mount.fuse_fd, store.device_name), (mount.ring_fd, mount.ring_name)):
+            if fd >= 0 and name:
+                fds.append(fd)
+                names.append(name)
+    # First out of the way of each other.
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD + len(fds)) for fd in fds]
+    for place, fd in enumerate(high):
+        os.dup2(fd, _FIRST_FD + place, inheritable=True)
+    os.environ |= {
+        "LISTEN_PID": str(os.getpid()),
+        "LISTEN_FDS": str(len(fds)),
+        "LISTEN_FDNAMES": ":".join(names),
+    }
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def kept() -> dict[str, Mount]:
-    """What systemd kept, by key, for this process to own. What is incomplete or superfluous it keeps no more."""
+    """What systemd kept, or `hand_over` left, by key, for this process to own.
+
+    What is incomplete or superfluous systemd keeps no more.
+    """
     try:
         names = os.environ.get("LISTEN_FDNAMES", "").split(":")
         count = int(os.environ.get("LISTEN_FDS", "0")) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
@@ -122,6 +156,12 @@ def kept() -> dict[str, Mount]:
     for _, ring_fd, ring_name in rings.values():
         _give_back(ring_fd, ring_name)
     return found
+
+
+def ring_time_s(name: str) -> float:
+    """When a ring that is called so came, in seconds since boot; 0: it is none."""
+    match = _NAME.fullmatch(name)
+    return int(match[4] or 0) / 1e9 if match else 0.0
 
 
 def _give_back(fd: int, name: str) -> None:

@@ -101,6 +101,11 @@ class Kept:
             "why": self.why,
         }
 
+    @property
+    def mount(self) -> keeper.Mount | None:
+        """What there is of it for others to go on with."""
+        return self._server.mount if self._server else None
+
     def server_of(self, key: str) -> Server | None:
         """The keeper that was found or begun, if the mount is called so."""
         return self._server if key_of(self.definition) == key else None

@@ -23,7 +23,7 @@ from hlfsfs.fuse import keeper
 from hlfsfs.fuse.mountinfo import FSTYPE, Mount, absolute, mounts
 from hlfsfs.store import open_store, parse_uri
 from mountd.definitions import Definition
-from mountd.fd_store import FdStore
+from mountd.fd_store import FdStore, ring_time_s
 from mountd.keeping import KEEPERS, Hello, Order
 from mountd.nursery import Nursery
 
@@ -34,6 +34,7 @@ HELLO_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 10.0
 GIVE_UP_S = 5.0
 GONE_S = 0.5
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 # A server that dies as its keeper does is not dead much before it.
 DIES_WITH_S = 0.2
 
@@ -177,16 +178,13 @@ class Server:
     def _forget_mount(self) -> None:
         close_mount(self.take_mount())
 
-    def trust(self, left: keeper.Mount) -> None:
-        """Goes on from what was left of its mount, if that is its server's: not, if that began after this process."""
+    def began_before(self, boot_time_s: float) -> bool:
+        """Whether its server did, in seconds since boot; not where there is none just now."""
+        server_pid = self.server_pid
         try:
-            current = int(_ticks(self.server_pid)) < int(_ticks(os.getpid()))
-        except (OSError, ValueError):
-            current = False
-        if current:
-            self.learn(left, self.server_pid)
-        else:
-            close_mount(left)
+            return server_pid != self.pid and _started_s(server_pid) + 1 / _TICKS_PER_S < boot_time_s
+        except OSError:
+            return False
 
     def is_gone(self) -> bool:
         """Whether it has ended, also where nobody has taken notice of that yet."""
@@ -308,8 +306,12 @@ def _started(pid: int) -> str:
     return f"{boot_id}/{_ticks(pid)}"
 
 
+def _started_s(pid: int) -> float:
+    """The same in seconds since boot. Raises OSError."""
+    return int(_ticks(pid)) / _TICKS_PER_S
+
+
 def _ticks(pid: int) -> str:
-    """The same without the boot. Raises OSError."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     return fields[19]
 
@@ -358,11 +360,11 @@ async def answers(directory: str) -> bool:
 class Servers:
     """Begins, finds and ends keepers; what is to outlive this process is noted in `directory`."""
 
-    def __init__(self, directory: Path, left: dict[str, keeper.Mount] | None = None) -> None:
-        """`left`: mounts that nobody serves, by `key_of`: what systemd kept."""
+    def __init__(self, directory: Path, left: dict[str, keeper.Mount]) -> None:
+        """`left`: what there is, by `key_of`, of mounts of the last daemon's, which somebody serves or not."""
         self.notes = Notes(directory)
         self._keepers = directory / KEEPERS
-        self._left = dict(left or {})
+        self._left = dict(left)
         self._nursery = Nursery()
 
     async def load(self) -> None:
@@ -490,7 +492,11 @@ class Servers:
             server.close()
             return None
         if left is not None:
-            server.trust(left)
+            # Where another server has begun since the ring came, it is an earlier one's.
+            if server.began_before(ring_time_s(left.ring_name)):
+                server.learn(left, server.server_pid)
+            else:
+                close_mount(left)
         return server
 
     def take_unmounted(self, definition: Definition) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from hlfsfs.errors import HlfsError, NoSuchName, VolumeBusy, printable
+from hlfsfs.fuse.keeper import Mount
 from mountd.definitions import (
     Definition,
     fitting,
@@ -20,7 +21,7 @@ from mountd.definitions import (
     write_file,
 )
 from mountd.kept import FIRST_PAUSE_S, Changes, Kept
-from mountd.servers import Server, Servers, is_mounted
+from mountd.servers import Server, Servers, is_mounted, key_of
 from mountd.untrusted_xml import BadXml
 
 # How long systemd waits for what cannot be mounted, or said not to be; the others go on behind it.
@@ -135,6 +136,11 @@ class Supervisor:
     def _in_order(self) -> list[Kept]:
         names = in_order({name: kept.definition for name, kept in self._kept.items()})
         return [self._kept[name] for name in names if name in self._kept]
+
+    def left(self) -> dict[str, Mount]:
+        """What there is of mounts, by `key_of`, for another daemon to go on with."""
+        found = {key_of(kept.definition): kept.mount for kept in self._kept.values()}
+        return {key: mount for key, mount in found.items() if mount is not None}
 
     def server_of(self, key: str) -> Server | None:
         """The keeper of the mount that is called so among keepers."""

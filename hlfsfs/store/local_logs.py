@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import logging
+import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 class LocalLogs(LocalSpares):
     """The part of a local store the engine works on."""
+
+    _direct_io: bool | None = None  # None: not tried yet
 
     def log_path(self, log_uuid: UUID) -> bytes:
         return os.path.join(self.meta, b"logs", str(log_uuid).encode())
@@ -99,7 +102,7 @@ class LocalLogs(LocalSpares):
                 self.disk.rename(made, path, Rename.NOREPLACE)
                 made = path
                 self.disk.fsync_dir(self.log_path(log_uuid))
-                _use_direct_io(fd)
+                self._use_direct_io(fd)
             except (OSError, HlfsError):
                 if fd is not None:
                     self.disk.close(fd)
@@ -120,7 +123,7 @@ class LocalLogs(LocalSpares):
         with self._log(log_uuid):
             fd = self.disk.open(self.segment_path(log_uuid, segno), os.O_RDWR if writable else os.O_RDONLY)
             try:
-                _use_direct_io(fd)
+                self._use_direct_io(fd)
             except OSError:
                 self.disk.close(fd)
                 raise
@@ -178,6 +181,25 @@ class LocalLogs(LocalSpares):
         ):
             self.disk.write(fd, data.ljust(CHECKPOINT_SLOT_BYTES, b"\0"), index * CHECKPOINT_SLOT_BYTES)
 
+    def _use_direct_io(self, fd: int) -> None:
+        """Turns O_DIRECT on where the filesystem has it: tmpfs of old kernels does not.
+
+        overlayfs above such a one takes it and then refuses every read and write, so the first file is tried.
+        """
+        if self._direct_io is False:
+            return
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+            if self._direct_io is None:
+                _read_directly(fd)
+            self._direct_io = True
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+            self._direct_io = False
+
     @contextmanager
     def _log(self, log_uuid: UUID) -> Iterator[None]:
         """Tells a missing log or segment as damage: the caller knew that it exists."""
@@ -196,16 +218,17 @@ class LocalLogs(LocalSpares):
             raise CheckpointDamaged(f"log {log_uuid}", "its checkpoint file is missing") from exc
 
 
+def _read_directly(fd: int) -> None:
+    """Raises OSError (EINVAL) where a file cannot be read so; other errors count once what is there is needed."""
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        try:
+            os.preadv(fd, [page], 0)
+        except OSError as exc:
+            if exc.errno == errno.EINVAL:
+                raise
+
+
 def _missing_file(cause: BaseException | None) -> str:
     """Apart, so that no frame in the cause's traceback holds the cause: that would keep all their volumes alive."""
     missing = (cause.filename2 or cause.filename) if isinstance(cause, OSError) else b"a file"
     return printable(os.path.basename(missing))
-
-
-def _use_direct_io(fd: int) -> None:
-    """Turns O_DIRECT on where the filesystem has it (tmpfs of old kernels does not)."""
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
-    except OSError as exc:
-        if exc.errno != errno.EINVAL:
-            raise

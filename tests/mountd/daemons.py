@@ -58,15 +58,18 @@ class Daemon:
 
     # --- the daemon -----------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Returns once it says that it is ready."""
+    def begin(self, *, told: bool = True) -> None:
+        """Returns once it says that it is ready; or that it answers, if it is to tell systemd nothing."""
         with self.log.open("ab") as output:
             command = [*PROGRAM, "--run-dir", str(self.run_dir), "run", "--config", str(self.config)]
             command, fds = self.manager.begin(command)
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=fds,
-                env={**os.environ, "NOTIFY_SOCKET": str(self.manager.path)},
+                env={**os.environ, "NOTIFY_SOCKET": str(self.manager.path) if told else ""},
             )  # fmt: skip
+        if not told:
+            self.until(lambda: self.command("status")[0] == 0)
+            return
         assert self.told().startswith("READY=1"), self.log.read_text()
 
     @property
@@ -121,6 +124,11 @@ class Daemon:
 
     def status(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.command("status", name, "--json")[1])["mounts"][0]
+        return found
+
+    def began_ns(self) -> int:
+        """When this daemon did."""
+        found: int = json.loads(self.command("status", "--json")[1])["began_ns"]
         return found
 
     def until(self, wanted: Callable[[], bool]) -> None:

@@ -211,14 +211,33 @@ def test_upgrade(daemon: Daemon) -> None:
     daemon.begin()
     with client(daemon, 2):
         for _ in range(2):
-            before = daemon.status("a")
+            before, began_ns = daemon.status("a"), daemon.began_ns()
             assert daemon.done("upgrade") == "1 mounts go on\n"
             after = daemon.status("a")
             assert {before["pid"], before["keeper"]}.isdisjoint({after["pid"], after["keeper"]})
-            assert after["state"] == "mounted"
+            assert (after["state"], after["adopted"]) == ("mounted", True)
+            # The daemon is another one, too, in the same process.
+            assert daemon.began_ns() > began_ns
+            assert daemon.told().startswith("RELOADING=1")
+            assert daemon.told().startswith("READY=1")
             time.sleep(0.2)
     # Nobody died.
     assert daemon.status("a")["deaths"] == 0
+    daemon.end()
+    assert not daemon.manager.kept
+
+
+@pytest.mark.parametrize("with_systemd", [True, False])
+def test_what_dies_right_after_an_upgrade_is_followed(daemon: Daemon, with_systemd: bool) -> None:
+    """The daemon has what its forerunner had of the mount, before the keeper has found it."""
+    daemon.begin(told=with_systemd)
+    with client(daemon, 3):
+        time.sleep(0.3)
+        daemon.done("upgrade")
+        keeper = daemon.status("a")["keeper"]
+        os.kill(keeper, signal.SIGKILL)
+        another_keeper(daemon, keeper)
+    assert daemon.status("a")["deaths"] == 1
     daemon.end()
 
 

@@ -109,5 +109,6 @@ def metrics(directories: tuple[str, ...], address: str | None) -> None:
         raise Unlistenable(address, exc) from exc
     shown = f"[{host}]" if ":" in host else host
     print(f"hlfs: metrics at http://{shown}:{server.server_port}/metrics", file=sys.stderr, flush=True)
-    while True:
-        signal.pause()
+    with suppress(KeyboardInterrupt):
+        while True:
+            signal.pause()

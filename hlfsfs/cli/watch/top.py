@@ -4,6 +4,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,7 @@ def top(directory: str, interval_s: float, count: int | None) -> None:
             console.print(_headline(before, after), _table(rates(before, after), console.width), "")
             sys.stdout.flush()
         return
-    with Live(console=console, screen=count is None, auto_refresh=False) as live:
+    with suppress(KeyboardInterrupt), Live(console=console, screen=count is None, auto_refresh=False) as live:
         for before, after in pairs:
             shown = rates(before, after)[: max(console.height - LINES_ABOVE, 1)]
             live.update(Group(_headline(before, after), "", _table(shown, console.width)), refresh=True)
