@@ -166,7 +166,7 @@ def define(context: click.Context, file: Path) -> None:
 @_names
 @click.pass_context
 def undefine(context: click.Context, names: tuple[str, ...]) -> None:
-    """Remove the definition NAME, which is not mounted. The store stays as it is."""
+    """Remove the definition NAME, which is not mounted, and the directory made for it. The store stays as it is."""
     for name in names:
         _ask(context, "undefine", name=name)
 

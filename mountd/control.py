@@ -128,7 +128,7 @@ class Control:
         return {"name": self._supervisor.define(request.content.encode(), request.what or "the definition").name}
 
     async def _undefine(self, request: Request) -> None:
-        self._supervisor.undefine(request.name)
+        await self._supervisor.undefine(request.name)
 
 
 def _listen(path: Path) -> socket.socket:

@@ -18,10 +18,11 @@ from pathlib import Path
 import msgspec
 import trio
 
-from hlfsfs.errors import HlfsError, MountFailed, StoreLocked, printable
+from hlfsfs.errors import HlfsError, StoreLocked, printable
 from hlfsfs.fuse import keeper
 from hlfsfs.fuse.mountinfo import FSTYPE, Mount, absolute, mounts
 from hlfsfs.store import open_store, parse_uri
+from mountd import mountpoints
 from mountd.definitions import Definition
 from mountd.fd_store import FdStore, ring_time_s
 from mountd.keeping import KEEPERS, Hello, Order
@@ -408,7 +409,7 @@ class Servers:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             if taken is None:
-                await trio.to_thread.run_sync(_make_directory, definition.directory, abandon_on_cancel=True)
+                await trio.to_thread.run_sync(mountpoints.make, definition.directory, abandon_on_cancel=True)
             self.notes.forget(definition)
             order = Order(
                 definition.source,
@@ -564,15 +565,6 @@ async def _give_up(server: Server, definition: Definition) -> None:
             there = await look(definition)
             if there and is_ours(definition, there[-1]):
                 await take_away(definition, there[-1].mount_id)
-
-
-def _make_directory(directory: str) -> None:
-    if os.path.islink(directory):
-        raise MountFailed(directory, "it is a symbolic link; name the directory it leads to")
-    try:
-        os.makedirs(directory, mode=0o755, exist_ok=True)
-    except OSError as exc:
-        raise MountFailed(directory, f"cannot be made: {os.strerror(exc.errno or 0)}") from exc
 
 
 async def take_away(definition: Definition, mount_id: int, ring_name: str = "") -> None:

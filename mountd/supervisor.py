@@ -11,6 +11,7 @@ import trio
 
 from hlfsfs.errors import HlfsError, NoSuchName, VolumeBusy, printable
 from hlfsfs.fuse.keeper import Mount
+from mountd import mountpoints
 from mountd.definitions import (
     Definition,
     fitting,
@@ -21,7 +22,7 @@ from mountd.definitions import (
     write_file,
 )
 from mountd.kept import FIRST_PAUSE_S, Changes, Kept
-from mountd.servers import Server, Servers, is_mounted, key_of
+from mountd.servers import Server, Servers, is_mounted, key_of, look
 from mountd.untrusted_xml import BadXml
 
 # How long systemd waits for what cannot be mounted, or said not to be; the others go on behind it.
@@ -249,8 +250,11 @@ class Supervisor:
         self._take_over({**{each.name: each for each in others}, new.name: replace(new, file=str(path))})
         return new
 
-    def undefine(self, name: str) -> None:
-        """Removes a definition; durable. Raises NoSuchName, VolumeBusy: it or others are mounted after it."""
+    async def undefine(self, name: str) -> None:
+        """Removes a definition; durable. The directory that was made for it goes, too.
+
+        Raises NoSuchName, VolumeBusy: it or others are mounted after it.
+        """
         kept = self.kept(name)
         if kept.wanted or kept.state != "stopped":
             raise VolumeBusy(printable(name), f"it is {kept.state}; hlfs-mountd stop {printable(name)} first")
@@ -260,3 +264,5 @@ class Supervisor:
         with suppress(NoSuchName):
             remove_file(Path(kept.definition.file))
         self._drop(name)
+        if not await look(kept.definition):
+            await trio.to_thread.run_sync(mountpoints.remove, kept.definition.directory, abandon_on_cancel=True)

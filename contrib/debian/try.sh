@@ -49,6 +49,8 @@ wait "$writer"
 ! grep -qv '^line$' /mnt/a/volume
 echo "replaced under a mount in use: server $before, then $after; $(wc -l </mnt/a/volume) lines written"
 hlfs-mountd stop --all
+hlfs-mountd undefine a
+[ ! -e /mnt/a ]
 kill "$daemon"
 wait "$daemon"
 hlfs check local:///srv/store

@@ -158,10 +158,17 @@ class Daemon:
         for path in self._root.glob("*-mnt"):
             while find_mount(str(path)) is not None:
                 take_away(path)
+            make_removable(path)
         for note in self.run_dir.glob("*.json"):
             with suppress(OSError, ValueError):
                 os.kill(json.loads(note.read_text())["pid"], signal.SIGKILL)
         self.manager.close()
+
+
+def make_removable(directory: Path) -> None:
+    """One that a daemon made for a mount."""
+    if directory.is_dir():
+        subprocess.run(["chattr", "-f", "-i", directory], check=False)
 
 
 @contextmanager

@@ -481,3 +481,31 @@ def test_a_chain_of_many(daemon: Daemon) -> None:
     assert len(states) == 300
     assert set(states.values()) == {"waiting", "stopped"}
     daemon.end()
+
+
+def test_nobody_writes_where_nothing_is_mounted(daemon: Daemon) -> None:
+    """Into the directory that was made for a mount, which goes with its definition."""
+    daemon.defined("a")
+    daemon.begin()
+    daemon.write("a", "seen")
+    for _ in range(2):
+        daemon.done("stop", "a")
+        with pytest.raises(PermissionError):
+            (daemon.at("a") / "unseen").touch()
+        daemon.done("start", "a")
+        assert daemon.read("a") == "seen"
+    daemon.done("stop", "a")
+    daemon.done("undefine", "a")
+    assert not daemon.at("a").exists()
+    daemon.end()
+
+
+def test_a_directory_that_was_there_stays_as_it_is(daemon: Daemon) -> None:
+    daemon.defined("a")
+    daemon.at("a").mkdir()
+    daemon.begin()
+    daemon.done("stop", "a")
+    (daemon.at("a") / "mine").touch()
+    daemon.done("undefine", "a")
+    assert (daemon.at("a") / "mine").exists()
+    daemon.end()

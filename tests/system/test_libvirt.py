@@ -29,7 +29,7 @@ from contrib.demo.image import (
 from contrib.demo.initramfs import GuestKernel
 from hlfsfs.fuse.mountinfo import find_mount
 from tests.fuse.mounts import HLFS, Mounted, hlfs, mounted, needs_fuse, run, take_away
-from tests.mountd.daemons import Daemon, daemon_in
+from tests.mountd.daemons import Daemon, daemon_in, make_removable
 from tests.mountd.walkthrough import DOMAIN as DOMAIN_XML
 from tests.mountd.walkthrough import POOL as POOL_XML
 from tests.mountd.walkthrough import SNAPSHOT_DOMAIN as SNAPSHOT_DOMAIN_XML
@@ -519,6 +519,7 @@ class Walkthrough:
 
     def clean_up(self) -> None:
         """Directories that were made to mount at."""
+        make_removable(self.directory)
         for path in (self.directory, *self.directory.parents):
             if path == Path("/mnt"):
                 break
