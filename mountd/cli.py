@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,25 +179,23 @@ def upgrade(context: click.Context) -> None:
 
     Who uses the mounts waits for a moment.
     """
-    before = _ask(context, "status")["began_ns"]
-    try:
-        count = _ask(context, "upgrade")["mounts"]
-    finally:
-        _wait_for_another(context, before)
+    before = _ask(context, "status").get("began_ns")
+    count = _ask(context, "upgrade")["mounts"]
+    if before is None:
+        raise HlfsError("the mounts go on; the daemon is older than that, and goes on with kill -9")
+    _wait_for_another(context, before)
     print(f"{count} mounts go on")
 
 
 def _wait_for_another(context: click.Context, before_ns: int) -> None:
-    """Than the daemon that began then. Raises NotRunning: there is none within its time."""
+    """Than the daemon that began then. Raises HlfsError: there is none within its time."""
     end_s = time.monotonic() + BEGIN_TIMEOUT_S
-    while True:
-        try:
+    while time.monotonic() < end_s:
+        with suppress(NotRunning):
             if _ask(context, "status")["began_ns"] != before_ns:
                 return
-        except NotRunning:
-            if time.monotonic() > end_s:
-                raise
         time.sleep(0.02)
+    raise HlfsError("the mounts go on, and no other daemon answers yet; see its log")
 
 
 @main.command("libvirt-xml", short_help="Translate the original HLFS's libvirt XML.")

@@ -61,9 +61,10 @@ class Control:
     """Answers requests to a supervisor."""
 
     def __init__(self, supervisor: Supervisor, upgraded: trio.Event) -> None:
-        """`upgraded`: set once who asked for that was answered."""
+        """`upgraded`: set once who asked for that was answered, and the daemon is to go on as another program."""
         self._supervisor = supervisor
         self._upgraded = upgraded
+        self._upgrading: Request | None = None
         self._began_ns = time.time_ns()
         self._orders: dict[Order, Callable[[Request], Awaitable[Any]]] = {
             "status": self._status,
@@ -83,14 +84,16 @@ class Control:
         await trio.serve_listeners(self._answer, [listener])
 
     async def _answer(self, stream: trio.SocketStream) -> None:
+        request = None
         try:
             async with stream:
                 request, answer = await self._answer_to(stream)
                 await stream.send_all(answer + b"\n")
-            if request is not None and request.do == "upgrade":
-                self._upgraded.set()
         except trio.BrokenResourceError:
             return  # who asked went away
+        finally:
+            if self._upgrading is not None and request is self._upgrading:
+                self._upgraded.set()
 
     async def _answer_to(self, stream: trio.SocketStream) -> tuple[Request | None, bytes]:
         """What was asked, if it was read and may be asked, and the answer."""
@@ -121,8 +124,11 @@ class Control:
     async def _reload(self, _: Request) -> None:
         self._supervisor.reload()
 
-    async def _upgrade(self, _: Request) -> Any:
-        return {"mounts": await self._supervisor.upgrade()}
+    async def _upgrade(self, request: Request) -> Any:
+        ring_version = await self._supervisor.load_again()
+        # From here on the new program is known to begin.
+        self._upgrading = request
+        return {"mounts": await self._supervisor.upgrade(ring_version)}
 
     async def _define(self, request: Request) -> Any:
         return {"name": self._supervisor.define(request.content.encode(), request.what or "the definition").name}

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import signal
@@ -19,6 +20,9 @@ from mountd.servers import Servers
 from mountd.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
+
+# What one that goes on as another program tells that.
+_WANTED = "HLFS_WANTED"
 
 # What journald takes a line to be that begins so (sd-daemon(3)).
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
@@ -69,9 +73,11 @@ def run(config: Path, directory: Path) -> None:
     """
     try:
         with _only_one(directory):
-            left = trio.run(_run, config, directory)
-            if left is not None:
+            handed = trio.run(_run, config, directory)
+            if handed is not None:
                 notify_reloading()
+                left, wanted = handed
+                os.environ[_WANTED] = json.dumps(wanted)
                 fd_store.hand_over(left)
     except OSError as exc:
         raise HlfsError(f"{exc.filename or directory}: {os.strerror(exc.errno or 0)}") from exc
@@ -82,16 +88,16 @@ def run(config: Path, directory: Path) -> None:
         raise HlfsError(f"{directory}: the daemon failed; see its log") from exc
 
 
-async def _run(config: Path, directory: Path) -> dict[str, Mount] | None:
-    """What there is of its mounts, by key, if another one is to go on with them."""
+async def _run(config: Path, directory: Path) -> tuple[dict[str, Mount], dict[str, bool]] | None:
+    """If another one is to go on: what there is of mounts, by key, and which are wanted, by name."""
     servers = Servers(directory, fd_store.kept())
-    supervisor = Supervisor(config, servers)
+    supervisor = Supervisor(config, servers, json.loads(os.environ.pop(_WANTED, "{}")))
     try:
         await servers.load()
         upgraded = await _serve(supervisor, servers, directory)
     finally:
-        servers.close()
-    return supervisor.left() if upgraded else None
+        left = servers.close()
+    return ({**left, **supervisor.left()}, supervisor.wanted()) if upgraded else None
 
 
 async def _serve(supervisor: Supervisor, servers: Servers, directory: Path) -> bool:
@@ -110,12 +116,18 @@ async def _serve(supervisor: Supervisor, servers: Servers, directory: Path) -> b
             async with trio.open_nursery() as waiting:
                 for event in (ended, upgraded):
                     waiting.start_soon(_leave, event, waiting)
-            if not upgraded.is_set():
+            if not ended.is_set():
+                # Until nothing is on its way that would be lost.
+                async with trio.open_nursery() as resting:
+                    resting.start_soon(_leave, ended, resting)
+                    await supervisor.rest()
+                    resting.cancel_scope.cancel()
+            if ended.is_set():
                 notify("STOPPING=1", "STATUS=unmounting")
                 log.info("unmounting everything")
                 await supervisor.stop_all(for_good=True)
         nursery.cancel_scope.cancel()
-    return upgraded.is_set() and not ended.is_set()
+    return not ended.is_set()
 
 
 async def _mount(nursery: trio.Nursery, supervisor: Supervisor, mounting: trio.Nursery) -> None:

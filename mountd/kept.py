@@ -22,6 +22,8 @@ HEALTHY_S = 60.0
 # Of keepers within a minute; with so many the mount is given up, as they give it up for their servers.
 MAX_DEATHS = 5
 LAST_WORDS_S = 5.0
+# Keepers look for a daemon every second.
+LINK_S = 3.0
 
 State = Literal["stopped", "waiting", "starting", "mounted", "stopping", "failed"]
 
@@ -279,6 +281,14 @@ class Kept:
         self._set("mounted")
         return True
 
+    async def rest(self) -> None:
+        """Returns once nothing is on its way, and lets nothing begin any more."""
+        await self._changing.acquire()
+
+    def go_on(self) -> None:
+        """After `rest`, by the same task."""
+        self._changing.release()
+
     async def upgrade(self, ring_version: int) -> bool:
         """Has another keeper and server go on with the mount, of the program that is installed now; False: not mounted.
 
@@ -289,7 +299,7 @@ class Kept:
             if server is None or definition is None or self.state != "mounted":
                 return False
             what = f"{printable(definition.directory)}: not upgraded"
-            if not server.linked or server.mount is None or server.mount.ring_fd < 0:
+            if not await server.link(LINK_S) or server.mount is None or server.mount.ring_fd < 0:
                 raise HlfsError(f"{what}: its keeper has not found this daemon; stop and start it")
             if int.from_bytes(os.pread(server.mount.ring_fd, 4, 8), sys.byteorder) != ring_version:
                 raise HlfsError(f"{what}: the new program cannot go on from the old one's memory; stop and start it")
@@ -312,6 +322,7 @@ class Kept:
             try:
                 self._server = await self._servers.begin(definition, taken)
             except HlfsError:
+                await take_away(definition, taken.mount_id, taken.ring_name)
                 self._let_go()
                 self._set("failed")
                 raise
@@ -364,7 +375,11 @@ class Kept:
             server = await self._servers.find(definition, taken)
             if server is None:
                 log.error("%s: nobody serves it; a keeper takes over", printable(definition.directory))
-                return await self._servers.begin(definition, taken)
+                try:
+                    return await self._servers.begin(definition, taken)
+                except HlfsError:
+                    await take_away(definition, taken.mount_id, taken.ring_name)
+                    raise
             return server
         if await answers(definition.directory):
             server = await self._servers.find(definition)

@@ -68,10 +68,14 @@ class Nursery:
         async with self._asking:
             self._start()
 
-    async def ring_version(self) -> int:
-        """Of the rings that its servers can take over. Raises HlfsError."""
+    async def load_again(self) -> int:
+        """Has it be of the program that is installed now; the version of the rings its servers can take over.
+
+        Raises HlfsError: that does not begin.
+        """
         answer = b""
         async with self._asking:
+            self.close()
             with contextlib.suppress(OSError), trio.move_on_after(ASK_TIMEOUT_S):
                 stream = self._start()
                 await stream.send(_VERSION)

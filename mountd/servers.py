@@ -154,10 +154,11 @@ class Server:
 
     async def forget_past(self) -> None:
         """What it was found with is not its last server's any more once that one is gone and it is not."""
-        if self.linked or self.mount is None or self._server is None:
+        if self.linked or self.mount is None:
             return
-        with contextlib.suppress(trio.ClosedResourceError):
-            await trio.lowlevel.wait_readable(self._server[1])
+        if self._server is not None:
+            with contextlib.suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_readable(self._server[1])
         await trio.sleep(DIES_WITH_S)
         if not self.is_gone() and not self.linked:
             self._forget_mount()
@@ -179,17 +180,34 @@ class Server:
     def _forget_mount(self) -> None:
         close_mount(self.take_mount())
 
-    def began_before(self, boot_time_s: float) -> bool:
-        """Whether its server did, in seconds since boot; not where there is none just now."""
+    def trust(self, left: keeper.Mount) -> None:
+        """Goes on from what was left of its mount, if that is its server's.
+
+        Where another server has begun since the ring came, or there is none just now, it is an earlier one's.
+        """
         server_pid = self.server_pid
         try:
-            return server_pid != self.pid and _started_s(server_pid) + 1 / _TICKS_PER_S < boot_time_s
+            current = server_pid != self.pid and (
+                _started_s(server_pid) + 1 / _TICKS_PER_S < ring_time_s(left.ring_name)
+            )
         except OSError:
-            return False
+            current = False
+        if current:
+            self.learn(left, server_pid)
+        else:
+            close_mount(left)
+
+    async def link(self, timeout_s: float) -> bool:
+        """Whether it talks to this process, at least after that time."""
+        with trio.move_on_after(timeout_s):
+            await self._linked.wait()
+        return self.linked
 
     def is_gone(self) -> bool:
         """Whether it has ended, also where nobody has taken notice of that yet."""
-        return bool(select.select([self._pidfd], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     async def ended(self) -> None:
         """Returns when the process is gone, or it is not waited for any more."""
@@ -377,14 +395,12 @@ class Servers:
 
         Raises HlfsError: that does not begin.
         """
-        self._nursery.close()
-        return await self._nursery.ring_version()
+        return await self._nursery.load_again()
 
-    def close(self) -> None:
-        """No more calls after it; keepers and servers go on."""
+    def close(self) -> dict[str, keeper.Mount]:
+        """No more calls after it; keepers and servers go on. What nobody asked for is the caller's, by `key_of`."""
         self._nursery.close()
-        for mount in self._left.values():
-            close_mount(mount)
+        return self._left
 
     def take_left(self, definition: Definition, mount_id: int) -> keeper.Mount | None:
         """What is left of that mount of an earlier daemon's; the caller's then."""
@@ -493,11 +509,7 @@ class Servers:
             server.close()
             return None
         if left is not None:
-            # Where another server has begun since the ring came, it is an earlier one's.
-            if server.began_before(ring_time_s(left.ring_name)):
-                server.learn(left, server.server_pid)
-            else:
-                close_mount(left)
+            server.trust(left)
         return server
 
     def take_unmounted(self, definition: Definition) -> bool:

@@ -35,15 +35,20 @@ log = logging.getLogger(__name__)
 class Supervisor:
     """All mounts that are defined, from `directory`; `run` first, in a task of its own."""
 
-    def __init__(self, directory: Path, servers: Servers, pause_s: float = FIRST_PAUSE_S) -> None:
+    def __init__(
+        self, directory: Path, servers: Servers, wanted: Mapping[str, bool], pause_s: float = FIRST_PAUSE_S
+    ) -> None:
+        """`wanted`: of the one whose place this one takes, if any."""
         self._directory = directory
         self._servers = servers
+        self._was_wanted = wanted
         self._pause_s = pause_s
         self._changes = Changes()
         self._kept: dict[str, Kept] = {}
         self._scopes: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
         self._ending = False
+        self._upgrading = False
         self.wrong: list[BadXml] = []
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -53,8 +58,8 @@ class Supervisor:
         """
         async with trio.open_nursery() as self._nursery:
             self._read()
-            for kept in self._kept.values():
-                if kept.definition.autostart:
+            for name, kept in self._kept.items():
+                if self._was_wanted.get(name, kept.definition.autostart):
                     kept.want()
             # What is mounted was wanted, by this daemon's forerunner at least.
             for kept in list(self._kept.values()):
@@ -138,6 +143,22 @@ class Supervisor:
         names = in_order({name: kept.definition for name, kept in self._kept.items()})
         return [self._kept[name] for name in names if name in self._kept]
 
+    async def rest(self) -> None:
+        """Returns once nothing is on its way with any mount; nothing is begun then. Cancelled, all is as before."""
+        resting: list[Kept] = []
+        try:
+            for kept in list(self._kept.values()):
+                await kept.rest()
+                resting.append(kept)
+        except BaseException:
+            for kept in resting:
+                kept.go_on()
+            raise
+
+    def wanted(self) -> dict[str, bool]:
+        """By name, what is to be mounted, whatever definitions say of it."""
+        return {name: kept.wanted for name, kept in self._kept.items()}
+
     def left(self) -> dict[str, Mount]:
         """What there is of mounts, by `key_of`, for another daemon to go on with."""
         found = {key_of(kept.definition): kept.mount for kept in self._kept.values()}
@@ -148,12 +169,25 @@ class Supervisor:
         found = (kept.server_of(key) for kept in self._kept.values())
         return next((server for server in found if server is not None), None)
 
-    async def upgrade(self) -> int:
-        """Has other servers, of the program that is installed now, go on with all mounts; how many there are.
+    async def load_again(self) -> int:
+        """Has servers that begin from here on be of the program that is installed now; the version of its rings.
+
+        Raises VolumeBusy, HlfsError: nothing changed.
+        """
+        if self._ending or self._upgrading:
+            raise VolumeBusy("hlfs-mountd", "it is about to end, or to go on as another program; try again")
+        self._upgrading = True
+        try:
+            return await self._servers.load_again()
+        except BaseException:
+            self._upgrading = False
+            raise
+
+    async def upgrade(self, ring_version: int) -> int:
+        """Has others of these servers go on with all mounts; how many there are. Another daemon is to follow.
 
         Raises HlfsError: of the first that it failed for; the others were upgraded.
         """
-        ring_version = await self._servers.load_again()
         count, failed = 0, None
         for kept in self._in_order():
             try:

@@ -200,11 +200,12 @@ class Volume:
         self.damage = ""
         self.retention_stopped = False
         self._store = store
-        self._space_lock = threading.Lock()  # guards the next three, and the two after them
+        self._space_lock = threading.Lock()  # guards the next three
         self._space = SnapshotSpace()
         self._space_of: tuple[int, ...] = ()
         self._space_until_s = 0.0
-        self._log_space: LogSpace | None = None
+        self._looking = threading.Lock()  # held by who sets the next two
+        self._log_space = LogSpace(0, 0, 0, 0, 0, 0)
         self._log_space_until_s = 0.0
 
     def log_of(self, log_no: int) -> UUID:
@@ -599,20 +600,24 @@ class Volume:
             checkpoint_bytes=checkpoint_bytes,
         )
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, *, look: bool) -> dict[str, Any]:
         """Figures for who watches it all the time; `requests` is by kind: counts of buckets, nanoseconds, failures.
 
-        Its space is looked at again only once that has rested so long that it takes a tenth of the time at most.
+        What its log takes is as of the last look that could be had; `look`: there is time for another, unless somebody
+        is at it just now, or the last one took more than a tenth of the time since it began.
         """
         native = self.native.stats()
-        with self._space_lock:
-            known, until_s = self._log_space, self._log_space_until_s
         began_s = time.monotonic()
-        if known is None or began_s >= until_s:
-            known = self._log_space_of(native)
-            now_s = time.monotonic()
-            with self._space_lock:
-                self._log_space, self._log_space_until_s = known, now_s + SPACE_REST * (now_s - began_s)
+        if look and began_s >= self._log_space_until_s and self._looking.acquire(blocking=False):
+            try:
+                # Of a damaged log it is not known, and everything else still is.
+                with suppress(HlfsError):
+                    self._log_space = self._log_space_of(native)
+                now_s = time.monotonic()
+                self._log_space_until_s = now_s + SPACE_REST * (now_s - began_s)
+            finally:
+                self._looking.release()
+        known = self._log_space
         told = {name: native[name] for name in _WATCHED}
         return {
             **told,

@@ -359,4 +359,4 @@ def test_prometheus_takes_metrics_and_rules(mount: Mounted) -> None:
     run(PROMTOOL, "test", "rules", RULES / "hlfs.rules.test.yml")
     # They are about metrics that there are.
     names = Exposed(text).names() | {"hlfs_mountd_wanted", "hlfs_mountd_mounted"}
-    assert set(re.findall(r"hlfs_\w+", (RULES / "hlfs.rules.yml").read_text())) <= names
+    assert set(re.findall(r"\bhlfs_\w+", (RULES / "hlfs.rules.yml").read_text())) <= names

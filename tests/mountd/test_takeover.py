@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuse.mounts import needs_fuse
-from tests.mountd.daemons import Daemon, daemon_in
+from tests.fuse.mounts import hlfs, needs_fuse
+from tests.mountd.daemons import PROGRAM, Daemon, daemon_in
 
 pytestmark = needs_fuse
 
@@ -249,8 +249,49 @@ def test_no_upgrade_to_what_cannot_go_on(daemon: Daemon) -> None:
         ring.seek(8)
         ring.write((99).to_bytes(4, sys.byteorder))
     assert "cannot go on from the old one's memory; stop and start it" in daemon.failed("upgrade")
-    after = daemon.status("a")
-    assert (after["pid"], after["state"]) == (before["pid"], "mounted")
+    # The daemon goes on as the new program, which finds it.
+    daemon.until(lambda: (daemon.status("a")["pid"], daemon.status("a")["state"]) == (before["pid"], "mounted"))
+    daemon.end()
+
+
+def test_what_was_stopped_or_started_is_so_after_an_upgrade(daemon: Daemon) -> None:
+    daemon.defined("b", attributes=' autostart="no"')
+    daemon.defined("c", "<after>a</after>", ' autostart="no"')
+    daemon.begin()
+    daemon.done("stop", "a")
+    daemon.done("start", "b")
+    daemon.done("upgrade")
+    daemon.until(lambda: daemon.states()["b"] == "mounted")
+    assert daemon.states() == {"a": "stopped", "b": "mounted", "c": "stopped"}
+    assert not daemon.is_mounted("a")
+    daemon.end()
+
+
+def test_upgrades_beside_each_other(daemon: Daemon) -> None:
+    """One of them is refused, or comes after; whatever comes of it, nobody hangs."""
+    daemon.begin()
+    with client(daemon, 3):
+        words = [*PROGRAM, "--run-dir", str(daemon.run_dir), "upgrade"]
+        several = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
+        said = [each.communicate(timeout=60) for each in several]
+        assert any(output == b"1 mounts go on\n" for output, _ in said), said
+    daemon.until(lambda: daemon.status("a")["state"] == "mounted")
+    daemon.end()
+    assert not daemon.manager.kept
+
+
+def test_a_mount_with_a_keeper_of_its_own_is_left_to_that(daemon: Daemon) -> None:
+    daemon.store("a").mkdir(exist_ok=True)
+    daemon.at("a").mkdir()
+    assert hlfs("mount", f"local://{daemon.store('a')}", daemon.at("a")).returncode == 0
+    daemon.begin()
+    before = daemon.status("a")
+    assert before["adopted"]
+    with client(daemon, 3):
+        time.sleep(0.3)
+        os.kill(before["pid"], signal.SIGKILL)
+        another_server(daemon, before["pid"])
+    daemon.until(lambda: daemon.status("a")["state"] == "mounted")
     daemon.end()
 
 

@@ -42,35 +42,40 @@ class Mounts(Collector):
     def __init__(self, directories: tuple[str, ...], timeout_s: float = ASK_TIMEOUT_S) -> None:
         self._directories = directories
         self._timeout_s = timeout_s
-        self._lock = threading.Lock()  # guards the samplers: one scrape at a time
+        self._lock = threading.Lock()  # guards the samplers
         self._samplers: dict[str, Sampler] = {}
 
     def collect(self) -> Iterator[Metric]:
         """Metrics of all mounts there are."""
-        with self._lock:
-            samples = self._samples()
-        yield from families(samples, kept_mounts())
-
-    def _samples(self) -> dict[str, Sample | None]:
-        directories = self._directories or tuple(mountpoints())
-        self._samplers = {each: self._samplers.get(each) or Sampler(each) for each in directories}
-        for sampler in self._samplers.values():
-            sampler.begin()
         until_s = time.monotonic() + self._timeout_s
-        return {printable(each): sampler.result(until_s - time.monotonic()) for each, sampler in self._samplers.items()}
+        with self._lock:
+            directories = self._directories or tuple(mountpoints())
+            self._samplers = {each: self._samplers.get(each) or Sampler(each) for each in directories}
+            for sampler in self._samplers.values():
+                sampler.begin()
+            samplers = dict(self._samplers)
+        kept = kept_mounts(self._timeout_s)
+        samples: dict[str, Sample | None] = {}
+        for directory, sampler in samplers.items():
+            sample = sampler.result(until_s - time.monotonic())
+            if sample is not None or self._directories or not sampler.elsewhere:
+                samples[printable(directory)] = sample
+        yield from families(samples, kept)
 
 
 def mountpoints() -> list[str]:
-    """Where stores are mounted on this host."""
-    return list(dict.fromkeys(os.fsdecode(each.mountpoint) for each in mounts() if each.fstype == FSTYPE))
+    """Where stores are mounted on this host: each once, wherever else directories of it are shown."""
+    first: dict[str, str] = {}
+    for each in mounts():
+        if each.fstype == FSTYPE:
+            first.setdefault(each.device, os.fsdecode(each.mountpoint))
+    return list(first.values())
 
 
-def kept_mounts() -> list[KeptMount] | None:
+def kept_mounts(timeout_s: float) -> list[KeptMount] | None:
     """What hlfs-mountd keeps; None: it does not run, or answers others only."""
     with suppress(OSError, ValueError, KeyError, subprocess.TimeoutExpired):
-        told = subprocess.run(
-            ("hlfs-mountd", "status", "--json"), capture_output=True, timeout=ASK_TIMEOUT_S, check=False
-        )
+        told = subprocess.run(("hlfs-mountd", "status", "--json"), capture_output=True, timeout=timeout_s, check=False)
         return [
             KeptMount(printable(each["name"]), each["wanted"], each["state"] == "mounted", each["deaths"])
             for each in json.loads(told.stdout)["mounts"]

@@ -6,7 +6,8 @@ import time
 
 import msgspec
 
-from hlfsfs.cli.mounted import path_error
+from hlfsfs.cli.mounted import NotInAMount, path_error
+from hlfsfs.errors import AccessDenied
 from hlfsfs.pool import METRICS_PREFIX
 
 KINDS = ("read", "write", "flush", "discard")
@@ -114,10 +115,15 @@ def _ask_for_page(directory: str, start: str) -> _Page:
 
 
 class Sampler:
-    """Takes samples of one mount in a thread of its own, as a mount that hangs hangs who asks it."""
+    """Takes samples of one mount in a thread of its own, as a mount that hangs hangs who asks it.
+
+    Attributes:
+        elsewhere: it is somebody else's, who alone may ask it, or shows no pool.
+    """
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
+        self.elsewhere = False
         self._thread: threading.Thread | None = None
         self._taken: Sample | None = None
 
@@ -137,5 +143,8 @@ class Sampler:
     def _take(self) -> None:
         try:
             self._taken = take_sample(self.directory)
+            self.elsewhere = False
+        except (NotInAMount, AccessDenied):
+            self.elsewhere = True
         except Exception:  # noqa: BLE001 - whatever it is, there is no sample
-            self._taken = None
+            self.elsewhere = False

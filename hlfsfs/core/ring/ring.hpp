@@ -54,6 +54,7 @@ struct Slot {
     std::uint32_t reserved_too[6];
 };
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
+static_assert(offsetof(Slot, read_ns) % sizeof(std::uint64_t) == 0 && sizeof(Slot) % sizeof(std::uint64_t) == 0);
 
 inline constexpr std::uint32_t kChunkMaxEntries = 1024;
 inline constexpr std::uint32_t kChunkMaxBlocks = 1024;
