@@ -283,6 +283,10 @@ TEST_CASE("segments of an epoch that a failure ended are cleaned like others, bu
             return found.first >= from && found.first < to && found.second == reusable;
         });
     };
+    std::string released;
+    for (const auto& [segno, reusable] : log->released)
+        released += " " + std::to_string(segno) + (reusable ? " (serves another)" : "");
+    INFO("began before " << began << ", the new epoch in " << next << ", released" << released);
     CHECK(files(began, next, false) > 0);
     CHECK(files(next, UINT64_MAX, true) > 0);
     REQUIRE(holds(*volume, model));
