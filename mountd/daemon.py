@@ -21,6 +21,8 @@ from mountd.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
+# A mount that is begun or ended for longer, as a disk hangs, does not keep the daemon from going on.
+REST_LIMIT_S = 20.0
 # What one that goes on as another program tells that.
 _WANTED = "HLFS_WANTED"
 
@@ -120,7 +122,8 @@ async def _serve(supervisor: Supervisor, servers: Servers, directory: Path) -> b
                 # Until nothing is on its way that would be lost.
                 async with trio.open_nursery() as resting:
                     resting.start_soon(_leave, ended, resting)
-                    await supervisor.rest()
+                    with trio.move_on_after(REST_LIMIT_S):
+                        await supervisor.rest()
                     resting.cancel_scope.cancel()
             if ended.is_set():
                 notify("STOPPING=1", "STATUS=unmounting")
