@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -313,4 +313,31 @@ def test_too_many_deaths_of_keepers(daemon: Daemon) -> None:
         reader.kill()
     assert "5 keepers died within a minute" in daemon.log.read_text()
     assert daemon.read("a") == "durable"
+    daemon.end()
+
+
+def devices(pid: int) -> int:
+    """How many devices of FUSE a process holds."""
+    links = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            links.append(os.readlink(link))
+    return links.count("/dev/fuse")
+
+
+def test_devices_reach_only_who_serves_and_keeps_them(daemon: Daemon) -> None:
+    """Not one mount's processes another's, nor what begins processes, nor the daemon more after it was upgraded."""
+    daemon.defined("b")
+    daemon.begin()
+    for _ in range(2):
+        expected = {daemon.pid: 2}
+        for name in ("a", "b"):
+            status = daemon.status(name)
+            expected |= {status["keeper"]: 1, status["pid"]: 1}
+        nurseries = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split()
+        assert nurseries
+        expected |= {int(nursery): 0 for nursery in nurseries}
+        assert {pid: devices(pid) for pid in expected} == expected
+        daemon.done("upgrade")
+        daemon.until(lambda: all(state == "mounted" for state in daemon.states().values()))
     daemon.end()
