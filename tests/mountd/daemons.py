@@ -126,9 +126,10 @@ class Daemon:
         found: dict[str, Any] = json.loads(self.command("status", name, "--json")[1])["mounts"][0]
         return found
 
-    def began_ns(self) -> int:
-        """When this daemon did."""
-        found: int = json.loads(self.command("status", "--json")[1])["began_ns"]
+    def began_ns(self, default: int = 0) -> int:
+        """When this daemon did; the default where none answers."""
+        output = self.command("status", "--json")[1]
+        found: int = json.loads(output)["began_ns"] if output else default
         return found
 
     def until(self, wanted: Callable[[], bool]) -> None:

@@ -244,12 +244,13 @@ def test_what_dies_right_after_an_upgrade_is_followed(daemon: Daemon, with_syste
 def test_no_upgrade_to_what_cannot_go_on(daemon: Daemon) -> None:
     """A ring of another version stays with the server that made it."""
     daemon.begin()
-    before = daemon.status("a")
+    before, began_ns = daemon.status("a"), daemon.began_ns()
     with Path(f"/proc/{before['pid']}/fd").joinpath(ring_of(before["pid"])).open("r+b") as ring:
         ring.seek(8)
         ring.write((99).to_bytes(4, sys.byteorder))
     assert "cannot go on from the old one's memory; stop and start it" in daemon.failed("upgrade")
-    # The daemon goes on as the new program, which finds it.
+    # The daemon goes on as the new program, which finds it; there is none for a moment.
+    daemon.until(lambda: began_ns != daemon.began_ns(default=began_ns))
     daemon.until(lambda: (daemon.status("a")["pid"], daemon.status("a")["state"]) == (before["pid"], "mounted"))
     daemon.end()
 
