@@ -188,7 +188,7 @@ def pause_s(mount: Mount, console: Console) -> float:
 
 
 def start_s(mount: Mount, place: Path, rounds: int) -> float:
-    """Of `hlfs-mountd start` and a look at the volume, if there is one; the mount is down."""
+    """Of `hlfs-mountd start`; the mount is down."""
     found = []
     with daemon(mount, place) as mountd:
         for _ in range(rounds):

@@ -5,6 +5,7 @@ After Prometheus' own practices (prometheus.io/docs/practices/naming): base unit
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -49,18 +50,21 @@ def families(samples: Mapping[str, Sample | None], kept: list[KeptMount] | None)
         yield from _of_kept(kept)
 
 
-def _gauge(name: str, text: str, labels: tuple[str, ...], values: Mapping[tuple[str, ...], float]) -> Metric:
-    family = GaugeMetricFamily(name, text, labels=labels)
+def _family(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    text: str,
+    labels: tuple[str, ...],
+    values: Mapping[tuple[str, ...], float],
+) -> Metric:
+    family = kind(name, text, labels=labels)
     for each, value in values.items():
         family.add_metric(each, value)
     return family
 
 
-def _counter(name: str, text: str, labels: tuple[str, ...], values: Mapping[tuple[str, ...], float]) -> Metric:
-    family = CounterMetricFamily(name, text, labels=labels)
-    for each, value in values.items():
-        family.add_metric(each, value)
-    return family
+_gauge = partial(_family, GaugeMetricFamily)
+_counter = partial(_family, CounterMetricFamily)
 
 
 def _of_servers(servers: Mapping[str, ServerSample]) -> Iterator[Metric]:
