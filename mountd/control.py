@@ -3,6 +3,7 @@
 Only root, or who runs the daemon, is answered.
 """
 
+import contextlib
 import logging
 import os
 import socket
@@ -196,7 +197,9 @@ def ask(path: Path, request: Request) -> Any:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as stream:
         try:
             stream.connect(str(path))
-            stream.sendall(line + b"\n")
+            # Who may not ask is told so before anything is read; the answer is there also where this came too late.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                stream.sendall(line + b"\n")
             with stream.makefile("rb") as lines:
                 line = lines.readline()
         except PermissionError as exc:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from hlfsfs.errors import HlfsError
 from hlfsfs.fuse.mount import abort_path
+from mountd.control import Request, ask
 from tests.fuse.mounts import hlfs, mounted, needs_fuse, run, take_away
 from tests.mountd.daemons import PROGRAM, TIMEOUT_S, Daemon, daemon_in
 
@@ -271,16 +274,38 @@ def test_only_one_and_only_for_its_owner(daemon: Daemon) -> None:
     ]
     done = subprocess.run(other, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     assert "PermissionError" in done.stderr
-    # Where the socket's mode does not help, the daemon does.
+    # Where the socket's mode does not help, the daemon does, before it reads anything.
     control.chmod(0o666)
-    code += (
-        "; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.sendall(b'x\\n'); print(s.recv(999).decode())"
-    )
+    code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(999).decode())"
     done = subprocess.run(
         [*other[:-2], code, str(control)], capture_output=True, text=True, check=False, timeout=TIMEOUT_S
     )
     assert "permission denied" in done.stdout
     daemon.end()
+
+
+def test_an_answer_that_came_before_the_request_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "control"))
+        listener.listen(1)
+
+        def refuse() -> None:
+            stream, _ = listener.accept()
+            stream.send(b'{"error": "hlfs-mountd: permission denied", "exit_code": 77}\n')
+            stream.close()
+
+        refusing = threading.Thread(target=refuse)
+        refusing.start()
+        real = socket.socket.sendall
+
+        def send_late(self: socket.socket, line: bytes) -> None:
+            refusing.join()
+            real(self, line)
+
+        monkeypatch.setattr(socket.socket, "sendall", send_late)
+        with pytest.raises(HlfsError, match="permission denied") as refused:
+            ask(tmp_path / "control", Request("status"))
+    assert refused.value.exit_code == 77
 
 
 @pytest.mark.parametrize(
