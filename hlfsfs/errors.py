@@ -306,6 +306,19 @@ class NotAStore(HlfsError):
         self.uri = uri
 
 
+class UnfitFileSystem(HlfsError):
+    """A store's file system cannot do what writing to it needs."""
+
+    errno = _errno.EOPNOTSUPP
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(
+            f"{printable(uri)}: its file system cannot reserve space and give it back (fallocate(2)); "
+            "have the store on ext4, XFS, btrfs, ZFS, or NFS from 4.2 on"
+        )
+        self.uri = uri
+
+
 class StoreLocked(HlfsError):
     """Another user holds the store's lock."""
 

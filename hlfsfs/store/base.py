@@ -111,6 +111,7 @@ class Store(ABC):
 
         Raises:
             StoreLocked: someone holds it, with the holder's pid when known.
+            UnfitFileSystem: it is to be written, where space cannot be reserved.
         """
 
     @abstractmethod

@@ -15,6 +15,10 @@ _AT_FDCWD = -100
 _libc = ctypes.CDLL(None, use_errno=True)
 _renameat2 = _libc.renameat2
 _renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+_fallocate = _libc.fallocate64
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+# fallocate(2): a hole that leaves the file's length as it is.
+_PUNCH_HOLE = 0x01 | 0x02
 
 
 class Rename(enum.IntEnum):
@@ -49,6 +53,13 @@ class Disk:
     def allocate(self, fd: int, size_bytes: int) -> None:
         """Backs the first `size_bytes` of a file with blocks and extends it to that length."""
         os.posix_fallocate(fd, 0, size_bytes)
+
+    def can_punch(self, fd: int, offset: int) -> bool:
+        """Whether the file system of a file, which ends before `offset`, can give back parts of files; changes nothing.
+
+        One that can has fallocate(2), and reserves space as well.
+        """
+        return _fallocate(fd, _PUNCH_HOLE, offset, 1) == 0 or ctypes.get_errno() not in {errno.EOPNOTSUPP, errno.ENOSYS}
 
     def fsync(self, fd: int) -> None:
         """Makes a file's content and length durable, not its name."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from hlfsfs.errors import HlfsError, StoreLocked
+from hlfsfs.errors import HlfsError, StoreLocked, UnfitFileSystem
 from hlfsfs.store.disk import Disk
 from hlfsfs.store.local_base import LocalPart, reading
 from hlfsfs.store.records import NOT_JSON, LockRecord
@@ -33,6 +33,8 @@ class LocalLock(LocalPart):
             fd = self.disk.open(self._lock_path, os.O_RDONLY if self.read_only else os.O_RDWR)
             try:
                 take_lock(fd, self.disk, self.uri)
+                if not self.read_only and not self.disk.can_punch(fd, LOCK_RECORD_BYTES):
+                    raise UnfitFileSystem(self.uri)
                 previous = decode_lock(self.disk.read(fd, LOCK_RECORD_BYTES, 0))
             except (OSError, HlfsError):
                 self.disk.close(fd)
