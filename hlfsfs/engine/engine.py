@@ -83,6 +83,7 @@ class Engine:
         self._options = options or EngineOptions()
         self._lock = threading.Condition()
         self._volumes: dict[int, Volume] = {}
+        self._failures: dict[int, HlfsError] = {}
         self._changing: set[int] = set()
         self._old_ring: _core.OldRing | None = None
         self._kept_rings: list[str] = []
@@ -291,7 +292,20 @@ class Engine:
         """
         with self._exclusive(record.id):
             found = self.attached(record.id)
-            return found or self._attach(record)
+            try:
+                volume = found or self._attach(record)
+            except HlfsError as exc:
+                with self._lock:
+                    self._failures[record.id] = exc
+                raise
+            with self._lock:
+                self._failures.pop(record.id, None)
+            return volume
+
+    def failure(self, volume_id: int) -> HlfsError | None:
+        """Why the volume could not be attached when that was tried last."""
+        with self._lock:
+            return self._failures.get(volume_id)
 
     def _attach(self, record: VolumeRecord) -> Volume:
         read_only = self._store.read_only or bool(record.ro_compat)
@@ -553,6 +567,8 @@ class Engine:
         """Forgets a volume that is being deleted, durable or not."""
         with self._exclusive(volume_id), self._cleaner.kept_away(volume_id):
             self._forget(volume_id)
+            with self._lock:
+                self._failures.pop(volume_id, None)
 
     def create_snapshots(self, wanted: list[NewSnapshot], group_id: int) -> None:
         """Takes snapshots of several attached volumes at one instant; durable on return, and after a crash some or all.

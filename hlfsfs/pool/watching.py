@@ -29,7 +29,7 @@ class Watching:
         Root, and who the server runs as, are told of all, anybody else of his own. Nothing is attached for it: what
         nobody has used since the mount is not listed. JSON: {"server": of the whole mount, with "started_ns" since the
         epoch and "bounds_ns" of all buckets but the last, "volumes": [`Volume.metrics` with "name" and "uuid"],
-        "next": START of the next page or null}.
+        "unusable": [{"name", "why"}] of those that could not be opened, "next": START of the next page or null}.
 
         Raises:
             NoAttribute: it is no such question, or not one to a pool.
@@ -41,18 +41,30 @@ class Watching:
         following: int | None = None
         began_s = time.monotonic()
         told: list[bytes] = []
+        unusable: list[bytes] = []
         size_bytes = len(server := xattrs.as_json(self._server()))
         for each in self._volumes(node, int(start, 16), uid):
             if size_bytes >= PAGE_BYTES:
                 following = each.id
                 break
-            with suppress(HlfsError):
-                look = time.monotonic() - began_s < LOOK_S
-                if (found := self._metrics(each, look=look)) is not None:
-                    told.append(xattrs.as_json(found))
-                    size_bytes += len(told[-1]) + 1
-        shown = b"null" if following is None else b'"%x"' % following
-        return b'{"server": %s, "volumes": [%s], "next": %s}' % (server, b",".join(told), shown)
+            with self._shared.lock:
+                path = each.path
+            if not path:
+                continue
+            line = None
+            if (failure := self._failure(each)) is not None:
+                line = xattrs.as_json({"name": printable(path), "why": printable(str(failure))})
+                unusable.append(line)
+            elif (volume := self._shared.engine.attached(each.id)) is not None:
+                with suppress(HlfsError):
+                    look = time.monotonic() - began_s < LOOK_S
+                    figures = volume.metrics(look=look)
+                    line = xattrs.as_json({"name": printable(path), "uuid": str(volume.uuid), **figures})
+                    told.append(line)
+            if line is not None:
+                size_bytes += len(line) + 1
+        page = (server, b",".join(told), b",".join(unusable), b"null" if following is None else b'"%x"' % following)
+        return b'{"server": %s, "volumes": [%s], "unusable": [%s], "next": %s}' % page
 
     def _volumes(self, pool: PoolNode, first_id: int, uid: int) -> list[VolumeNode]:
         everybodys = uid in {0, os.geteuid()}
@@ -61,19 +73,15 @@ class Watching:
                 each
                 for each in self._shared.tree.volumes()
                 if each.id >= first_id
-                and each.record is not None
-                and (everybodys or each.record.uid == uid)
+                and (everybodys or (each.record is not None and each.record.uid == uid))
                 and _is_below(each, pool)
             ]
         return sorted(found, key=lambda each: each.id)
 
-    def _metrics(self, node: VolumeNode, *, look: bool) -> dict[str, Any] | None:
-        volume = self._shared.engine.attached(node.id)
+    def _failure(self, node: VolumeNode) -> HlfsError | None:
         with self._shared.lock:
-            path = node.path
-        if volume is None or not path:
-            return None
-        return {"name": printable(path), "uuid": str(volume.uuid), **volume.metrics(look=look)}
+            damage = node.damage if node.record is None else None
+        return damage or self._shared.engine.failure(node.id)
 
     def _server(self) -> dict[str, Any]:
         space = self._shared.store.statfs()

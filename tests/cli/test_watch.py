@@ -21,6 +21,7 @@ from hlfsfs.cli.watch.rates import quantile_ns, rates
 from hlfsfs.cli.watch.sample import KINDS, Requests, Sample, ServerSample, Space, VolumeSample
 from hlfsfs.cli.watch.top import format_duration
 from hlfsfs.errors import UsageError
+from hlfsfs.store.records import VolumeRecord, decode_record
 from tests.cli.places import spawn
 from tests.fuse.mounts import HLFS, Mounted, mounted, needs_fuse, run
 
@@ -251,6 +252,33 @@ def test_others_are_told_of_their_own(mount: Mounted) -> None:
         "print([each['name'] for each in page['volumes']])"
     )
     assert run("/usr/bin/python3", "-c", code, mount.path) == "['users']\n"
+
+
+@needs_fuse
+def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
+    with mounted(tmp_path / "store") as mount:
+        mount.run("truncate", "--size=1M", *(mount.path / name for name in ("log", "record", "well")))
+        found = mount.run("stat", "-c", "%i", mount.path / "log", mount.path / "record").split()
+        log_id, record_id = (f"{int(each):016x}" for each in found)
+    volumes, logs = tmp_path / "store/.hlfs/volumes", tmp_path / "store/.hlfs/logs"
+    record = decode_record(VolumeRecord, (volumes / log_id).read_bytes(), "log")
+    checkpoint = logs / str(record.log_uuid) / "checkpoint"
+    whole = checkpoint.read_bytes()
+    os.truncate(checkpoint, 10)
+    (volumes / record_id).write_bytes(b"garbage")
+    with mounted(tmp_path / "store") as mount:
+        subprocess.run(["cat", mount.path / "log", mount.path / "well"], timeout=60, check=False, capture_output=True)
+        exposed = Exposed(mount.run(*HLFS, "metrics", mount.path))
+        told = {each.labels["volume"]: each.value for each in exposed.samples if each.name == "hlfs_volume_unusable"}
+        assert told == {"log": 1, "record": 1, "well": 0}
+        shown = mount.run(*HLFS, "top", "--interval", "0.1", "--count", "1", mount.path)
+        assert re.search(r"^log cannot be opened: .*checkpoint", shown, re.MULTILINE), shown
+        assert re.search(r"^record cannot be opened: ", shown, re.MULTILINE), shown
+        checkpoint.write_bytes(whole)
+        mount.run("cat", mount.path / "log")
+        again = Exposed(mount.run(*HLFS, "metrics", mount.path))
+        assert again.value("hlfs_volume_unusable", volume="log") == 0
+        assert again.value("hlfs_volume_size_bytes", volume="log") == 1 << 20
 
 
 @contextmanager

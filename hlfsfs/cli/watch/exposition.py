@@ -45,6 +45,10 @@ def families(samples: Mapping[str, Sample | None], kept: list[KeptMount] | None)
         for volume in sample.volumes.values()
     }
     yield from _of_volumes({labels: volume for labels, (volume, _) in volumes.items()})
+    unusable: dict[tuple[str, ...], float] = dict.fromkeys(volumes, 0.0)
+    for mountpoint, sample in there.items():
+        unusable |= {(mountpoint, volume.name): 1.0 for volume in sample.unusable}
+    yield _gauge("hlfs_volume_unusable", "Whether it could not be opened.", VOLUME_LABELS, unusable)
     yield from _of_requests(volumes)
     if kept is not None:
         yield from _of_kept(kept)

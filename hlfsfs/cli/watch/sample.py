@@ -78,18 +78,28 @@ class ServerSample(msgspec.Struct, frozen=True):
     map_cache_misses: int
 
 
+class Unusable(msgspec.Struct, frozen=True):
+    """A volume that could not be opened."""
+
+    name: str
+    why: str
+
+
 class _Page(msgspec.Struct, frozen=True):
     server: ServerSample
     volumes: list[VolumeSample]
     next: str | None
+    # Not told by servers of before.
+    unusable: list[Unusable] = []
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """A mount, or the part of it below a pool. `time_s` is of the monotonic clock."""
+    """A mount, or the part of it below a pool: its volumes by UUID. `time_s` is of the monotonic clock."""
 
     time_s: float
     server: ServerSample
     volumes: dict[str, VolumeSample]
+    unusable: list[Unusable] = []
 
 
 def take_sample(directory: str) -> Sample:
@@ -100,11 +110,12 @@ def take_sample(directory: str) -> Sample:
     """
     time_s = time.monotonic()
     page = _ask_for_page(directory, "0")
-    volumes = {each.uuid: each for each in page.volumes}
+    pages = [page]
     while page.next is not None:
         page = _ask_for_page(directory, page.next)
-        volumes |= {each.uuid: each for each in page.volumes}
-    return Sample(time_s, page.server, volumes)
+        pages.append(page)
+    volumes = {volume.uuid: volume for each in pages for volume in each.volumes}
+    return Sample(time_s, page.server, volumes, [unusable for each in pages for unusable in each.unusable])
 
 
 def _ask_for_page(directory: str, start: str) -> _Page:

@@ -16,9 +16,12 @@ from hlfsfs.cli.watch.sample import Sample, take_sample
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 # What the headline, the blank line after it, the header and its rule take of a terminal.
 LINES_ABOVE = 5
+# Of volumes that cannot be opened.
+MOST_WARNINGS = 5
 # A narrower terminal gets fewer columns.
 WIDE = 150
 
@@ -87,13 +90,18 @@ def top(directory: str, interval_s: float, count: int | None) -> None:
     pairs = itertools.islice(_pairs(directory, interval_s), count)
     if not is_terminal:
         for before, after in pairs:
-            console.print(_headline(before, after), _table(rates(before, after), console.width), "")
+            console.print(_headline(before, after))
+            for warning in _warnings(after):
+                console.print(warning, soft_wrap=True)
+            console.print(_table(rates(before, after), console.width), "")
             sys.stdout.flush()
         return
     with suppress(KeyboardInterrupt), Live(console=console, screen=count is None, auto_refresh=False) as live:
         for before, after in pairs:
-            shown = rates(before, after)[: max(console.height - LINES_ABOVE, 1)]
-            live.update(Group(_headline(before, after), "", _table(shown, console.width)), refresh=True)
+            warnings = _warnings(after)
+            shown = rates(before, after)[: max(console.height - LINES_ABOVE - len(warnings), 1)]
+            group = Group(_headline(before, after), *warnings, "", _table(shown, console.width))
+            live.update(group, refresh=True)
 
 
 def _pairs(directory: str, interval_s: float) -> Iterator[tuple[Sample, Sample]]:
@@ -120,6 +128,15 @@ def _headline(before: Sample, after: Sample) -> str:
     if before.server.started_ns != server.started_ns:
         parts.append("another server has taken over")
     return ", ".join(parts)
+
+
+def _warnings(sample: Sample) -> list["Text"]:
+    from rich.text import Text  # noqa: PLC0415
+
+    lines = [f"{each.name} cannot be opened: {each.why}" for each in sample.unusable]
+    if len(lines) > MOST_WARNINGS:
+        lines[MOST_WARNINGS - 1 :] = [f"and {len(lines) - MOST_WARNINGS + 1} more that cannot be opened"]
+    return [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
 
 
 def _table(shown: list[VolumeRate], width: int) -> "Table":
