@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 REST_LIMIT_S = 20.0
 # What one that goes on as another program tells that.
 _WANTED = "HLFS_WANTED"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # What journald takes a line to be that begins so (sd-daemon(3)).
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
@@ -67,19 +68,28 @@ def run(config: Path, directory: Path) -> None:
     """Keeps what `config` defines mounted until SIGTERM or SIGINT, then unmounts all; SIGHUP has it read again.
 
     Killed, it leaves the mounts to their servers, and the next one goes on with them. After an upgrade this process
-    becomes the next one: it is called as it was before, and what is installed now is loaded.
+    becomes the next one: it is called as it was before, and what is installed now is loaded. A signal that comes
+    meanwhile is the next one's to obey.
 
     Raises:
         VolumeBusy: another one runs at `directory`, where the control socket is.
         HlfsError: it cannot be used.
     """
+    held: list[int] = []
+    for number in _SIGNALS:
+        signal.signal(number, lambda number, _: held.append(number))
+    # As who goes on as this program left them.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         with _only_one(directory):
-            handed = trio.run(_run, config, directory)
+            handed = trio.run(_run, config, directory, held)
             if handed is not None:
                 notify_reloading()
                 left, wanted = handed
                 os.environ[_WANTED] = json.dumps(wanted)
+                # What is blocked stays with the process, whatever it executes.
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+                _raise(held)
                 fd_store.hand_over(left)
     except OSError as exc:
         raise HlfsError(f"{exc.filename or directory}: {os.strerror(exc.errno or 0)}") from exc
@@ -90,47 +100,57 @@ def run(config: Path, directory: Path) -> None:
         raise HlfsError(f"{directory}: the daemon failed; see its log") from exc
 
 
-async def _run(config: Path, directory: Path) -> tuple[dict[str, Mount], dict[str, bool]] | None:
+def _raise(held: list[int]) -> None:
+    while held:
+        signal.raise_signal(held.pop(0))
+
+
+async def _run(config: Path, directory: Path, held: list[int]) -> tuple[dict[str, Mount], dict[str, bool]] | None:
     """If another one is to go on: what there is of mounts, by key, and which are wanted, by name."""
     servers = Servers(directory, fd_store.kept())
     supervisor = Supervisor(config, servers, json.loads(os.environ.pop(_WANTED, "{}")))
     try:
-        await servers.load()
-        upgraded = await _serve(supervisor, servers, directory)
+        with trio.open_signal_receiver(*_SIGNALS) as signals:
+            _raise(held)
+            await servers.load()
+            upgraded = await _serve(signals, supervisor, servers, directory)
     finally:
         left = servers.close()
     return ({**left, **supervisor.left()}, supervisor.wanted()) if upgraded else None
 
 
-async def _serve(supervisor: Supervisor, servers: Servers, directory: Path) -> bool:
+async def _serve(signals: AsyncIterator[int], supervisor: Supervisor, servers: Servers, directory: Path) -> bool:
     """Whether it was upgraded."""
     async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            ended, upgraded = trio.Event(), trio.Event()
-            nursery.start_soon(_obey, signals, supervisor, ended, nursery.cancel_scope)
-            # Before mounts are tried, which may take long.
-            await nursery.start(Control(supervisor, upgraded).serve, directory / SOCKET)
-            nursery.start_soon(servers.welcome, supervisor.server_of)
-            async with trio.open_nursery() as mounting:
-                mounting.start_soon(_mount, nursery, supervisor, mounting)
-                mounting.start_soon(_leave, ended, mounting)
-                mounting.start_soon(_leave, upgraded, mounting)
-            async with trio.open_nursery() as waiting:
-                for event in (ended, upgraded):
-                    waiting.start_soon(_leave, event, waiting)
-            if not ended.is_set():
-                # Until nothing is on its way that would be lost.
-                async with trio.open_nursery() as resting:
-                    resting.start_soon(_leave, ended, resting)
-                    with trio.move_on_after(REST_LIMIT_S):
-                        await supervisor.rest()
-                    resting.cancel_scope.cancel()
-            if ended.is_set():
-                notify("STOPPING=1", "STATUS=unmounting")
-                log.info("unmounting everything")
-                await supervisor.stop_all(for_good=True)
+        ended, upgraded = trio.Event(), trio.Event()
+        nursery.start_soon(_obey, signals, supervisor, ended, nursery.cancel_scope)
+        # Before mounts are tried, which may take long.
+        await nursery.start(Control(supervisor, upgraded).serve, directory / SOCKET)
+        nursery.start_soon(servers.welcome, supervisor.server_of)
+        async with trio.open_nursery() as mounting:
+            mounting.start_soon(_mount, nursery, supervisor, mounting)
+            mounting.start_soon(_leave, ended, mounting)
+            mounting.start_soon(_leave, upgraded, mounting)
+        async with trio.open_nursery() as waiting:
+            for event in (ended, upgraded):
+                waiting.start_soon(_leave, event, waiting)
+        if not ended.is_set():
+            # Until nothing is on its way that would be lost.
+            async with trio.open_nursery() as resting:
+                resting.start_soon(_leave, ended, resting)
+                with trio.move_on_after(REST_LIMIT_S):
+                    await supervisor.rest()
+                resting.cancel_scope.cancel()
+        goes_on = not ended.is_set()
+        if not goes_on:
+            notify("STOPPING=1", "STATUS=unmounting")
+            log.info("unmounting everything")
+            await supervisor.stop_all(for_good=True)
         nursery.cancel_scope.cancel()
-    return not ended.is_set()
+    if goes_on and ended.is_set():
+        # It came too late to be obeyed here.
+        signal.raise_signal(signal.SIGTERM)
+    return goes_on
 
 
 async def _mount(nursery: trio.Nursery, supervisor: Supervisor, mounting: trio.Nursery) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,19 @@ class Daemon:
 
     # --- the daemon -----------------------------------------------------------------------------------------------
 
-    def begin(self, *, told: bool = True) -> None:
-        """Returns once it says that it is ready; or that it answers, if it is to tell systemd nothing."""
+    def begin(
+        self, *, told: bool = True, environ: Mapping[str, str] | None = None, more_fds: Sequence[int] = ()
+    ) -> None:
+        """Returns once it says that it is ready; or that it answers, if it is to tell systemd nothing.
+
+        `more_fds`: descriptors that it has beside its own.
+        """
         with self.log.open("ab") as output:
             command = [*PROGRAM, "--run-dir", str(self.run_dir), "run", "--config", str(self.config)]
             command, fds = self.manager.begin(command)
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=fds,
-                env={**os.environ, "NOTIFY_SOCKET": str(self.manager.path) if told else ""},
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[*fds, *more_fds],
+                env={**os.environ, **(environ or {}), "NOTIFY_SOCKET": str(self.manager.path) if told else ""},
             )  # fmt: skip
         if not told:
             self.until(lambda: self.command("status")[0] == 0)
@@ -81,10 +86,11 @@ class Daemon:
         """What systemd would be told next."""
         return self.manager.told(TIMEOUT_S)
 
-    def end(self) -> None:
-        """An orderly end."""
+    def end(self, *, told: bool = False) -> None:
+        """An orderly end, if it was not told to."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
+        if not told:
+            self._process.send_signal(signal.SIGTERM)
         assert self._process.wait(TIMEOUT_S) == 0, self.log.read_text()
         self._process = None
 

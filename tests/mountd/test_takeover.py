@@ -268,6 +268,86 @@ def test_what_was_stopped_or_started_is_so_after_an_upgrade(daemon: Daemon) -> N
     daemon.end()
 
 
+# Loaded by each process of Python that finds it: does what a file beside it says.
+INSTALLED = """
+import os, sys, time
+for module, name in (("mountd.cli", "daemon"), ("mountd.nursery", "nursery")):
+    how = os.path.join(os.path.dirname(__file__), name)
+    if module in sys.orig_argv and os.path.exists(how):
+        open(how + "-began", "w").close()
+        if open(how).read() == "fail":
+            os._exit(1)
+        time.sleep(1)
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A directory where Python looks first: `daemon` or `nursery` in it says how that is to begin."""
+    directory = tmp_path / "installed"
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(INSTALLED)
+    return directory
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_comes_before_the_other_program_listens(
+    daemon: Daemon, installed: Path, number: signal.Signals
+) -> None:
+    daemon.begin(environ={"PYTHONPATH": str(installed)})
+    daemon.write("a", "durable")
+    daemon.defined("b")
+    (installed / "daemon").write_text("wait")
+    words = [*PROGRAM, "--run-dir", str(daemon.run_dir), "upgrade"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as upgrade:
+        daemon.until((installed / "daemon-began").exists)
+        os.kill(daemon.pid, number)
+        if number == signal.SIGHUP:
+            daemon.until(lambda: daemon.command("status")[0] == 0)
+            daemon.until(lambda: daemon.states().get("b") == "mounted")
+            assert upgrade.wait(60) == 0
+        daemon.end(told=number == signal.SIGTERM)
+    assert not daemon.is_mounted("a")
+    assert not daemon.manager.kept
+
+
+def test_no_upgrade_to_a_program_that_does_not_begin(daemon: Daemon, installed: Path) -> None:
+    daemon.begin(environ={"PYTHONPATH": str(installed)})
+    with client(daemon, 3):
+        before, began_ns = daemon.status("a"), daemon.began_ns()
+        (installed / "nursery").write_text("fail")
+        assert "the program that is installed now does not begin" in daemon.failed("upgrade")
+        assert (installed / "nursery-began").exists()
+        assert (daemon.status("a"), daemon.began_ns()) == (before, began_ns)
+        (installed / "nursery").unlink()
+        # Also what dies meanwhile is followed.
+        os.kill(before["keeper"], signal.SIGKILL)
+        another_keeper(daemon, before["keeper"])
+        assert daemon.done("upgrade") == "1 mounts go on\n"
+        assert daemon.began_ns() > began_ns
+    daemon.end()
+
+
+def test_more_descriptors_than_select_takes(daemon: Daemon) -> None:
+    with open(os.devnull) as null:
+        many = [os.dup(null.fileno()) for _ in range(1100)]
+    try:
+        daemon.begin(more_fds=many)
+    finally:
+        for fd in many:
+            os.close(fd)
+    with client(daemon, 3):
+        keeper = daemon.status("a")["keeper"]
+        os.kill(keeper, signal.SIGKILL)
+        another_keeper(daemon, keeper)
+        daemon.done("upgrade")
+        keeper = daemon.status("a")["keeper"]
+        os.kill(keeper, signal.SIGKILL)
+        another_keeper(daemon, keeper)
+    daemon.end()
+    assert not daemon.manager.kept
+
+
 def test_upgrades_beside_each_other(daemon: Daemon) -> None:
     """One of them is refused, or comes after; whatever comes of it, nobody hangs."""
     daemon.begin()
