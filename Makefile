@@ -11,6 +11,8 @@ VENV_PYTHON := .venv/bin/python
 PYTHON_SOURCES := hlfsfs mountd tests contrib bench
 CORE_SOURCES = $(shell find hlfsfs/core tests bench -name '*.cpp' -o -name '*.hpp' -o -name '*.c')
 JOBS := $(shell nproc)
+# Tests wait half of their time: for disks, guests, and each other.
+TEST_PROCESSES := 4
 # How much longer than `make test` the fuzzers of `make hunt` run.
 HUNT_TIMES := 20
 # Rounds of each of the core's tests that are at random; a usual one does two to ten.
@@ -31,7 +33,7 @@ demo: setup  ## Show it: a virtual machine boots from a volume, writes to it, an
 	@$(VENV_PYTHON) -m contrib.demo
 
 test: setup core-tests fuzz  ## Run all tests: the core's own under sanitizers, then the rest
-	timeout --foreground --signal=INT 1000 $(VENV_PYTHON) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	timeout --foreground --signal=INT 1800 $(VENV_PYTHON) -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile --no-loadscope-reorder
 
 check: setup fuzzers  ## Lint, formatting, types and layering; the core by a second compiler
 	.venv/bin/ruff check $(PYTHON_SOURCES)

@@ -55,12 +55,15 @@ def _ask(context: click.Context, do: Order, **what: str) -> Any:
 @click.option(
     "--config", type=click.Path(path_type=Path), default=CONFIG, show_default=True, help="Where definitions are."
 )
+@click.option("--try", "only_try", is_flag=True, hidden=True, help="Load all that it needs, and end.")
 @click.pass_context
-def run(context: click.Context, config: Path) -> None:
+def run(context: click.Context, config: Path, only_try: bool) -> None:
     """Be the daemon, in the foreground: mount what is defined, and unmount it at SIGTERM; SIGHUP is `reload`."""
     # Only here, as trio takes longer to load than a command to run.
     from mountd import daemon  # noqa: PLC0415
 
+    if only_try:
+        return
     daemon.log_to_stderr()
     daemon.run(config, context.obj)
 

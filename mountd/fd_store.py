@@ -99,6 +99,11 @@ def _wait() -> None:
             os.close(writing)
 
 
+def program() -> list[str]:
+    """The command that this process was begun by."""
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
 def hand_over(left: Mapping[str, Mount]) -> NoReturn:
     """Becomes the program anew, which finds that by `kept`, by key. Raises OSError."""
     fds, names = [], []
@@ -118,7 +123,7 @@ def hand_over(left: Mapping[str, Mount]) -> NoReturn:
         "LISTEN_FDS": str(len(fds)),
         "LISTEN_FDNAMES": ":".join(names),
     }
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os.execv(sys.executable, program())
 
 
 def kept() -> dict[str, Mount]:

@@ -128,9 +128,26 @@ class Daemon:
         """By name, in the order of their start."""
         return {each["name"]: each["state"] for each in json.loads(self.done("list", "--json"))}
 
-    def status(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.command("status", name, "--json")[1])["mounts"][0]
+    def mounts(self, *names: str) -> list[dict[str, Any]]:
+        """How they are, or all of them; where one daemon follows another, as that says."""
+        said: list[str] = []
+
+        def answered() -> str:
+            said.append(self.command("status", *names, "--json")[1])
+            return said[-1]
+
+        self.until(answered)
+        found: list[dict[str, Any]] = json.loads(said[-1])["mounts"]
         return found
+
+    def status(self, name: str) -> dict[str, Any]:
+        return self.mounts(name)[0]
+
+    def upgrade(self) -> str:
+        """Returns what the command says, once the daemon that follows has found its mounts."""
+        output = self.done("upgrade")
+        self.until(lambda: all(each["state"] == "mounted" for each in self.mounts() if each["wanted"]))
+        return output
 
     def began_ns(self, default: int = 0) -> int:
         """When this daemon did; the default where none answers."""
@@ -138,7 +155,7 @@ class Daemon:
         found: int = json.loads(output)["began_ns"] if output else default
         return found
 
-    def until(self, wanted: Callable[[], bool]) -> None:
+    def until(self, wanted: Callable[[], object]) -> None:
         """Waits for what comes by itself."""
         end_s = time.monotonic() + TIMEOUT_S
         while not wanted():

@@ -26,15 +26,12 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class ServiceManager:
-    """Listens at `path` until `close`.
-
-    Attributes:
-        kept: descriptors, by name and in the order in which they came.
-    """
+    """Listens at `path` until `close`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.kept: list[tuple[str, int]] = []
+        self._kept: list[tuple[str, int]] = []
+        self._settled: queue.Queue[None] = queue.Queue()
         self._told: queue.Queue[str] = queue.Queue()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._socket.bind(str(path))
@@ -48,8 +45,10 @@ class ServiceManager:
             said = dict(line.partition("=")[::2] for line in lines)
             if "END" in said:
                 return
-            if "FDSTORE" in said:
-                self.kept.append((said["FDNAME"], fds.pop()))
+            if "SETTLE" in said:
+                self._settled.put(None)
+            elif "FDSTORE" in said:
+                self._kept.append((said["FDNAME"], fds.pop()))
             elif "FDSTOREREMOVE" in said:
                 self._remove(said["FDNAME"])
             elif "BARRIER" not in said:
@@ -58,9 +57,20 @@ class ServiceManager:
                 os.close(fd)
 
     def _remove(self, name: str) -> None:
-        for fd in [fd for kept, fd in self.kept if kept == name]:
+        for fd in [fd for kept, fd in self._kept if kept == name]:
             os.close(fd)
-        self.kept = [each for each in self.kept if each[0] != name]
+        self._kept = [each for each in self._kept if each[0] != name]
+
+    @property
+    def kept(self) -> list[tuple[str, int]]:
+        """Descriptors that it keeps after all it was told so far, by name and in the order in which they came."""
+        self._send(b"SETTLE=1")
+        self._settled.get(timeout=60)
+        return list(self._kept)
+
+    def _send(self, said: bytes) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(said, str(self.path))
 
     def told(self, timeout_s: float) -> str:
         """What it was told next, but for descriptors. Raises queue.Empty."""
@@ -68,19 +78,18 @@ class ServiceManager:
 
     def begin(self, command: list[str]) -> tuple[list[str], list[int]]:
         """How a service is begun, and which descriptors its process is to inherit."""
-        if not self.kept:
+        kept = self.kept
+        if not kept:
             return command, []
-        return [sys.executable, "-c", _HAND_OVER, json.dumps(self.kept), *command], [fd for _, fd in self.kept]
+        return [sys.executable, "-c", _HAND_OVER, json.dumps(kept), *command], [fd for _, fd in kept]
 
     def forget(self) -> None:
-        """All descriptors."""
-        for _, fd in self.kept:
-            os.close(fd)
-        self.kept = []
+        """All descriptors it was sent so far."""
+        for name, _ in self.kept:
+            self._remove(name)
 
     def close(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"END=1", str(self.path))
+        self.forget()
+        self._send(b"END=1")
         self._thread.join()
         self._socket.close()
-        self.forget()
