@@ -1,7 +1,9 @@
 """Work through a mount: what a system call on a path in it that failed means for a person."""
 
 import errno
+import json
 import os
+import stat
 from collections.abc import Callable
 
 from hlfsfs.errors import AccessDenied, HlfsError, NoSuchName, NotAVolume, ReadOnly, StoreFailed, VolumeBusy, printable
@@ -31,9 +33,37 @@ class IsASnapshot(HlfsError):
         super().__init__(f"{path}: is a snapshot; name its volume{which}")
 
 
+class CannotBeOpened(HlfsError):
+    """A volume that its mount shows as damaged."""
+
+    errno = errno.EIO
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"{printable(path)}: {why or 'damaged; the log of the server says how'}")
+
+
+def _damage(path: str) -> CannotBeOpened | None:
+    """Why a mount shows a socket there, of which the kernel gives no attribute; None: it does not."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return None
+        # Only here, as it takes longer to load than other commands to run.
+        from hlfsfs.pool import METRICS_PREFIX  # noqa: PLC0415
+
+        page = json.loads(os.getxattr(os.path.dirname(path) or ".", METRICS_PREFIX + "0"))
+    except OSError:
+        return None
+    name = printable(os.path.basename(path))
+    reasons = {each["name"]: each["why"] for each in page["unusable"] if each["name"].rpartition("/")[2] == name}
+    # Others of that name are in pools further down.
+    return CannotBeOpened(path, reasons[min(reasons, key=len)] if reasons else "")
+
+
 def path_error(path: str, exc: OSError) -> HlfsError:
     """The error that says why a call on an attribute of `path` failed."""
     what = printable(path)
+    if exc.errno in {errno.ENODATA, errno.EPERM} and (damage := _damage(path)) is not None:
+        return damage
     busy = "a volume of this mount is being cleaned; wait until that is done"
     meanings: dict[int | None, Callable[[], HlfsError]] = {
         errno.ENOENT: lambda: NoSuchName(what),

@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import NoReturn, ParamSpec, TypeVar
 
@@ -119,7 +120,7 @@ class ControlOperations(pyfuse3.Operations):
     # --- finding ----------------------------------------------------------------------------------------------
 
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        return entry_of(await self.call(self.namespace.lookup, parent_inode, name))
+        return entry_of(await self.call(partial(self.namespace.lookup, damaged_too=True), parent_inode, name))
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         try:
@@ -128,7 +129,7 @@ class ControlOperations(pyfuse3.Operations):
             log.warning("a volume the kernel forgot could not be closed", exc_info=True)
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        return entry_of(await self.call(self.namespace.getattr, inode))
+        return entry_of(await self.call(partial(self.namespace.getattr, damaged_too=True), inode))
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         await self.call(self.namespace.readdir, inode)
@@ -308,7 +309,7 @@ class DataOperations(ControlOperations):
     async def listed(self, name: bytes, entry: PoolEntry) -> pyfuse3.EntryAttributes:
         """In full, as the kernel takes it for a look-up's answer. What cannot be had is not to be remembered."""
         try:
-            return entry_of(await self.call(self.namespace.getattr, entry.id))
+            return entry_of(await self.call(partial(self.namespace.getattr, damaged_too=True), entry.id))
         except pyfuse3.FUSEError:
             return _listed_entry(entry)
 
@@ -352,8 +353,9 @@ def entry_of(attributes: Attributes) -> pyfuse3.EntryAttributes:
     entry.st_atime_ns = attributes.atime_ns
     entry.st_mtime_ns = attributes.mtime_ns
     entry.st_ctime_ns = attributes.ctime_ns
-    # What stands for a volume or its newest snapshot changes with these, and the kernel does not know.
-    follows = attributes.kind in {"snapshots", "link"}
+    # What stands for a volume or its newest snapshot changes with these, and the kernel does not know; what is damaged
+    # may come to be whole.
+    follows = attributes.kind in {"snapshots", "link", "damaged"}
     entry.entry_timeout = 0 if follows else ENTRY_TIMEOUT_S
     entry.attr_timeout = 0 if follows else ATTR_TIMEOUT_S
     return entry
@@ -377,6 +379,9 @@ def _type_bits(kind: str) -> int:
             return stat.S_IFDIR
         case "link":
             return stat.S_IFLNK
+        case "damaged":
+            # Nobody can open it or takes it for a disk; libvirt leaves it out of a pool, which an error would end.
+            return stat.S_IFSOCK
         case _:
             return stat.S_IFREG
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from hlfsfs.errors import NotPermitted
 
-# `snapshots`: a directory of them; `link`: `latest` in there.
-Kind = Literal["pool", "volume", "snapshots", "snapshot", "link"]
+# `snapshots`: a directory of them; `link`: `latest` in there; `damaged`: a volume that cannot be opened.
+Kind = Literal["pool", "volume", "snapshots", "snapshot", "link", "damaged"]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from hlfsfs.pool.cleaning import Cleaning
 from hlfsfs.pool.copies import Copies
 from hlfsfs.pool.flattening import Flattening
 from hlfsfs.pool.names import SNAPSHOTS, check_length
-from hlfsfs.pool.node_ids import ROOT_ID, mark_of
+from hlfsfs.pool.node_ids import ROOT_ID, UNKNOWN_ID, mark_of
 from hlfsfs.pool.properties import AnyNode, Properties
 from hlfsfs.pool.receiving import Receiver
 from hlfsfs.pool.renames import Place, Renames
@@ -158,7 +158,7 @@ class Namespace:
             raise NotAVolume(self._properties.what(node))
         return node
 
-    def _child(self, parent: AnyNode, name: bytes) -> AnyNode:
+    def _child(self, parent: AnyNode, name: bytes, *, damaged_too: bool = False) -> AnyNode:
         """Raises NoSuchName, NotAPool, Damaged."""
         if not isinstance(parent, Node):
             return self._snapshots.child(parent, name)
@@ -167,7 +167,13 @@ class Namespace:
             return pool
         if name == b"..":
             return pool if pool is self._root or pool.parent is None else pool.parent
-        return PoolSnapshots(pool) if name == SNAPSHOTS else require_sound(self._changes.child(pool, name))
+        if name == SNAPSHOTS:
+            return PoolSnapshots(pool)
+        child = self._changes.child(pool, name)
+        # Whose id is not known cannot be told of.
+        if damaged_too and isinstance(child, VolumeNode) and child.id != UNKNOWN_ID:
+            return child
+        return require_sound(child)
 
     def resolve(self, path: bytes) -> int:
         """Id of what a path below the namespace's root names. Raises NoSuchName, NotAPool, Damaged.
@@ -190,15 +196,19 @@ class Namespace:
                 node = self._child(directory, self._snapshots.target(node))
         return self._properties.shown_id(node)
 
-    def lookup(self, parent_id: int, name: bytes) -> Attributes:
+    def lookup(self, parent_id: int, name: bytes, *, damaged_too: bool = False) -> Attributes:
         """Attributes of a name in a pool, recovering its volume if need be.
+
+        Args:
+            damaged_too: those of a volume that is damaged for good as well, which show it as nothing of use.
 
         Raises:
             NoSuchName, NotAPool, StaleId, NameTooLong: nothing is there.
             Damaged: the name, or what it names.
         """
         check_length(name)
-        return self._properties.attributes(self._child(self._node(parent_id), name))
+        node = self._child(self._node(parent_id), name, damaged_too=damaged_too)
+        return self._properties.shown(node) if damaged_too else self._properties.attributes(node)
 
     def readdir(self, node_id: int) -> list[tuple[bytes, EntryAttributes]]:
         """All names in a pool but `.snapshots`, sorted; damaged ones too (look-up tells). Raises StaleId, NotAPool."""
@@ -216,9 +226,10 @@ class Namespace:
 
     # --- attributes -------------------------------------------------------------------------------------------
 
-    def getattr(self, node_id: int) -> Attributes:
-        """Attributes of a pool or volume. Raises StaleId, Damaged."""
-        return self._properties.attributes(self._node(node_id))
+    def getattr(self, node_id: int, *, damaged_too: bool = False) -> Attributes:
+        """Attributes of a pool or volume, as those of `lookup`. Raises StaleId, Damaged."""
+        node = self._node(node_id)
+        return self._properties.shown(node) if damaged_too else self._properties.attributes(node)
 
     def setattr(self, node_id: int, changes: AttributeChanges) -> Attributes:
         """Changes mode, owner, size and times, in this order; a failure keeps what was done before it.

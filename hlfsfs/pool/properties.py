@@ -18,7 +18,7 @@ from hlfsfs.pool.receiving import Receiver
 from hlfsfs.pool.snapshot_orders import SnapshotOrders
 from hlfsfs.pool.snapshots import Snapshots, VolumeSnapshots
 from hlfsfs.pool.time_travel import TimeTravel
-from hlfsfs.pool.tree import Node, PoolNode, Shared, VolumeNode
+from hlfsfs.pool.tree import LASTING, Node, PoolNode, Shared, VolumeNode
 from hlfsfs.pool.volumes import Volumes
 from hlfsfs.pool.watching import Watching
 from hlfsfs.store.records import PoolRecord, VolumeRecord
@@ -80,6 +80,21 @@ class Properties:
             assert isinstance(node, PoolNode)
             return self._pool_attributes(node)
         return self._snapshots.attributes(node)
+
+    def shown(self, node: AnyNode) -> Attributes:
+        """`attributes`, and of a volume that is damaged for good what is shown in its place.
+
+        So that who looks at a whole pool finds the others, and a name can be removed that nobody can open.
+        """
+        try:
+            return self.attributes(node)
+        except LASTING:
+            if not isinstance(node, VolumeNode):
+                raise
+        with self._shared.lock:
+            record, nlink = node.record, node.nlink
+        uid, gid = (record.uid, record.gid) if record else (0, 0)
+        return Attributes(node.id, "damaged", 0, uid, gid, nlink, 0, 0, 0, 0, 0)
 
     def _volume_attributes(self, node: VolumeNode, volume: "Volume") -> Attributes:
         found = volume.attr()
