@@ -76,14 +76,14 @@ bool FaultyDisk::watched(int fd) {
     return !files_.empty() && find(fd) != nullptr;
 }
 
-void FaultyDisk::fail_writes(int count, int error, int skip) {
+void FaultyDisk::fail_writes(int count, int error, int skip, std::size_t least_bytes) {
     const std::lock_guard lock(mutex_);
-    write_fault_ = {count, error, skip};
+    write_fault_ = {count, error, skip, least_bytes};
 }
 
 void FaultyDisk::fail_syncs(int count, int error, int skip) {
     const std::lock_guard lock(mutex_);
-    sync_fault_ = {count, error, skip};
+    sync_fault_ = {count, error, skip, 0};
 }
 
 void FaultyDisk::fail_large_writes(std::size_t least_bytes, int error) {
@@ -186,7 +186,7 @@ int FaultyDisk::before_write(std::size_t size_bytes) {
         ++large_writes_failed_;
         return large_error_;
     }
-    return write_fault_.take();
+    return write_fault_.take(size_bytes);
 }
 
 // The caller holds the lock.
@@ -234,7 +234,7 @@ int FaultyDisk::before_sync(int fd) {
     if (file == nullptr)
         return 0;
     ++syncs_;
-    if (const int error = sync_fault_.take())
+    if (const int error = sync_fault_.take(0))
         return error;
     // Only what was written before the call began is promised.
     file->syncing.merge(file->volatile_blocks);

@@ -32,8 +32,9 @@ class FaultyDisk {
     void reset();
     void watch(int fd);
 
-    // The next `count` writes (syncs) of watched files fail with `error`, after `skip` good ones.
-    void fail_writes(int count, int error, int skip = 0);
+    // The next `count` writes (syncs) of watched files fail with `error`, after `skip` good ones. Writes of fewer bytes
+    // than that are not counted.
+    void fail_writes(int count, int error, int skip = 0, std::size_t least_bytes = 0);
     void fail_syncs(int count, int error, int skip = 0);
     // From now on every write of so many bytes or more fails; 0: none.
     void fail_large_writes(std::size_t least_bytes, int error);
@@ -97,8 +98,9 @@ class FaultyDisk {
     };
     struct Fault {
         int count = 0, error = 0, skip = 0;
-        int take() {
-            if (count == 0)
+        std::size_t least_bytes = 0;
+        int take(std::size_t size_bytes) {
+            if (count == 0 || size_bytes < least_bytes)
                 return 0;
             if (skip > 0) {
                 --skip;

@@ -18,6 +18,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "faulty_disk.hpp"
@@ -32,7 +33,7 @@ using Bytes = std::vector<std::byte>;
 
 // HLFS_SEED, or a new one; printed, so that a failure can be repeated.
 std::uint64_t test_seed(const char* test);
-// HLFS_ROUNDS, or `usual`; half of it under the thread sanitizer.
+// HLFS_ROUNDS, or `usual`; a third of it under the thread sanitizer.
 int test_rounds(int usual);
 
 // Waits for a request to end.
@@ -43,6 +44,7 @@ class Wait final : public Completion {
     std::int64_t result();
     [[nodiscard]] bool ended();
     [[nodiscard]] const Bytes& data() const { return data_; }
+    [[nodiscard]] Bytes take_data() { return std::move(data_); }
 
   private:
     std::mutex mutex_;
@@ -216,7 +218,7 @@ Bytes content(Volume& volume);
 
 // In one call for the sanitizers: std::byte is compared byte by byte, each of them checked.
 bool same(const Bytes& a, const Bytes& b);
-bool holds(Volume& volume, const Bytes& model);
+bool holds(DataVolume& volume, const Bytes& model);
 
 Bytes pattern(std::size_t size_bytes, std::uint64_t stamp);
 

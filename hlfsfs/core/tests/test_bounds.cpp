@@ -64,13 +64,16 @@ TEST_CASE("a volume writes few chunks at once while nobody flushes, and few byte
     disk.hold_writes();
     std::deque<Wait> writes;
     const auto put = [&](std::uint64_t count) {
-        for (std::uint64_t i = 0; i < count; ++i) {
+        for (std::uint64_t i = 0; i < count; ++i)
             volume->write_copy(i << 18, pattern(std::size_t{256} << 10, i + 1), false, writes.emplace_back());
-            std::this_thread::sleep_for(std::chrono::milliseconds(2));
-        }
     };
-    put(16);
-    CHECK(wait_until([&] { return disk.held_writes() == 4; }));
+    put(1);
+    CHECK(wait_until([&] { return disk.held_writes() == 1; }));
+    for (unsigned chunks = 2; chunks <= 4; ++chunks) {
+        put(4);
+        CHECK(wait_until([&] { return disk.held_writes() == chunks; }));
+    }
+    put(3);
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
     CHECK(disk.held_writes() == 4);
     // 256 KiB and three times 1 MiB; of the full ones of 4 MiB only one is within 8 MiB.

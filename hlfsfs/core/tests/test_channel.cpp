@@ -442,13 +442,16 @@ TEST_CASE("requests of a volume not attached wait for it, once asked", "[channel
     REQUIRE(event.kind == ChannelEventKind::attach);
     REQUIRE(event.node_id == kNode);
     const std::uint64_t read = mount.kernel.ask_read(kNode, 0, 4096);
+    for (int i = 0; i < 20'000 && mount.channel.counters().attach_waits.load() < 2; ++i) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    REQUIRE(mount.channel.counters().attach_waits.load() == 2);
     CHECK_FALSE(mount.kernel.reply(20).has_value());
     attach(mount);
     mount.channel.attached(kNode, 0);
     const Reply first = mount.kernel.reply().value();
     CHECK(first.unique == write);
     CHECK(first.error == 0);
-    // The read was parked with it, or comes now.
     const Reply second = mount.kernel.reply().value();
     CHECK(second.unique == read);
     CHECK(second.body == data);
@@ -860,12 +863,14 @@ TEST_CASE("many requests of both planes at once", "[channel]") {
     // Fewer slots than requests in flight, and little memory: readers wait, nothing is lost.
     Mount mount(4, {24, 4, 6, 2});
     attach(mount, true);
+    constexpr int kRequests = 3000;
+    constexpr int kForwarded = kRequests / 4;
     std::thread control([&] {
-        while (const auto forwarded = mount.control.next(2000)) {
-            mount.control.answer(forwarded->header.unique, -ENOENT);
+        for (int i = 0; i < kForwarded; ++i) {
+            const Forwarded forwarded = mount.control.next(30'000).value();
+            mount.control.answer(forwarded.header.unique, -ENOENT);
         }
     });
-    constexpr int kRequests = 3000;
     std::atomic<int> in_flight{0};
     std::thread asker([&] {
         for (int i = 0; i < kRequests; ++i) {

@@ -187,10 +187,10 @@ TEST_CASE("a reader that holds an address keeps its segment") {
 
 TEST_CASE("indexes of removed segments are used again, when no checkpoint knows them otherwise") {
     FaultyDisk::instance().reset();
-    Log log(1);
+    Log log(1, 21);
     Host host;
     const auto volume = host.open(log).volume;
-    Bytes model(6 * kMiB);
+    Bytes model(3 * kMiB);
     for (std::uint64_t round = 0; round < 24; ++round) {
         overwrite(host, log, *volume, model, round * 10000 + 1, 1);
         settle(host, log, *volume);
@@ -198,7 +198,7 @@ TEST_CASE("indexes of removed segments are used again, when no checkpoint knows 
         const auto copy = log.copy();
         if (has_two_checkpoints(*copy))
             destroy_newest_slot(*copy);
-        Host second;
+        Host second(HostOptions::with_ring_of(4));
         const auto opened = second.open(*copy);
         INFO("round " << round << ": " << opened.report.damage);
         REQUIRE(holds(*opened.volume, model));
@@ -236,10 +236,12 @@ TEST_CASE("segments of an epoch that a failure ended are cleaned like others, bu
     if (failing == Failing::stalled_writes) {
         disk.hold_writes();
         overwrite(*host, first, *volume, model, 5000, 1);
-        disk.wait_held_writes(1);
+        // More than the footer of an older segment, which may be written as late.
+        disk.wait_held_writes(4);
         disk.release_writes(EIO);
     } else {
-        failing == Failing::write ? disk.fail_writes(1, EIO) : disk.fail_syncs(1, EIO);
+        // The chunk, not such a footer.
+        failing == Failing::write ? disk.fail_writes(1, EIO, 0, kMiB + kBlockBytes) : disk.fail_syncs(1, EIO);
         const Change change{.offset = 0, .size_bytes = kMiB, .stamp = 9000};
         REQUIRE(change.run(*host, first, *volume) == 0);
         change.apply(model);

@@ -108,7 +108,7 @@ TEST_CASE("a flush tells of a failure once") {
     disk.fail_syncs(1, EIO);
     REQUIRE(flush(*opened.volume) == -EIO);
     REQUIRE(flush(*opened.volume) == 0);
-    REQUIRE(host.failures() == 1);
+    REQUIRE(wait_until([&] { return host.failures() == 1; }));
     REQUIRE(opened.volume->stats().epoch == 2);
     host.close(log);
 }
@@ -281,7 +281,7 @@ TEST_CASE("large writes through a small ring are parked and complete") {
             const std::uint64_t odd = i % 2;
             Bytes part;
             read(*volume, (t * 12 + i) * kMiB + odd * 333, static_cast<std::uint32_t>(kMiB - odd * 777), part);
-            REQUIRE((part == pattern(kMiB - odd * 777, t * 100 + i + 1)));
+            REQUIRE(same(part, pattern(kMiB - odd * 777, t * 100 + i + 1)));
         }
     }
     host.close(log);
@@ -318,7 +318,7 @@ TEST_CASE("writes within blocks need no memory beside what they came in") {
         read(*volume, at(i) - kWithin, static_cast<std::uint32_t>(kWithin), part);
         REQUIRE((part == Bytes(kWithin)));
         read(*volume, at(i), static_cast<std::uint32_t>(size_bytes), part);
-        REQUIRE((part == pattern(size_bytes, i + 2)));
+        REQUIRE(same(part, pattern(size_bytes, i + 2)));
     }
     host.close(log);
     REQUIRE(host.core().ring().pages_in_use() == 0);
@@ -345,13 +345,18 @@ TEST_CASE("requests that wait for a slow disk cost no processor time") {
         clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
         return now.tv_sec * 1'000'000'000 + now.tv_nsec;
     };
-    const auto before = processor_ns();
-    std::this_thread::sleep_for(std::chrono::milliseconds(400));
-    const auto used_ms = (processor_ns() - before) / 1'000'000;
+    // Who waits busily does so in each window.
+    constexpr std::int64_t kLittleMs = 100;
+    std::int64_t least_ms = INT64_MAX;
+    for (int window = 0; window < 10 && least_ms >= kLittleMs; ++window) {
+        const auto before = processor_ns();
+        std::this_thread::sleep_for(std::chrono::milliseconds(400));
+        least_ms = std::min<std::int64_t>(least_ms, (processor_ns() - before) / 1'000'000);
+    }
     disk.release_syncs();
     for (Wait& write : writes)
         REQUIRE(write.result() > 0);
-    CHECK(used_ms < 100);
+    CHECK(least_ms < kLittleMs);
     host.close(log);
 }
 

@@ -44,7 +44,7 @@ class Writes {
         const FaultyDisk& disk = FaultyDisk::instance();
         // What its log grows by may take its time.
         for (int look = 0; look < 10; ++look) {
-            if (wait_until([this] { return all_.back().ended(); }, std::chrono::milliseconds(1000)))
+            if (wait_until([this] { return all_.back().ended(); }, std::chrono::milliseconds(3000)))
                 return true;
             if (!disk.active())
                 return false;

@@ -123,7 +123,7 @@ TEST_CASE("the death of the process loses nothing that was acknowledged") {
                 const auto opened = host.open(*log, ring ? ring->ring() : nullptr);
                 INFO(opened.report.damage);
                 REQUIRE_FALSE(opened.report.read_only);
-                REQUIRE((content(*opened.volume) == now));
+                REQUIRE(holds(*opened.volume, now));
                 REQUIRE(opened.volume->attr().size_bytes == now.size());
                 // Then all stays in the ring, which must have room for it.
                 const bool held = random() % 2 == 0;

@@ -31,12 +31,9 @@ Bytes payload_of(std::size_t size, unsigned seed) {
     return bytes;
 }
 
-// Until the channel has read what was asked, and noted so in its slots.
+// Until the channel has read what was asked, and noted so in its slots, and has freed those of what it answered.
 void wait_for_slots(Mount& mount, std::uint64_t count) {
-    for (int i = 0; i < 5000 && mount.slots_in_use() < count; ++i) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-    REQUIRE(mount.slots_in_use() == count);
+    REQUIRE(wait_until([&] { return mount.slots_in_use() == count; }));
 }
 
 Slot& slot_of(Ring& ring, std::uint64_t unique) {
@@ -159,6 +156,7 @@ TEST_CASE("names are passed on once more, marked, behind what the kernel said fi
     const std::uint64_t unlink = dead.kernel.next_unique();
     dead.kernel.send(FakeKernel::request(FUSE_UNLINK, unlink, 1, name));
     REQUIRE(dead.control.next()->header.pid == 0);
+    wait_for_slots(dead, 1);
 
     Mount next(2, kGeometry, &*dead.ring);
     const auto init = next.control.next().value();
@@ -264,6 +262,7 @@ TEST_CASE("handles are counted on, and their requests once", "[takeover]") {
     const std::uint64_t opening = open(O_RDWR);
     CHECK(volume->open_handles == 2);
     CHECK(volume->open_writers == 1);
+    wait_for_slots(dead, 2);
 
     Mount next(2, kGeometry, &*dead.ring);
     const auto again = std::make_shared<MemoryVolume>(*next.ring, kNode);

@@ -91,7 +91,7 @@ TEST_CASE("a first write of the largest size is taken") {
     const auto opened = host.open(log);
     const Bytes data = pattern(kMaxRequestBytes, 7);
     REQUIRE(write(host, *opened.volume, 0, data) == static_cast<std::int64_t>(data.size()));
-    REQUIRE((content(*opened.volume) == data));
+    REQUIRE(holds(*opened.volume, data));
     host.close(log);
 }
 
