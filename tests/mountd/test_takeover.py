@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.crash import shadow
 from tests.fuse.mounts import hlfs, needs_fuse
 from tests.mountd.daemons import PROGRAM, Daemon, daemon_in
 
 pytestmark = needs_fuse
 
 PR_SET_CHILD_SUBREAPER = 36
+LONGEST_S = 120
 
 
 @pytest.fixture
@@ -32,23 +34,15 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 
 @contextmanager
-def client(daemon: Daemon, seconds: float) -> Iterator[None]:
-    """`tests.crash.shadow` for so long: no call of it may fail, and all must be as it is to be."""
+def client(daemon: Daemon) -> Iterator[None]:
+    """`tests.crash.shadow` meanwhile: no call of it may fail, and all must be as it is to be."""
     seed = int(os.environ.get("HLFS_SEED", "0")) or random.SystemRandom().randrange(1 << 32)
     print(f"HLFS_SEED={seed}")
-    words = [
-        sys.executable,
-        "-m",
-        "tests.crash.shadow",
-        str(daemon.at("a") / "v"),
-        str(seed),
-        str(seconds),
-        str(32 << 20),
-    ]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with shadow.started(daemon.at("a") / "v", seed, LONGEST_S, 32 << 20) as process:
         try:
             yield
-            said, failed = process.communicate(timeout=seconds + 60)
+            process.send_signal(signal.SIGUSR1)
+            said, failed = process.communicate(timeout=LONGEST_S)
             assert process.returncode == 0, failed + daemon.log.read_text()
             assert json.loads(said)["calls"] > 10
         finally:
@@ -74,7 +68,7 @@ def another_server(daemon: Daemon, before: int) -> None:
 
 def test_a_keeper_that_is_killed_is_followed_by_another(daemon: Daemon) -> None:
     daemon.begin()
-    with client(daemon, 2):
+    with client(daemon):
         for _ in range(2):
             time.sleep(0.3)
             before = daemon.status("a")["keeper"]
@@ -87,7 +81,7 @@ def test_a_keeper_that_is_killed_is_followed_by_another(daemon: Daemon) -> None:
 def test_everything_is_killed(daemon: Daemon) -> None:
     """Daemon, keeper and server: systemd has what the next ones need."""
     daemon.begin()
-    with client(daemon, 4):
+    with client(daemon):
         for _ in range(2):
             time.sleep(0.3)
             everything_dies(daemon)
@@ -99,7 +93,7 @@ def test_everything_is_killed(daemon: Daemon) -> None:
 def test_servers_and_keepers_by_turns(daemon: Daemon) -> None:
     """Each time systemd must have the newest ring, and one only."""
     daemon.begin()
-    with client(daemon, 4):
+    with client(daemon):
         for _ in range(2):
             before = daemon.status("a")["pid"]
             os.kill(before, signal.SIGKILL)
@@ -111,7 +105,7 @@ def test_servers_and_keepers_by_turns(daemon: Daemon) -> None:
 
 def test_a_keeper_finds_the_next_daemon(daemon: Daemon) -> None:
     daemon.begin()
-    with client(daemon, 4):
+    with client(daemon):
         keeper = daemon.status("a")["keeper"]
         daemon.kill()
         daemon.begin()
@@ -129,7 +123,7 @@ def test_a_keeper_finds_the_next_daemon(daemon: Daemon) -> None:
 def test_a_keeper_that_dies_before_it_has_found_the_next_daemon(daemon: Daemon) -> None:
     """That one goes on from what systemd kept."""
     daemon.begin()
-    with client(daemon, 3):
+    with client(daemon):
         time.sleep(0.3)
         keeper = daemon.status("a")["keeper"]
         daemon.kill()
@@ -155,7 +149,7 @@ def orphans_stay() -> Iterator[None]:
 def test_a_keeper_that_is_dead_and_still_listed(daemon: Daemon) -> None:
     with orphans_stay():
         daemon.begin()
-        with client(daemon, 3):
+        with client(daemon):
             time.sleep(0.3)
             keeper = daemon.status("a")["keeper"]
             daemon.kill()
@@ -210,7 +204,7 @@ def test_what_cannot_be_gone_on_from_hangs_nobody(daemon: Daemon) -> None:
 def test_upgrade(daemon: Daemon) -> None:
     daemon.defined("b", attributes=' autostart="no"')
     daemon.begin()
-    with client(daemon, 2):
+    with client(daemon):
         for _ in range(2):
             before, began_ns = daemon.status("a"), daemon.began_ns()
             assert daemon.upgrade() == "1 mounts go on\n"
@@ -232,7 +226,7 @@ def test_upgrade(daemon: Daemon) -> None:
 def test_what_dies_right_after_an_upgrade_is_followed(daemon: Daemon, with_systemd: bool) -> None:
     """The daemon has what its forerunner had of the mount, before the keeper has found it."""
     daemon.begin(told=with_systemd)
-    with client(daemon, 3):
+    with client(daemon):
         time.sleep(0.3)
         daemon.upgrade()
         keeper = daemon.status("a")["keeper"]
@@ -316,7 +310,7 @@ def test_a_signal_that_comes_before_the_other_program_listens(
 @pytest.mark.parametrize("what", ["nursery", "daemon"])
 def test_no_upgrade_to_a_program_that_does_not_begin(daemon: Daemon, installed: Path, what: str) -> None:
     daemon.begin(environ={"PYTHONPATH": str(installed)})
-    with client(daemon, 3):
+    with client(daemon):
         before, began_ns = daemon.status("a"), daemon.began_ns()
         (installed / what).write_text("fail")
         assert "the program that is installed now does not begin" in daemon.failed("upgrade")
@@ -338,7 +332,7 @@ def test_more_descriptors_than_select_takes(daemon: Daemon) -> None:
     finally:
         for fd in many:
             os.close(fd)
-    with client(daemon, 3):
+    with client(daemon):
         keeper = daemon.status("a")["keeper"]
         os.kill(keeper, signal.SIGKILL)
         another_keeper(daemon, keeper)
@@ -353,7 +347,7 @@ def test_more_descriptors_than_select_takes(daemon: Daemon) -> None:
 def test_upgrades_beside_each_other(daemon: Daemon) -> None:
     """One of them is refused, or comes after; whatever comes of it, nobody hangs."""
     daemon.begin()
-    with client(daemon, 3):
+    with client(daemon):
         words = [*PROGRAM, "--run-dir", str(daemon.run_dir), "upgrade"]
         several = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
         said = [each.communicate(timeout=60) for each in several]
@@ -370,7 +364,7 @@ def test_a_mount_with_a_keeper_of_its_own_is_left_to_that(daemon: Daemon) -> Non
     daemon.begin()
     before = daemon.status("a")
     assert before["adopted"]
-    with client(daemon, 3):
+    with client(daemon):
         time.sleep(0.3)
         os.kill(before["pid"], signal.SIGKILL)
         another_server(daemon, before["pid"])
