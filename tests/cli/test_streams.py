@@ -14,16 +14,19 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
 from hlfsfs.cli import receive, receive_places
+from hlfsfs.cli.offline import Place, offline
 from hlfsfs.errors import HlfsError, NoSpace
+from hlfsfs.pool import ROOT_ID
 from hlfsfs.stream import Begin, SnapshotRef
 from hlfsfs.stream.format import HEADER
+from tests.cli.places import invoke
 from tests.fuse.mounts import HLFS, mounted, needs_fuse, pipe, run
 from tests.stream.making import split, written
 from tests.system.tools import wait_for
@@ -58,7 +61,6 @@ class Site:
 
     def __init__(self, directory: Path, *, is_mounted: bool) -> None:
         self.store = directory
-        self.is_mounted = is_mounted
         self._stack = ExitStack()
         self._mount = self._stack.enter_context(mounted(directory)) if is_mounted else None
         directory.mkdir(exist_ok=True)
@@ -75,7 +77,26 @@ class Site:
             mount.python(code, *map(str, arguments))
 
     def holds(self, volume: str, file: Path) -> None:
-        self.python(SAME, volume, file)
+        if self._mount is not None:
+            self.python(SAME, volume, file)
+            return
+        with self._opened() as place:
+            node_id = place.names.resolve(volume.encode())
+            place.names.open(node_id, os.O_RDONLY)
+            # One byte more than it is to hold.
+            assert place.names.file(node_id).read(0, file.stat().st_size + 1) == file.read_bytes()
+            place.names.release(node_id)
+
+    def names(self) -> list[str]:
+        """Of all its volumes."""
+        if self._mount is not None:
+            return run("ls", "-A", self._mount.path).split()
+        with self._opened() as place:
+            return sorted(name.decode() for name, _ in place.names.readdir(ROOT_ID))
+
+    def _opened(self) -> AbstractContextManager[Place]:
+        """The store, where it is not mounted, made if need be."""
+        return offline(self.name("any"), instead="", new=True)
 
     def keep(self, volume: str, file: Path) -> Path:
         """A copy of what a volume holds now."""
@@ -114,6 +135,10 @@ def sites(request: pytest.FixtureRequest, original: Path, tmp_path: Path) -> Ite
 
 
 def ran(*words: str, data: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    """A command in a process of its own, or, which is faster, without one where it touches neither stream nor mount."""
+    if any("://" in word for word in words) and (words[0] in {"snapshot", "rollback"} or words[1].startswith("--")):
+        status, output, said = invoke(*words)
+        return subprocess.CompletedProcess(words, status, output.encode(), said.encode())
     return subprocess.run([*HLFS, *words], input=data, capture_output=True, check=False, timeout=60)
 
 
@@ -130,14 +155,6 @@ def failed(*words: str, data: bytes | None = None, status: int = 1) -> str:
     assert ended.stderr.startswith(b"hlfs: ")
     assert ended.stderr.count(b"\n") == 1
     return ended.stderr.decode()
-
-
-def names(site: Site) -> list[str]:
-    """All volumes of the site."""
-    if site.is_mounted:
-        return run("ls", "-A", site.name("")).split()
-    with mounted(site.store) as mount:
-        return run("ls", "-A", mount.path).split()
 
 
 def snapshots(site: Site, volume: str) -> list[str]:
@@ -169,7 +186,7 @@ def test_a_volume_and_its_changes(sites: tuple[Site, Site], tmp_path: Path) -> N
     done("receive", here.name("v"), data=back)
     assert snapshots(here, "v") == ["one", "two", "three"]
     here.holds("v", tmp_path / "two")
-    assert sorted(names(there)) == ["w", "x"]
+    assert sorted(there.names()) == ["w", "x"]
 
 
 def test_one_that_was_cut_short_is_gone_on_with(sites: tuple[Site, Site], tmp_path: Path) -> None:
@@ -192,7 +209,7 @@ def test_one_that_was_cut_short_is_gone_on_with(sites: tuple[Site, Site], tmp_pa
             token = done("receive", "--token", there.name("w")).decode().strip()
             stream = done("send", here.name(f"v@{name}"), *arguments, "--resume", token)
         there.holds("w", tmp_path / name)
-        assert names(there) == ["w"]
+        assert there.names() == ["w"]
     assert snapshots(there, "w") == ["one", "two"]
 
 
@@ -202,15 +219,15 @@ def test_nothing_is_seen_of_a_part(sites: tuple[Site, Site], tmp_path: Path) -> 
     said = failed("receive", there.name("w"), data=whole[: len(whole) // 2])
     assert "it was cut short" in said
     assert "hlfs receive --token" in said
-    (partial,) = names(there)
+    (partial,) = there.names()
     assert partial.startswith(".hlfs-receive-")
     # Damage is found, too; one that begins anew takes the place of what was kept.
     bad = bytearray(whole)
     bad[len(bad) // 3] ^= 1
     assert "checksum is wrong" in failed("receive", there.name("w"), data=bytes(bad))
-    assert names(there) == [partial]
+    assert there.names() == [partial]
     done("receive", there.name("w"), data=whole)
-    assert names(there) == ["w"]
+    assert there.names() == ["w"]
     changes = done("send", here.name("v@two"), "--from", "one")
     failed("receive", there.name("w"), data=changes[: len(changes) // 2])
     there.holds("w", tmp_path / "one")
@@ -227,10 +244,10 @@ def test_nothing_is_seen_of_a_part(sites: tuple[Site, Site], tmp_path: Path) -> 
     there.holds("w", tmp_path / "two")
     # Or it is dropped.
     failed("receive", there.name("z"), data=whole[:5000])
-    assert len(names(there)) == 2
+    assert len(there.names()) == 2
     done("receive", "--abort", there.name("z"))
     done("receive", "--abort", there.name("z"))
-    assert names(there) == ["w"]
+    assert there.names() == ["w"]
 
 
 def test_what_does_not_fit(sites: tuple[Site, Site]) -> None:
@@ -239,7 +256,7 @@ def test_what_does_not_fit(sites: tuple[Site, Site]) -> None:
     assert "no such volume" in failed("receive", there.name("w"), data=changes)
     assert "there is nothing in it" in failed("receive", there.name("w"), data=b"")
     assert "no stream of hlfs send" in failed("receive", there.name("w"), data=os.urandom(1000))
-    assert names(there) == []
+    assert there.names() == []
     done("receive", there.name("w"), data=whole)
     assert "w: exists already" in failed("receive", there.name("w"), data=whole)
     done("snapshot", "create", there.name("w"), "two")
@@ -278,7 +295,7 @@ def test_hostile_names_stay_within_the_pool(sites: tuple[Site, Site]) -> None:
                   for _, kind, flags, _, _, _, offset, length in [HEADER.unpack(raw[: HEADER.size])]]  # fmt: skip
         frames[0] = (1, 0, payload, 0, 0)
         assert "it has names that no snapshot has" in failed("receive", there.name("w"), data=forged(*frames))
-        assert names(there) == []
+        assert there.names() == []
 
 
 @pytest.mark.parametrize("failing", [0, 1, 3])
@@ -487,7 +504,7 @@ def ssh_config(tmp_path: Path) -> Iterator[Path]:
         raise
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(60)
 
 
 def break_off(ssh_config: Path, volume: str, part: bytes, came: Path) -> None:
@@ -529,7 +546,7 @@ def test_a_connection_that_breaks_is_gone_on_with(sites: tuple[Site, Site], ssh_
     for name, base in (("one", []), ("two", ["--from", "one"])):
         whole = done("send", here.name(f"v@{name}"), *base)
         break_off(ssh_config, there.name("w"), whole[: len(whole) * 3 // 4], tmp_path / f"came-{name}")
-        assert len(names(there)) == (1 if name == "one" else 2)
+        assert len(there.names()) == (1 if name == "one" else 2)
         sent = tmp_path / f"rest-{name}"
         pipe(
             'hlfs send "$1" $4 --resume "$(ssh -F "$3" backup hlfs receive --token "$2")" | '
@@ -542,5 +559,5 @@ def test_a_connection_that_breaks_is_gone_on_with(sites: tuple[Site, Site], ssh_
         )
         assert sent.stat().st_size < len(whole) * 3 // 4
         there.holds("w", tmp_path / name)
-        assert names(there) == ["w"]
+        assert there.names() == ["w"]
     assert snapshots(there, "w") == ["one", "two"]

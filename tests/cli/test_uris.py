@@ -8,21 +8,29 @@ import pytest
 
 from hlfsfs.cli.offline import offline
 from tests.cli.places import Place, invoke, spawn
-from tests.fuse.mounts import HLFS, hlfs, mounted, needs_fuse
+from tests.fuse.mounts import HLFS, hlfs, mounted, needs_fuse, run
 
 
-@pytest.fixture
-def uri(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the volume `p/v`, whose snapshot `one` holds 100,000 bytes, and `two` 100,000 more."""
-    (tmp_path / "store").mkdir()
-    uri = f"local://{tmp_path}/store"
+    store = tmp_path_factory.mktemp("original") / "store"
+    store.mkdir()
+    uri = f"local://{store}"
     assert invoke("pool", "create", f"{uri}/p")[0] == 0
     assert invoke("volume", "create", f"{uri}/p/v", "--size", "1M")[0] == 0
     for number, name in enumerate(("one", "two")):
         with offline(f"{uri}/p/v", instead="") as place:
             place.names.volume(place.volume().id).write(number * 100_000, b"data!" * 20_000)
         assert invoke("snapshot", "create", f"{uri}/p/v", name)[0] == 0
-    return uri
+    return store
+
+
+@pytest.fixture
+def uri(original: Path, tmp_path: Path) -> str:
+    """A copy of the original."""
+    run("cp", "--archive", original, tmp_path)
+    return f"local://{tmp_path}/store"
 
 
 def sent(*words: str) -> bytes:

@@ -121,14 +121,16 @@ def test_a_prepared_segment_that_could_not_be_removed(path: Path, disk: BadDisk)
     with pytest.raises(StoreFailed):
         volume.write(0, b"refused")
     disk.bad = disk.kept = b""
-    assert len(store.list_segments(record.log_uuid)) == 1
+    # One, or more where the write was so slow to be refused that it asked again.
+    left = store.list_segments(record.log_uuid)
+    assert left != []
     for _ in range(100):
         with suppress(StoreFailed):
             volume.write(0, b"written")
             break
         time.sleep(0.05)
     volume.flush()
-    assert len(store.list_segments(record.log_uuid)) == 2
+    assert len(store.list_segments(record.log_uuid)) == len(left) + 1
     ended(engine)
     store.close()
     for _ in range(2):
@@ -249,8 +251,9 @@ def test_a_segment_that_cannot_be_cleaned_holds_no_other_up(path: Path, disk: Ba
     disk.unreadable = b"00000000.seg"
     with pytest.raises(StoreFailed):
         engine.clean(volume)
-    disk.unreadable = b""
+    # Once it can be read, the cleaner's thread may take it, too.
     left = store.list_segments(record.log_uuid)
+    disk.unreadable = b""
     assert 0 in left
     assert len(left) <= 4, left
     engine.close()

@@ -22,6 +22,7 @@ from hlfsfs.store.ring_file import list_rings, remove_ring
 from tests.engine.host import QUIET, EngineHost, log_directory, record_of
 from tests.engine.remote import Died, Remote
 from tests.engine.rings import lock_record, ring_of
+from tests.system.tools import wait_for
 
 DISCARD = replace(QUIET, discard_ring=True)
 DATA = b"acknowledged, and never flushed " * 200
@@ -316,14 +317,17 @@ def test_a_ring_that_was_being_made_is_swept(store: Path) -> None:
 
 def test_what_a_dead_disk_did_not_take_waits_in_the_ring(store: Path) -> None:
     """The end comes although the disk stays dead, says so, and costs nothing that was acknowledged."""
-    engine = opened(store, replace(QUIET, idle_checkpoint_s=0.2))
+    engine = opened(store)
     for number in range(2):
         engine.call("make", number)
         engine.call("do", number, "write", 0, b"old")
         engine.call("do", number, "flush")
     engine.call("fail_disk", True)
     engine.call("do", 0, "write", 0, b"%08d" % 0 + DATA)
-    time.sleep(0.5)  # an idle checkpoint begins, and waits for the disk
+    # Asked for: had they come by themselves before the disk failed, the write would have found no segment to go into.
+    for number in range(2):
+        engine.call("checkpoint_idle", number)
+    time.sleep(0.5)  # they begin, and wait for the disk
     with pytest.raises(RuntimeError, match="StoreFailed"):
         engine.call("close")
     engine.call("forget_engine")
@@ -426,6 +430,8 @@ def test_a_change_that_was_half_put_into_the_ring(store: Path, later: str) -> No
     engine = Remote(EngineHost, str(store))
     engine.call("make", 0)
     engine.call("do", 0, "write", 0, b"%08d" % 0 + DATA)
+    # What comes before the worker has taken that chunk goes into the same one.
+    wait_for(lambda: engine.call("do", 0, "stats")["chunks"] >= 1, "the first chunk is written")
     ring = Path(list_rings(open_store(f"local://{store}", read_only=True).uuid)[0])
     before = last_chunk_in(ring, 0)
     arguments = {"write": (4096, os.urandom(4096)), "resize": (100,)}[later]

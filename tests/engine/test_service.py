@@ -19,7 +19,7 @@ from hlfsfs.store import Store
 from hlfsfs.store.base import StoreSpace
 from tests.engine.host import MIB
 
-TIMEOUT_S = 10
+TIMEOUT_S = 60
 
 
 class FakeCore:
@@ -99,5 +99,6 @@ def test_segments_that_are_made_together_leave_what_is_to_be_kept(world: World) 
     for volume_id in range(3):
         world.ask(_core.EventKind.PREPARE_SEGMENT, volume_id, better_bytes=32 * MIB, kept_bytes=20 * MIB)
     sizes = [world.prepared.get(timeout=TIMEOUT_S) for _ in range(3)]
-    assert sizes == [32 * MIB, 32 * MIB, MIB]
+    # In the order in which the threads came to make them.
+    assert sorted(sizes) == [MIB, 32 * MIB, 32 * MIB]
     world.let_go.set()

@@ -8,7 +8,7 @@ import pytest
 
 from hlfsfs import errors
 from hlfsfs.engine import NewSnapshot
-from hlfsfs.pool import AttributeChanges
+from hlfsfs.pool import AttributeChanges, volumes
 from hlfsfs.pool.node_ids import ROOT_ID, stable_id
 from hlfsfs.store.records import StoreInfo
 from tests.pool.conftest import World
@@ -245,8 +245,9 @@ def test_what_is_open_or_gone_is_not_removed(world: World) -> None:
     assert listed(world, where) == []
 
 
-def test_one_that_was_just_closed_is_removed(world: World) -> None:
+def test_one_that_was_just_closed_is_removed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel tells of a close(2) after it has returned."""
+    monkeypatch.setattr(volumes, "_LATE_CLOSE_S", 60)
     world.volume(b"v", data=b"data")
     where, one = directory(world), take(world, b"one")
     world.names.open(one, os.O_RDONLY)
@@ -493,7 +494,7 @@ def test_what_is_held_is_not_removed(world: World) -> None:
     assert world.store.read_volume(volume.id).snapshots == []
 
 
-def test_rollback_keeps_all_snapshots(world: World) -> None:
+def test_rollback_keeps_all_snapshots(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     volume = world.volume(b"v", data=b"one")
     where = directory(world)
     take(world, b"1")
@@ -513,7 +514,9 @@ def test_rollback_keeps_all_snapshots(world: World) -> None:
     # The kernel tells of a close when it gets to it.
     late = threading.Timer(0.1, world.names.release, [volume.id])
     late.start()
-    order(world, where, b"user.hlfs.rollback", snapshot="1")
+    with monkeypatch.context() as patch:
+        patch.setattr(volumes, "_LATE_CLOSE_S", 60)
+        order(world, where, b"user.hlfs.rollback", snapshot="1")
     late.join()
     order(world, where, b"user.hlfs.rollback", snapshot="2")
     for asked, error in (({"snapshot": "3"}, errors.NoSuchSnapshot), ({"name": "1"}, errors.UsageError)):
