@@ -1,7 +1,7 @@
 """A client that knows what a file must hold: it changes it at random, reads it back, and none of its calls may fail.
 
 `python -m tests.crash.shadow FILE SEED SECONDS SIZE_BYTES` prints, in JSON, how many calls it made and the longest.
-SIGUSR1 has it end before.
+SIGUSR1 has it end before. Some calls it makes in any case, however late that comes or however slow they are.
 """
 
 from __future__ import annotations
@@ -12,18 +12,35 @@ import mmap
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 BLOCK = 4096
 PUNCH = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+LEAST_CALLS = 20
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def started(path: Path, seed: int, seconds: float, size_bytes: int) -> subprocess.Popen[str]:
+    """One in a process of its own, which SIGUSR1 has end well at any moment, also before it listens."""
+    words = [sys.executable, "-m", "tests.crash.shadow", str(path), str(seed), str(seconds), str(size_bytes)]
+    # The child has the mask of who begins it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Shadow:
     """One file and a copy of it in memory."""
 
     def __init__(self, path: str, seed: int, size_bytes: int) -> None:
+        self.told_to_end = False
+        signal.signal(signal.SIGUSR1, self.end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         self.random = random.Random(seed)
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         self.direct = os.open(path, os.O_RDWR | os.O_DIRECT)
@@ -32,13 +49,11 @@ class Shadow:
         self.memory = mmap.mmap(-1, 1 << 20)
         self.calls = 0
         self.longest_s = 0.0
-        self.told_to_end = False
-        signal.signal(signal.SIGUSR1, self.end)
 
     def run(self, seconds: float) -> None:
         end_s = time.monotonic() + seconds
         kinds = (self.write, self.write, self.write_unaligned, self.read, self.punch, self.sync)
-        while time.monotonic() < end_s and not self.told_to_end:
+        while self.calls < LEAST_CALLS or (time.monotonic() < end_s and not self.told_to_end):
             begin_s = time.monotonic()
             self.random.choice(kinds)()
             self.longest_s = max(self.longest_s, time.monotonic() - begin_s)

@@ -43,14 +43,32 @@ class KeptMount:
         said = log_path().read_bytes()[self.log_start :].decode(errors="replace").splitlines()
         return [line for line in said if f" {self.path} [" in line]
 
+    def is_served(self) -> bool:
+        """Whether the last one who began has said that he answers."""
+        told = [line for line in self.lines() if FOLLOWED in line or AGAIN in line]
+        return not told or AGAIN in told[-1]
+
     def count(self, words: str) -> int:
         """How often they said that."""
         return sum(words in line for line in self.lines())
 
+    def kill(self) -> None:
+        """kill -9 of who serves; where nobody does, of the next one."""
+        self.until(self.kill_if_any, "a server to kill")
+
+    def kill_if_any(self) -> bool:
+        """kill -9 of who serves just now; whether somebody does."""
+        # Asked once, as it may be 0 the next time, and a signal to 0 ends the tests themselves.
+        if (server := self.server) > 1:
+            with suppress(ProcessLookupError):
+                os.kill(server, signal.SIGKILL)
+                return True
+        return False
+
     def kill_server(self) -> None:
         """kill -9; returns once another one serves the mount."""
         before = self.count(AGAIN)
-        os.kill(self.server, signal.SIGKILL)
+        self.kill()
         self.until(lambda: self.count(AGAIN) > before, "another server")
 
     def until(self, condition: Callable[[], object], what: str, timeout_s: float = COMMAND_TIMEOUT_S) -> None:

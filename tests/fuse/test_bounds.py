@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from tests.engine.soak import READ_POOL, READ_POOL_THREADS
@@ -38,9 +39,12 @@ assert not failures, failures
 
 def threads(mount: Mounted) -> Counter[str]:
     """The server's threads by name."""
-    tasks = Path(f"/proc/{mount.server.pid}/task").iterdir()
-    names = [(task / "comm").read_text().strip() for task in tasks]
-    return Counter(names)
+    found: Counter[str] = Counter()
+    for task in Path(f"/proc/{mount.server.pid}/task").iterdir():
+        # It may end meanwhile.
+        with suppress(OSError):
+            found[(task / "comm").read_text().strip()] += 1
+    return found
 
 
 def test_threads_of_a_server(tmp_path: Path) -> None:

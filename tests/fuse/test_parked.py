@@ -10,10 +10,23 @@ import pytest
 
 from tests.fuse.mounts import Mounted, mounted, needs_fuse, run
 from tests.fuse.test_traffic import statistics
+from tests.system.tools import wait_for
 
 pytestmark = needs_fuse
 
 WRITES = 512
+# The filesystem is frozen until the test thaws it: whatever ends before that did not wait for it.
+SOON_S = 60
+
+# Returns once so many writes wait, and go on waiting.
+WAIT_FOR_PARKED = """
+import json, os, sys, time
+looks = 0
+while looks < 5:
+    volumes = json.loads(os.getxattr(sys.argv[1], "user.hlfs.metrics.0"))["volumes"]
+    looks = looks + 1 if sum(volume["parked"] for volume in volumes) == int(sys.argv[2]) else 0
+    time.sleep(0.05)
+"""
 
 
 @pytest.fixture
@@ -46,6 +59,11 @@ def start_writes(mount: Mounted) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def state(pid: int) -> str:
+    """What a process is doing, as ps(1) has it."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_readers_go_on_while_writes_are_parked(filesystem: Path) -> None:
     store = filesystem / "store"
     with mounted(store) as mount:
@@ -55,18 +73,18 @@ def test_readers_go_on_while_writes_are_parked(filesystem: Path) -> None:
         run("fsfreeze", "-f", filesystem)
         try:
             with start_writes(mount) as writer:
-                time.sleep(3)
+                mount.python(WAIT_FOR_PARKED, str(WRITES))
                 assert writer.poll() is None, "the writes were not held up: nothing is tested"
                 started_s = time.monotonic()
                 # Cold data of another volume, twice (direct, then cached), and names.
                 dd = ["dd", f"if={mount.path}/other", "of=/dev/null", "bs=64k", "status=none"]
-                mount.run(*dd, "iflag=direct", timeout_s=30)
-                mount.run("cmp", sys.executable, mount.path / "other", timeout_s=30)
-                mount.run("ls", "-l", mount.path, timeout_s=30)
+                mount.run(*dd, "iflag=direct", timeout_s=SOON_S)
+                mount.run("cmp", sys.executable, mount.path / "other", timeout_s=SOON_S)
+                mount.run("ls", "-l", mount.path, timeout_s=SOON_S)
                 # Of the volume itself, where nothing was written.
                 dd = ["dd", f"if={mount.path}/parked", "of=/dev/null", "bs=64k", "status=none", "count=16"]
-                mount.run(*dd, "iflag=direct", "skip=15000", timeout_s=30)
-                assert time.monotonic() - started_s < 20
+                mount.run(*dd, "iflag=direct", "skip=15000", timeout_s=SOON_S)
+                assert time.monotonic() - started_s < SOON_S
                 assert writer.poll() is None
                 run("fsfreeze", "-u", filesystem)
                 output, _ = writer.communicate(timeout=120)
@@ -91,13 +109,14 @@ def test_a_client_killed_while_its_write_is_parked(filesystem: Path) -> None:
                 "conv=notrunc",
             ]
             with subprocess.Popen(write, stderr=subprocess.DEVNULL) as first:
-                time.sleep(3)
+                mount.python(WAIT_FOR_PARKED, "1")
                 first.terminate()
-                time.sleep(0.5)
+                # Where no signal reaches it any more: the kernel has asked for interruption.
+                wait_for(lambda: state(first.pid) == "D", "the first waits for its answer")
                 with subprocess.Popen(write, stderr=subprocess.DEVNULL) as second:
-                    time.sleep(1)
+                    mount.python(WAIT_FOR_PARKED, "2")
                     second.terminate()
-                    time.sleep(0.5)
+                    time.sleep(0.3)
                     assert first.poll() is None, "the write was not held up: nothing is tested"
                     assert second.poll() is None, "the write was not held up: nothing is tested"
                     run("fsfreeze", "-u", filesystem)

@@ -160,7 +160,8 @@ def test_trimming_makes_room(full: Mounted) -> None:
 
 
 def test_a_full_store_ends_and_begins_well(full: Mounted) -> None:
-    assert "its filesystem is 9" in full.log_text()
+    # The server looks at it every few seconds only.
+    wait_for(lambda: "its filesystem is 9" in full.log_text(), "the log tells that it is full")
     full.unmount()
     done = hlfs("check", full.source)
     assert done.returncode == 0, done.stdout

@@ -76,10 +76,13 @@ READ_SECOND_DISK = """sum=$(md5sum </dev/vdb)
 say "second disk ${sum%% *}"
 if dd if=/dev/zero of=/dev/vdb bs=512 count=1 conv=fsync 2>/dev/null; then say "written to"; false; fi
 """
-COUNT = """for i in $(seq 24); do
+# Until its disk is another size.
+COUNT = """i=0 size=$(cat /sys/block/vda/size)
+while [ "$(cat /sys/block/vda/size)" = "$size" ]; do
+  i=$((i + 1))
   echo $i >>/data/count.txt && sync || exit 1
   say "count $i"
-  sleep 1
+  sleep 0.1
 done
 """
 
@@ -359,13 +362,10 @@ def test_overlays_of_a_running_guest(pool: Path, scratch: Path) -> None:
     serial = scratch / "overlays.log"
     start_guest(GUEST, pool / "disk", serial)
 
-    def counted() -> int:
-        return max((int(line.split()[-1]) for line in serial.read_text().splitlines() if "count" in line), default=0)
-
     def go_on() -> None:
         """The guest writes on, twice at least."""
-        target = counted() + 2
-        wait_for(lambda: counted() >= target, "the guest writes", BOOT_TIMEOUT_S)
+        target = counted(serial) + 2
+        wait_for(lambda: counted(serial) >= target, "the guest writes", BOOT_TIMEOUT_S)
 
     def overlay(name: str) -> None:
         disk = f"vda,file={pool / name},driver=qcow2"
@@ -383,6 +383,7 @@ def test_overlays_of_a_running_guest(pool: Path, scratch: Path) -> None:
         overlay("second.qcow2")
         virsh("blockpull", GUEST, "vda", "--wait", timeout_s=60)
         go_on()
+        virsh("blockresize", GUEST, "vda", "72M")
         wait_for(lambda: GUEST not in virsh("list", "--name").split(), "the guest powers off", BOOT_TIMEOUT_S)
     finally:
         end_guest(GUEST)
@@ -391,7 +392,8 @@ def test_overlays_of_a_running_guest(pool: Path, scratch: Path) -> None:
     assert "backing file" not in run("qemu-img", "info", pool / "second.qcow2")
     sh(pool, "rm disk")
     run("qemu-img", "convert", "-O", "raw", pool / "second.qcow2", scratch / "after")
-    assert read_guest_file(scratch / "after", "count.txt").decode().split() == [str(n + 1) for n in range(counted())]
+    numbers = read_guest_file(scratch / "after", "count.txt").decode().split()
+    assert numbers == [str(number + 1) for number in range(counted(serial))]
     check_guest_filesystem(scratch / "after")
     sh(pool, "rm second.qcow2")
 
@@ -424,9 +426,6 @@ def test_a_guest_is_frozen_for_its_snapshot(pool: Path, scratch: Path) -> None:
     serial = scratch / "agent.log"
     start_guest(GUEST, pool / "disk", serial, more=CHANNEL)
 
-    def counted() -> int:
-        return max((int(line.split()[-1]) for line in serial.read_text().splitlines() if "count" in line), default=0)
-
     def create(name: str, quiesce: str) -> subprocess.CompletedProcess[str]:
         command = [*HLFS, "snapshot", "create", "--domain", GUEST, f"--quiesce={quiesce}", name]
         environment = {**os.environ, "LIBVIRT_DEFAULT_URI": "qemu:///system"}
@@ -436,13 +435,13 @@ def test_a_guest_is_frozen_for_its_snapshot(pool: Path, scratch: Path) -> None:
         early = create("early", "yes")
         assert early.returncode == 1
         assert "guest agent is not connected" in early.stderr
-        wait_for(lambda: counted() > 3, "the guest writes", BOOT_TIMEOUT_S)
+        wait_for(lambda: counted(serial) > 3, "the guest writes", BOOT_TIMEOUT_S)
         for number in range(2):
             done = create(f"frozen{number}", "yes")
             assert (done.returncode, done.stderr) == (0, "")
             assert done.stdout == f"{GUEST}: 1 disks, file systems frozen\n"
-            before = counted()
-            wait_for(lambda before=before: counted() > before, "the guest goes on")  # type: ignore[misc]
+            before = counted(serial)
+            wait_for(lambda before=before: counted(serial) > before, "the guest goes on")  # type: ignore[misc]
         assert create("not", "no").stdout == f"{GUEST}: 1 disks, as after a power cut\n"
     finally:
         end_guest(GUEST)
@@ -569,6 +568,12 @@ def start_guest(name: str, volume: Path, serial: Path, *words: str, kind: str = 
     definition = serial.with_suffix(".xml")
     definition.write_text(DOMAIN.format(name=name, volume=volume, serial=serial, kind=kind, more=more))
     virsh("create", definition, *words, timeout_s=BOOT_TIMEOUT_S)
+
+
+def counted(serial: Path) -> int:
+    """The last number that a guest said in a whole line; 0 before the first."""
+    found = re.findall(r"count (\d+)\r?\n", serial.read_bytes().decode(errors="replace"))
+    return int(found[-1]) if found else 0
 
 
 def end_guest(name: str) -> None:

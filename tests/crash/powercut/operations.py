@@ -53,6 +53,9 @@ OPTIONS = EngineOptions(
 
 # So many may still tell of one failure.
 FLUSHES = 3
+# Nothing was under way any more if the trace was the same each time at so many looks.
+QUIET_LOOKS = 50
+LOOK_EVERY_S = 0.01
 
 Operation = list[Any]  # kind, then its arguments; the first one is the path it concerns
 History = list[Operation]
@@ -170,7 +173,14 @@ class Player:
 
     def pause(self) -> None:
         """Lets what is under way end, which nothing waits for."""
-        time.sleep(0.5)
+        # Where `machine.record` has it.
+        trace = self.world.root.with_name("trace")
+        size_bytes, quiet = trace.stat().st_size, 0
+        # Looks count rather than time, which goes on while this process stands still.
+        while quiet < QUIET_LOOKS:
+            time.sleep(LOOK_EVERY_S)
+            before_bytes, size_bytes = size_bytes, trace.stat().st_size
+            quiet = quiet + 1 if size_bytes == before_bytes else 0
 
     def checkpoint(self, path: str) -> None:
         self.world.engine.checkpoint(self.volume(path))
