@@ -19,7 +19,7 @@ from hlfsfs.fuse.mountinfo import find_mount
 from tests.crash import shadow
 from tests.crash.failing_calls.control import Control
 from tests.fuse.kept import AGAIN, FOLLOWED, KeptMount, gone, kept, lock_record
-from tests.fuse.mounts import HLFS, needs_fuse, run
+from tests.fuse.mounts import COMMAND_TIMEOUT_S, HLFS, needs_fuse, run
 from tests.system.tools import expect_unlocked, sh
 
 pytestmark = needs_fuse
@@ -46,17 +46,16 @@ def seed(request: pytest.FixtureRequest) -> int:
 @contextmanager
 def client(mount: KeptMount, name: str, seed: int, seconds: float) -> Iterator[subprocess.Popen[str]]:
     """`shadow` on a volume, for so long at most; at the end no call of it has failed and all is as it must be."""
-    process = shadow.started(mount.path / name, seed, seconds, SIZE_BYTES)
-    try:
-        yield process
-        process.send_signal(signal.SIGUSR1)
-        said, failed = process.communicate(timeout=seconds + 60)
-        assert process.returncode == 0, failed + "\n".join(mount.lines())
-        print(name, said.strip())
-        assert json.loads(said)["calls"] > 10
-    finally:
-        process.kill()
-        process.wait(30)
+    with shadow.started(mount.path / name, seed, seconds, SIZE_BYTES) as process:
+        try:
+            yield process
+            process.send_signal(signal.SIGUSR1)
+            said, failed = process.communicate(timeout=2 * COMMAND_TIMEOUT_S)
+            assert process.returncode == 0, failed + "\n".join(mount.lines())
+            print(name, said.strip())
+            assert json.loads(said)["calls"] > 10
+        finally:
+            process.kill()
 
 
 @contextmanager
@@ -111,6 +110,7 @@ def test_hunt_for_kills_at_random(store: Path, seed: int) -> None:
 def answers_again(mount: KeptMount, before: int, process: subprocess.Popen[str]) -> None:
     """Waits for one more than so many followers to answer, or for the client's end, which tells why."""
     mount.until(lambda: mount.count(AGAIN) > before or process.poll() is not None, "a server that follows")
+    assert process.poll() != 0, "the client's time was over"
 
 
 # Of a request: read, noted in its slot, published (noted, not yet counted; then counted), moved, answered; of the log
@@ -126,7 +126,7 @@ def test_a_kill_at_a_named_point(store: Path, tmp_path: Path, seed: int, point: 
     token = tmp_path / "die"
     with (
         kept(store, environment={"HLFS_FAILPOINT": f"{point}@{token}"}) as mount,
-        client(mount, "volume", seed, 60) as process,
+        client(mount, "volume", seed, 200) as process,
     ):
         for died in range(1, 3):
             token.touch()

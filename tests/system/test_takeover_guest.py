@@ -20,7 +20,7 @@ pytestmark = needs_fuse
 
 PIECES, AGAIN = 320 * MIB // PIECE, 1024
 KILLS = 20
-# After so many of them it is upgraded. By then there were enough: that may take so long that the guest ends meanwhile.
+# After so many of them it is upgraded. The guest may end meanwhile, on a slow host: enough were killed before.
 UPGRADES = (12, 16)
 
 
