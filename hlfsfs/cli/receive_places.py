@@ -119,7 +119,14 @@ class ReceivePlace(ABC):
         """An empty one, instead of what there was."""
         self.remove_partial()
         made = self._make_partial()
-        self.mark(marker)
+        try:
+            self.mark(marker)
+        except HlfsError:
+            # Nobody could go on with it.
+            made.close()
+            with suppress(HlfsError):
+                self.remove_partial()
+            raise
         return made
 
     @abstractmethod

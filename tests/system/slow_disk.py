@@ -11,6 +11,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
+from hlfsfs.fuse.mountinfo import find_mount
 from tests.fuse.mounts import COMMAND_TIMEOUT_S, run
 from tests.system.tools import wait_for
 
@@ -48,6 +50,16 @@ class SlowDisk:
         self.held.unlink(missing_ok=True)
 
 
+def _unmount(path: Path) -> None:
+    """At once where nobody uses it; a process that was killed may end its last write first."""
+    for _ in range(100):
+        if find_mount(str(path)) is None:
+            return
+        subprocess.run(["umount", str(path)], check=False, capture_output=True, timeout=COMMAND_TIMEOUT_S)
+        time.sleep(0.1)
+    subprocess.run(["umount", "-l", str(path)], check=False, timeout=COMMAND_TIMEOUT_S)
+
+
 @contextmanager
 def slow_disk(path: Path, size_bytes: int) -> Iterator[SlowDisk]:
     """An empty one, for the block."""
@@ -67,7 +79,7 @@ def slow_disk(path: Path, size_bytes: int) -> Iterator[SlowDisk]:
     finally:
         slow.release()
         for mounted in (directory, shown):
-            subprocess.run(["umount", str(mounted)], check=False, timeout=COMMAND_TIMEOUT_S)
+            _unmount(mounted)
         try:
             server.wait(10)
         except subprocess.TimeoutExpired:
