@@ -30,6 +30,13 @@ _MOST_FDS = 3
 _VERSION = b"version"
 
 
+class DoesNotBegin(HlfsError):
+    """What is installed now cannot take the place of what runs."""
+
+    def __init__(self) -> None:
+        super().__init__("hlfs-mountd: the program that is installed now does not begin; see the log")
+
+
 class Nursery:
     """That process, begun when it is needed first, and again if it died."""
 
@@ -71,7 +78,7 @@ class Nursery:
     async def load_again(self) -> int:
         """Has it be of the program that is installed now; the version of the rings its servers can take over.
 
-        Raises HlfsError: that does not begin.
+        Raises DoesNotBegin.
         """
         answer = b""
         async with self._asking:
@@ -82,7 +89,7 @@ class Nursery:
                 answer = await stream.recv(64)
             if not answer:
                 self.close()
-                raise HlfsError("hlfs-mountd: the program that is installed now does not begin; see the log")
+                raise DoesNotBegin
         return int(answer)
 
     async def _ask(self, order: Order, fds: Sequence[int]) -> bytes:

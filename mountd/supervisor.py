@@ -23,7 +23,7 @@ from mountd.definitions import (
 )
 from mountd.fd_store import program
 from mountd.kept import FIRST_PAUSE_S, Changes, Kept
-from mountd.nursery import ASK_TIMEOUT_S
+from mountd.nursery import ASK_TIMEOUT_S, DoesNotBegin
 from mountd.servers import Server, Servers, is_mounted, key_of, look
 from mountd.untrusted_xml import BadXml
 
@@ -35,12 +35,12 @@ log = logging.getLogger(__name__)
 
 
 async def _require_a_successor() -> None:
-    """Raises HlfsError: what is installed now is no daemon that can be called as this one was."""
+    """Raises DoesNotBegin: what is installed now is no daemon that can be called as this one was."""
     with trio.move_on_after(ASK_TIMEOUT_S):
         done = await trio.run_process([*program(), "--try"], check=False, stdin=b"")
         if done.returncode == 0:
             return
-    raise HlfsError("hlfs-mountd: the program that is installed now does not begin; see the log")
+    raise DoesNotBegin
 
 
 class Supervisor:
