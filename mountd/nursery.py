@@ -20,6 +20,7 @@ import trio
 from hlfsfs.cli.mount import load_server
 from hlfsfs.errors import HlfsError
 from hlfsfs.fuse.keeper import Mount
+from mountd.fd_store import program
 from mountd.keeping import Order, become_keeper
 
 MAX_ORDER_BYTES = 64 << 10
@@ -35,6 +36,15 @@ class DoesNotBegin(HlfsError):
 
     def __init__(self) -> None:
         super().__init__("hlfs-mountd: the program that is installed now does not begin; see the log")
+
+
+async def _require_a_daemon() -> None:
+    """Raises DoesNotBegin: what is installed now is no daemon that can be called as this one was."""
+    with trio.move_on_after(ASK_TIMEOUT_S):
+        done = await trio.run_process([*program(), "--try"], check=False, stdin=b"")
+        if done.returncode == 0:
+            return
+    raise DoesNotBegin
 
 
 class Nursery:
@@ -78,8 +88,9 @@ class Nursery:
     async def load_again(self) -> int:
         """Has it be of the program that is installed now; the version of the rings its servers can take over.
 
-        Raises DoesNotBegin.
+        Raises DoesNotBegin: that, or the daemon of that program, which is to follow this one.
         """
+        await _require_a_daemon()
         answer = b""
         async with self._asking:
             self.close()

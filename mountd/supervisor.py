@@ -21,9 +21,7 @@ from mountd.definitions import (
     remove_file,
     write_file,
 )
-from mountd.fd_store import program
 from mountd.kept import FIRST_PAUSE_S, Changes, Kept
-from mountd.nursery import ASK_TIMEOUT_S, DoesNotBegin
 from mountd.servers import Server, Servers, is_mounted, key_of, look
 from mountd.untrusted_xml import BadXml
 
@@ -32,15 +30,6 @@ READY_LIMIT_S = 300.0
 LOOK_LIMIT_S = 10.0
 
 log = logging.getLogger(__name__)
-
-
-async def _require_a_successor() -> None:
-    """Raises DoesNotBegin: what is installed now is no daemon that can be called as this one was."""
-    with trio.move_on_after(ASK_TIMEOUT_S):
-        done = await trio.run_process([*program(), "--try"], check=False, stdin=b"")
-        if done.returncode == 0:
-            return
-    raise DoesNotBegin
 
 
 class Supervisor:
@@ -189,7 +178,6 @@ class Supervisor:
             raise VolumeBusy("hlfs-mountd", "it is about to end, or to go on as another program; try again")
         self._upgrading = True
         try:
-            await _require_a_successor()
             return await self._servers.load_again()
         except BaseException:
             self._upgrading = False

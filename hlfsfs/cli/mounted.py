@@ -1,7 +1,6 @@
 """Work through a mount: what a system call on a path in it that failed means for a person."""
 
 import errno
-import json
 import os
 import stat
 from collections.abc import Callable
@@ -47,14 +46,14 @@ def _damage(path: str) -> CannotBeOpened | None:
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             return None
-        # Only here, as it takes longer to load than other commands to run.
-        from hlfsfs.pool import METRICS_PREFIX  # noqa: PLC0415
+        # Only here, as it takes longer to load than other commands to run, and asks by this module.
+        from hlfsfs.cli.watch.sample import take_sample  # noqa: PLC0415
 
-        page = json.loads(os.getxattr(os.path.dirname(path) or ".", METRICS_PREFIX + "0"))
-    except OSError:
+        unusable = take_sample(os.path.dirname(path) or ".").unusable
+    except (OSError, HlfsError):
         return None
     name = printable(os.path.basename(path))
-    reasons = {each["name"]: each["why"] for each in page["unusable"] if each["name"].rpartition("/")[2] == name}
+    reasons = {each.name: each.why for each in unusable if each.name.rpartition("/")[2] == name}
     # Others of that name are in pools further down.
     return CannotBeOpened(path, reasons[min(reasons, key=len)] if reasons else "")
 

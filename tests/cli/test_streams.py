@@ -333,39 +333,29 @@ def test_what_could_not_be_written_is_sent_again(tmp_path: Path, monkeypatch: py
         pipe('cmp "$1/w" "$2" && cmp "$1/.snapshots/w/one" "$2"', mount.path, tmp_path / "content")
 
 
-@pytest.mark.parametrize("through", ["offline", "mounted"])
-def test_what_could_not_be_begun_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through: str) -> None:
+NO_ROOM_FOR_MARKS = """
+import sys
+from hlfsfs.cli import receive, receive_places
+from hlfsfs.errors import NoSpace
+
+def mark(self, marker):
+    raise NoSpace("w")
+
+receive_places.MountedPlace.mark = receive_places.OfflinePlace.mark = mark
+with receive_places.receive_place(sys.argv[1], "hlfs receive PATH") as place, open(sys.argv[2], "rb") as stream:
+    try:
+        receive.Receiving(place, sys.argv[1], stream).run()
+    except NoSpace:
+        print("refused")
+"""
+
+
+def test_what_could_not_be_begun_leaves_nothing(sites: tuple[Site, Site], tmp_path: Path) -> None:
     """A full disk may have room for a volume and none for what tells that it is one in part."""
-    content = random.Random(3).randbytes(MIB)
-    begin = Begin(volume="v", snapshot=SnapshotRef(id="there/1", name="one", size_bytes=len(content)))
-
-    def mark(self: receive_places.ReceivePlace, marker: receive_places.Marker) -> None:
-        raise NoSpace("w")
-
-    monkeypatch.setattr(receive_places.OfflinePlace, "mark", mark)
-    with mounted(tmp_path / "store") as mount:
-        raw = tmp_path / "raw"
-        raw.write_bytes(written(begin, [(0, len(content), True)], content))
-        if through == "mounted":
-            code = (
-                "import io, sys\n"
-                "from hlfsfs.cli import receive, receive_places\n"
-                "from hlfsfs.errors import NoSpace\n"
-                "def mark(self, marker): raise NoSpace('w')\n"
-                "receive_places.MountedPlace.mark = mark\n"
-                "path = sys.argv[1] + '/w'\n"
-                "with receive_places.receive_place(path, 'hlfs receive PATH') as place:\n"
-                "    try: receive.Receiving(place, path, open(sys.argv[2], 'rb')).run()\n"
-                "    except NoSpace: print('refused')\n"
-            )
-            assert mount.python(code, str(raw)) == "refused\n"
-            assert mount.run("ls", "-A", mount.path) == ""
-    if through == "offline":
-        uri = f"local://{tmp_path}/store/w"
-        with receive_places.receive_place(uri, "hlfs receive PATH") as place, pytest.raises(NoSpace):
-            receive.Receiving(place, uri, io.BytesIO(raw.read_bytes())).run()
-        with mounted(tmp_path / "store") as mount:
-            assert mount.run("ls", "-A", mount.path) == ""
+    here, there = sites
+    (tmp_path / "stream").write_bytes(done("send", here.name("v@one")))
+    assert run(sys.executable, "-c", NO_ROOM_FOR_MARKS, there.name("w"), tmp_path / "stream") == "refused\n"
+    assert there.names() == []
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
